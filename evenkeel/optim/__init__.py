@@ -1,0 +1,1 @@
+"""Riemannian optimizers for the scale-invariant weights that normalization creates."""

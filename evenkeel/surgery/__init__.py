@@ -1,0 +1,1 @@
+"""On any model: convert normalizations, fold for inference, freeze, re-estimate population statistics."""

@@ -1,0 +1,1 @@
+"""What BatchNorm does: population normalization plus gamma decay, learning dynamics, generalization."""
