@@ -1,5 +1,45 @@
-"""Normalization in deep networks: measure its shift, explain BatchNorm, replace it by something better."""
+"""Normalization in deep networks: measure its shift, explain BatchNorm, replace it by something better.
+
+The names below are all that most users need; the rooms ``evenkeel.nn``, ``optim``, ``shift``, ``theory``, ``surgery``,
+``models``, ``data``, ``experiment``, ``report`` and ``integrations`` load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from evenkeel._version import __version__
+from evenkeel.flexnorm import FlexNorm, Moments, flex_norm
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from evenkeel import data, experiment, integrations, models, nn, optim, report, shift, surgery, theory
+
+_ROOMS = ("data", "experiment", "integrations", "models", "nn", "optim", "report", "shift", "surgery", "theory")
+
+__all__ = [
+    "FlexNorm",
+    "Moments",
+    "__version__",
+    "data",
+    "experiment",
+    "flex_norm",
+    "integrations",
+    "models",
+    "nn",
+    "optim",
+    "report",
+    "shift",
+    "surgery",
+    "theory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"evenkeel.{name}")
+    raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

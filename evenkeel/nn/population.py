@@ -1,0 +1,171 @@
+"""Population normalization: the statistics of the whole population in training too, not those of the batch.
+
+Luo, Wang, Shao & Peng, "Towards understanding regularization in batch normalization" (ICLR 2019, arXiv 1809.00846),
+sec. 2: BatchNorm equals population normalization plus a decay on gamma. The paper estimates the population statistics
+from 10,000 training samples (``statistics="estimated"``, filled from outside). ``"running"`` estimates them along the
+way:
+
+* The moving average is bias-corrected: after the first batch it equals that batch, so there is no cold start.
+* Variances average by the exponentially weighted form of Chan's formula, which keeps the variance *between* batches. At
+  batch size 1 that is most of the variance; averaging variances alone would lose it.
+* A guard bounds how far the statistics may be from those of the batch, for the batch where they are stale.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evenkeel._messages import unknown_name
+from evenkeel.flexnorm import FlexNorm, Moments
+from evenkeel.flexnorm.module import _recomputing
+from evenkeel.nn import rules
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d"]
+
+
+class _PopulationNorm(FlexNorm):
+    """Population normalization (Luo et al. 2019, sec. 2): fixed statistics in the forward and the backward.
+
+    Every sample is normalized alike, whatever else is in its batch, so training works at batch size 1 and training and
+    evaluation are the same function. No gradient flows through the statistics.
+
+    Args:
+        num_features: Number of channels C of the input.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the bias-corrected moving average of the statistics; ``None`` for the
+            cumulative average. Smaller batches want smaller values: about ``0.1 * batch / 64``.
+        affine: Whether to learn ``weight`` and ``bias``, each (C,).
+        statistics: ``"running"``: each training batch enters the statistics before it is normalized. ``"estimated"``:
+            they change only from outside (recalibration, an estimator); the forward then reads ``x`` once.
+        max_ratio: Guard for ``"running"``: in training the standard deviation used lies within this factor of the
+            batch's own, and the mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None``
+            switches it off. It never acts in evaluation, and never on a batch with one value per channel.
+        bias: ``False`` leaves out the bias only.
+        process_group: Pool the statistics over the processes of this group (any backend).
+        device: Device of parameters and buffers.
+        dtype: Type of the parameters.
+
+    Attributes:
+        clipped: Scalar buffer: share of the channels on which the guard acted in the last training batch.
+
+    Raises:
+        ValueError: For an unknown ``statistics`` or a ``max_ratio`` below 1.
+    """
+
+    clipped: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        *,
+        statistics: str = "running",
+        max_ratio: float | None = 3.0,
+        bias: bool = True,
+        process_group: ProcessGroup | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if statistics not in ("running", "estimated"):
+            raise ValueError(unknown_name("statistics of PopulationNorm", statistics, ["running", "estimated"]))
+        if max_ratio is not None and max_ratio < 1:
+            raise ValueError(f"max_ratio must be at least 1 or None (no guard), got {max_ratio}")
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            True,
+            bias=bias,
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
+        )
+        self.source = statistics
+        self.max_ratio = max_ratio
+        self.register_buffer("clipped", torch.zeros((), device=device), persistent=False)
+
+    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Standardize with the population statistics, in training too."""
+        mean, var = self.statistics(moments)
+        return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+
+    def statistics(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Return the population mean and variance (C,); in training the batch enters them first."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if self.frozen or not self.training or self.source == "estimated":
+            return self.running_mean, self.running_var
+        with torch.no_grad():
+            pooled = moments.detach().pool("batch")
+            self.track(pooled)
+            if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
+                return self.running_mean.clone(), self.running_var.clone()
+            return self._guarded(pooled, self.max_ratio)
+
+    def _guarded(self, pooled: Moments, ratio: float) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        batch_mean, batch_var = pooled.mean.reshape(-1), pooled.var.reshape(-1)
+        floor = batch_var + self.eps
+        var = torch.minimum(torch.maximum(self.running_var + self.eps, floor / ratio**2), floor * ratio**2) - self.eps
+        reach = floor.sqrt() * (ratio - 1)
+        mean = torch.minimum(torch.maximum(self.running_mean, batch_mean - reach), batch_mean + reach)
+        acted = (mean != self.running_mean) | ((var - self.running_var).abs() > 1e-3 * self.running_var)
+        self.clipped.copy_(acted.float().mean())
+        usable = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
+        return torch.where(usable, mean, self.running_mean), torch.where(usable, var, self.running_var)
+
+    @torch.no_grad()
+    def track(self, pooled: Moments) -> None:
+        """Let batch moments enter the bias-corrected moving average, between-batch variance included."""
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert var is not None
+        assert tracked is not None
+        if self.frozen or _recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
+            return
+        new_mean = pooled.mean.reshape(-1).to(mean.dtype)
+        new_var = pooled.var.reshape(-1).to(var.dtype)
+        usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
+        tracked.add_(usable.any().long())
+        batches = tracked.clamp_min(1).to(mean.dtype)
+        # The first batch replaces the initial values; later the weights (1 - momentum)^age are made to sum to 1.
+        rate = 1.0 / batches if self.momentum is None else self.momentum / (1.0 - (1.0 - self.momentum) ** batches)
+        gap = new_mean - mean
+        first = (batches <= 1).to(mean.dtype)
+        between = rate * (1 - rate) * gap.square() * (1 - first)
+        var.copy_(torch.where(usable, (1 - rate) * var + rate * new_var + between, var))
+        mean.copy_(torch.where(usable, mean + rate * gap, mean))
+
+    def extra_repr(self) -> str:
+        """Show the constructor arguments."""
+        shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
+        shown += f", statistics={self.source!r}, max_ratio={self.max_ratio}"
+        return shown + (", frozen=True" if self.frozen else "")
+
+
+class PopulationNorm1d(_PopulationNorm):
+    """Population normalization of (N, C) or (N, C, L) input."""
+
+    ndims = (2, 3)
+
+
+class PopulationNorm2d(_PopulationNorm):
+    """Population normalization of (N, C, H, W) input."""
+
+    ndims = (4,)
+
+
+class PopulationNorm3d(_PopulationNorm):
+    """Population normalization of (N, C, D, H, W) input."""
+
+    ndims = (5,)
