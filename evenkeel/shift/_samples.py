@@ -1,0 +1,98 @@
+"""Checks and common form of a pair of samples: shapes, types, weights."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pair(NamedTuple):
+    """Two samples in common form: (..., n, d) and (..., m, d) with the same leading axes, dtype and device.
+
+    Attributes:
+        x: First sample, (..., n, d).
+        y: Second sample, (..., m, d).
+        x_mass: (..., n) weights in float64 that sum to 1, or ``None`` for equal weights.
+        y_mass: (..., m) likewise.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_mass: Tensor | None
+    y_mass: Tensor | None
+
+
+Weights = tuple[Tensor | None, Tensor | None]
+
+
+def pair(x: Tensor, y: Tensor, weights: Weights | None = None) -> Pair:
+    """Bring two samples to common form: broadcast the leading axes, compute halves and bfloat16 in float32, normalize the weights.
+
+    Raises:
+        TypeError: An argument is not a tensor, or is not of a real floating-point type.
+        ValueError: The shapes do not fit together, a sample is empty, or weights are negative, not finite or sum to 0.
+    """
+    for name, sample in (("x", x), ("y", y)):
+        if not isinstance(sample, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape (n, d), got {type(sample).__name__}")
+        if not sample.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {sample.dtype}; convert it with {name}.float()")
+    if x.device != y.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
+    x, y = (sample.unsqueeze(-1) if sample.ndim == 1 else sample for sample in (x, y))
+    if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x and y must be (..., n, d) and (..., m, d) with one d, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if 0 in x.shape[-2:] or 0 in y.shape[-2:]:
+        raise ValueError(
+            f"each sample needs at least one point and one axis, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    try:
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except RuntimeError as error:
+        raise ValueError(f"leading axes do not broadcast: {tuple(x.shape)} and {tuple(y.shape)}") from error
+    x, y = (sample.to(dtype).expand(*lead, *sample.shape[-2:]) for sample in (x, y))
+    x_mass, y_mass = (None, None) if weights is None else weights
+    return Pair(x, y, _mass("x", x_mass, x), _mass("y", y_mass, y))
+
+
+def check_order(p: float) -> float:
+    """Return the order p of a distance as a float.
+
+    Raises:
+        ValueError: p is below 1 or not finite.
+    """
+    if not (math.isfinite(p) and p >= 1):
+        raise ValueError(f"the order p must be finite and at least 1, got {p!r}")
+    return float(p)
+
+
+def check_finite(samples: Pair) -> None:
+    """Refuse NaN and infinity, for which no coupling has a finite cost.
+
+    Raises:
+        ValueError: A sample holds NaN or infinity.
+    """
+    for name, sample in (("x", samples.x), ("y", samples.y)):
+        bad = int((~torch.isfinite(sample)).sum())
+        if bad:
+            raise ValueError(f"{name} holds {bad} values that are NaN or infinite; their distance is not defined")
+
+
+def _mass(name: str, mass: Tensor | None, sample: Tensor) -> Tensor | None:
+    if mass is None:
+        return None
+    if not isinstance(mass, Tensor):
+        raise TypeError(f"the weights of {name} must be a tensor or None, got {type(mass).__name__}")
+    if mass.ndim < 1 or mass.shape[-1] != sample.shape[-2]:
+        raise ValueError(f"{name} has {sample.shape[-2]} points but weights of shape {tuple(mass.shape)}")
+    mass = mass.to(device=sample.device, dtype=torch.float64)
+    total = mass.sum(-1, keepdim=True)
+    if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()) or bool((total <= 0).any()):
+        raise ValueError(f"the weights of {name} must be finite, not negative, and sum to more than 0")
+    return (mass / total).expand(*sample.shape[:-1])
