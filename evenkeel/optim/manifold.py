@@ -1,0 +1,254 @@
+r"""Geometry of the manifold that normalization creates: rows up to scale.
+
+Batch normalization makes a network blind to the length of each weight vector that feeds it,
+:math:`\mathrm{BN}(w^\top x) = \mathrm{BN}(u^\top x)` with :math:`u = w / \lVert w \rVert`. So a weight vector is
+really a point of the Grassmann manifold :math:`G(1, n)`, and with unit representatives its operators are those of the
+unit sphere. Every function here works on rows, the last axis of a tensor ``(*, n)``, all leading axes being a batch.
+
+Paper: Cho and Lee, "Riemannian approach to batch normalization", NeurIPS 2017 (arXiv 1709.09603), Eq. 6-9.
+
+Deviations from the paper, all for numerical safety and none visible in exact arithmetic:
+
+- :math:`(h / \lVert h \rVert) \sin \lVert h \rVert` is computed as :math:`h\,\mathrm{sinc}\lVert h \rVert`, which has
+  no division by zero, instead of adding a small constant to the norm;
+- :math:`1 - \cos t` is computed as :math:`2 \sin^2(t / 2)`, which does not cancel for small steps;
+- a result that should have unit norm is brought back to it, so that errors do not add up over the steps;
+- norms are computed of the row divided by its largest element, so that tiny and huge rows neither vanish nor overflow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "angle",
+    "coherence",
+    "exp_map",
+    "norm_clip",
+    "orthogonality_gradient",
+    "orthogonality_penalty",
+    "parallel_transport",
+    "project",
+    "row_norm",
+    "transport_along",
+    "unit",
+]
+
+
+def row_norm(x: Tensor) -> Tensor:
+    r"""Euclidean norm :math:`\lVert x \rVert` of every row, right for any finite row.
+
+    The row is divided by its largest element first: the square of an element below 1e-23 is zero in float32, and above
+    1e19 it is infinite, though the norm itself is an ordinary number.
+
+    Args:
+        x: Rows, ``(*, n)``, floating point.
+
+    Returns:
+        The norms, ``(*, 1)``. Zero for a zero row.
+
+    Example:
+        >>> row_norm(torch.tensor([[3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]])).flatten().tolist()
+        [4.999999906605867e-30, 5.000000062741258e+30, 0.0]
+    """
+    largest = _largest(x)
+    norm: Tensor = torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True)
+    return norm * largest
+
+
+def unit(x: Tensor) -> Tensor:
+    r"""Rows of unit length, :math:`x / \lVert x \rVert`; a zero row stays zero.
+
+    Args:
+        x: Rows, ``(*, n)``, of any finite length.
+
+    Returns:
+        Rows of the same shape and dtype, of norm one or zero.
+    """
+    scaled = x / _largest(x)
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled / torch.where(norm > 0, norm, 1.0)
+
+
+def project(y: Tensor, g: Tensor) -> Tensor:
+    r"""Riemannian gradient: the part of ``g`` that is tangent to the sphere at ``y`` (Eq. 6).
+
+    .. math:: h = g - (y^\top g)\, y
+
+    Args:
+        y: Points, unit rows ``(*, n)``.
+        g: Euclidean gradients, ``(*, n)``.
+
+    Returns:
+        Tangent vectors ``(*, n)`` with :math:`y^\top h = 0`.
+    """
+    return g - (y * g).sum(-1, keepdim=True) * y
+
+
+def norm_clip(h: Tensor, max_norm: float | None) -> Tensor:
+    r"""Shorten every row that is longer than ``max_norm`` to that length (Section 3 of the paper).
+
+    .. math:: \hat h = h \min(1, \nu / \lVert h \rVert)
+
+    The exponential map is periodic, so a long step is no better than a short one: hence the bound, per weight vector.
+
+    Args:
+        h: Rows, ``(*, n)``.
+        max_norm: The bound :math:`\nu`, or None for no bound.
+
+    Returns:
+        Rows of the same shape.
+    """
+    if max_norm is None:
+        return h
+    norm = row_norm(h)
+    return torch.where(norm > max_norm, unit(h) * max_norm, h)
+
+
+def exp_map(y: Tensor, d: Tensor) -> Tensor:
+    r"""Walk from ``y`` along the great circle in direction ``d``, by the length of ``d`` (Eq. 7).
+
+    .. math:: \exp_y(d) = y \cos\lVert d \rVert + \frac{d}{\lVert d \rVert} \sin\lVert d \rVert
+
+    The arc from ``y`` to the result is :math:`\lVert d \rVert` radians (modulo a full circle).
+
+    Args:
+        y: Points, unit rows ``(*, n)``.
+        d: Tangent vectors at ``y``, ``(*, n)``; zero is allowed and stays where it is.
+
+    Returns:
+        Unit rows ``(*, n)``.
+    """
+    t = row_norm(d)
+    return unit(y * t.cos() + d * _sinc(t))
+
+
+def parallel_transport(y: Tensor, d: Tensor, v: Tensor) -> Tensor:
+    r"""Carry the tangent vector ``v`` along the geodesic that starts at ``y`` in direction ``d`` (Eq. 8).
+
+    .. math:: \mathrm{pt}_y(v; d) = v - (u^\top v)\,
+              \bigl(y \sin\lVert d \rVert + u\,(1 - \cos\lVert d \rVert)\bigr), \qquad u = d / \lVert d \rVert
+
+    Lengths and angles between transported vectors are kept.
+
+    Args:
+        y: Points, unit rows ``(*, n)``.
+        d: Directions of the walk, tangent at ``y``, ``(*, n)``; a zero direction leaves ``v`` as it is.
+        v: Vectors to carry, tangent at ``y``, ``(*, n)``.
+
+    Returns:
+        Vectors ``(*, n)`` tangent at ``exp_map(y, d)``.
+    """
+    t, u = row_norm(d), unit(d)
+    along = (u * v).sum(-1, keepdim=True)
+    return v - along * (y * t.sin() + u * (2 * (t / 2).sin().square()))
+
+
+def transport_along(y: Tensor, d: Tensor) -> Tensor:
+    r"""Carry a tangent vector along its own geodesic (Eq. 9), the special case that momentum needs.
+
+    .. math:: \mathrm{pt}_y(d; d) = d \cos\lVert d \rVert - y\,\lVert d \rVert \sin\lVert d \rVert
+
+    Args:
+        y: Points, unit rows ``(*, n)``.
+        d: Tangent vectors at ``y``, ``(*, n)``.
+
+    Returns:
+        Vectors ``(*, n)`` tangent at ``exp_map(y, d)``, as long as ``d``.
+    """
+    t = row_norm(d)
+    return d * t.cos() - y * (t * t.sin())
+
+
+def angle(y: Tensor, z: Tensor) -> Tensor:
+    r"""Angle between rows, accurate for small and for near-opposite ones, where the arc cosine is not.
+
+    .. math:: \angle(y, z) = 2 \arctan\frac{\lVert y - z \rVert}{\lVert y + z \rVert}
+
+    Args:
+        y: Rows, ``(*, n)``; they are brought to unit length.
+        z: Rows, ``(*, n)``; likewise.
+
+    Returns:
+        Angles in radians, ``(*)``, between 0 and pi.
+    """
+    y, z = unit(y), unit(z)
+    return 2 * torch.atan2(row_norm(y - z), row_norm(y + z)).squeeze(-1)
+
+
+def orthogonality_penalty(y: Tensor, alpha: float, blocks: int = 1) -> Tensor:
+    r"""Regularizer :math:`L^O` that asks the rows of a weight to be orthogonal; it replaces weight decay.
+
+    .. math:: L^O(\alpha, Y) = \frac{\alpha}{2} \lVert Y Y^\top - I \rVert_F^2
+
+    Args:
+        y: Unit rows of one weight, ``(rows, n)``.
+        alpha: Weight of the penalty.
+        blocks: Number of equal blocks of rows that are looked at separately: the groups of a grouped convolution,
+            whose filters see different inputs and have no reason to be orthogonal to each other.
+
+    Returns:
+        The penalty, a scalar.
+    """
+    y = _in_blocks(y, blocks)
+    eye = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    return alpha / 2 * (y @ y.mT - eye).square().sum()
+
+
+def orthogonality_gradient(y: Tensor, alpha: float, blocks: int = 1) -> Tensor:
+    r"""Gradient of :func:`orthogonality_penalty`, :math:`2 \alpha (Y Y^\top - I) Y`.
+
+    The product is taken in the cheaper order: through the Gram matrix of rows when there are fewer rows than columns,
+    else as :math:`2 \alpha\,(Y (Y^\top Y) - Y)`.
+
+    Args:
+        y: Unit rows of one weight, ``(rows, n)``.
+        alpha: Weight of the penalty.
+        blocks: As in :func:`orthogonality_penalty`.
+
+    Returns:
+        Gradient, ``(rows, n)``.
+    """
+    y = _in_blocks(y, blocks)
+    product = (y @ y.mT) @ y if y.shape[1] <= y.shape[2] else y @ (y.mT @ y)
+    return ((2 * alpha) * (product - y)).flatten(0, 1)
+
+
+def coherence(y: Tensor, blocks: int = 1) -> tuple[float, float]:
+    r"""Mutual coherence of the rows of a weight: how far they are from orthogonal.
+
+    Args:
+        y: Rows of one weight, ``(rows, n)``; they are brought to unit length.
+        blocks: As in :func:`orthogonality_penalty`.
+
+    Returns:
+        Mean and maximum of :math:`|y_i^\top y_j|` over all pairs :math:`i \ne j` of one block; zeros where there is no
+        pair.
+    """
+    y = _in_blocks(unit(y.detach().float()), blocks)
+    rows = y.shape[1]
+    if rows < 2:
+        return 0.0, 0.0
+    gram = (y @ y.mT).abs()
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    return float(gram.sum() / (blocks * rows * (rows - 1))), float(gram.max())
+
+
+def _in_blocks(y: Tensor, blocks: int) -> Tensor:
+    return y.reshape(blocks, y.shape[0] // blocks, y.shape[1])
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude per row, with 1 in place of 0 so that one may divide by it."""
+    if x.shape[-1] == 0:
+        return x.new_ones(*x.shape[:-1], 1)
+    largest = x.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _sinc(t: Tensor) -> Tensor:
+    """Return sin(t) / t, smooth at zero (torch.sinc has pi in it)."""
+    return torch.sinc(t / math.pi)

@@ -1,0 +1,294 @@
+r"""SGD-G: stochastic gradient descent with momentum on the manifold of scale-invariant weights.
+
+Paper: Cho and Lee, "Riemannian approach to batch normalization", NeurIPS 2017 (arXiv 1709.09603), Algorithm 1.
+
+Deviations from the paper's own code: constructor arguments reach the groups (there ``omega`` was ignored); ``p.grad``
+is not edited; the state survives changes of the learning rate; parameters of any dtype and memory format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from evenkeel.optim.base import Params, SphereOptimizer, check_below_one, fresh_state, put_on_sphere
+from evenkeel.optim.kernels import CHUNK, regularized_gradient, walk_
+from evenkeel.optim.manifold import exp_map, norm_clip, orthogonality_gradient, project, row_norm, transport_along, unit
+from evenkeel.optim.rows import Job, RowLayout, Workspace, compute_dtype, from_rows, local_part, tiles, to_rows
+
+__all__ = ["SGDG", "sgdg"]
+
+Observe = Callable[[int, Tensor, Tensor], None]
+
+
+class SGDG(SphereOptimizer):
+    r"""Momentum SGD that keeps every weight vector of its manifold groups on the unit sphere.
+
+    For a unit row y with gradient g of loss plus regularizer, and momentum :math:`\tau`, starting at zero:
+
+    .. math::
+        h &= g - (y^\top g)\,y, \qquad \hat h = h \min(1, \nu / \lVert h \rVert) \\
+        d &= \gamma \tau - \eta \hat h \\
+        y &\leftarrow \exp_y(d), \qquad \tau \leftarrow \mathrm{pt}_y(d; d)
+
+    In groups with ``manifold=False`` it is SGD with momentum, Nesterov momentum and weight decay as in torch.
+
+    Args:
+        params: Parameters, named parameters or param groups. :func:`evenkeel.optim.param_groups` makes the groups from
+            a model. Rows of manifold groups are brought to unit length at their first step.
+        lr: Learning rate :math:`\eta`, a number or a tensor of one element. May be omitted if every group has its own.
+            The paper uses 0.2 on the manifold and 0.01 elsewhere for CIFAR.
+        momentum: Momentum :math:`\gamma`.
+        grad_clip: Bound :math:`\nu` on the Riemannian gradient of one weight vector, regularizer included; None for
+            none.
+        ortho: Weight :math:`\alpha` of the regularizer :math:`\frac{\alpha}{2}\lVert YY^\top - I\rVert^2` that asks the
+            rows of a weight to be orthogonal.
+        nesterov: Nesterov momentum; outside the manifold only, the paper has none on it.
+        weight_decay: L2 penalty; outside the manifold only.
+        manifold: Whether groups that do not say are on the manifold.
+        maximize: Maximize the objective (the regularizer is still minimized).
+        row_dim: Axis of the output units: 0, or 1 for transposed convolutions.
+        row_groups: Groups of a grouped convolution; ``ortho`` does not compare rows of different groups.
+        foreach: Work on many parameters at once (None and True) or on one after the other (False, slow and plain).
+        compile: Compile the arithmetic of the manifold step with TorchInductor.
+
+    All arguments but ``params`` are keys of the param groups. On the manifold ``weight_decay`` and ``nesterov`` of the
+    constructor are ignored.
+
+    State, per parameter: ``momentum_buffer``, of the shape of the parameter, float32 (float64 for float64 parameters).
+
+    Raises:
+        ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.randn(4, 9))
+        >>> optimizer = SGDG([weight], lr=0.2)
+        >>> weight[:, 0].sum().backward()
+        >>> optimizer.step()
+        >>> bool(torch.allclose(weight.norm(dim=1), torch.ones(4)))
+        True
+    """
+
+    _group_defaults: ClassVar[dict[str, Any]] = {
+        "momentum": 0.9,
+        "grad_clip": 0.1,
+        "ortho": 0.1,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "manifold": True,
+        "maximize": False,
+        "row_dim": 0,
+        "row_groups": 1,
+        "foreach": None,
+        "compile": False,
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor | None = None,
+        momentum: float = 0.9,
+        grad_clip: float | None = 0.1,
+        ortho: float = 0.1,
+        *,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        manifold: bool = True,
+        maximize: bool = False,
+        row_dim: int = 0,
+        row_groups: int = 1,
+        foreach: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "grad_clip": grad_clip,
+                "ortho": ortho,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "manifold": manifold,
+                "maximize": maximize,
+                "row_dim": row_dim,
+                "row_groups": row_groups,
+                "foreach": foreach,
+                "compile": compile,
+            },
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_below_one("momentum", group["momentum"])
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("nesterov=True needs a momentum above 0")
+
+    def _buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor | None]:
+        if group["momentum"] == 0:
+            return [None] * len(params)
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = fresh_state(p)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+    def _step_manifold(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if "on_sphere" not in self.state[p]:
+                put_on_sphere(p, group["row_dim"], group["row_groups"])
+                self.state[p]["on_sphere"] = True
+        sgdg(
+            params,
+            [cast(Tensor, p.grad) for p in params],
+            self._buffers(group, params),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            grad_clip=group["grad_clip"],
+            ortho=group["ortho"],
+            maximize=group["maximize"],
+            row_dim=group["row_dim"],
+            row_groups=group["row_groups"],
+            foreach=group["foreach"],
+            compile=group["compile"],
+            workspace=self._workspace,
+            observe=self._observe(group, params),
+        )
+
+    def _step_flat(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        sgd(
+            params,
+            [cast(Tensor, p.grad) for p in params],
+            self._buffers(group, params),
+            foreach=group["foreach"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+
+
+@torch.no_grad()
+def sgdg(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    grad_clip: float | None,
+    ortho: float,
+    maximize: bool = False,
+    row_dim: int = 0,
+    row_groups: int = 1,
+    foreach: bool | None = None,
+    compile: bool = False,
+    workspace: Workspace | None = None,
+    observe: Observe | None = None,
+) -> None:
+    """Functional form of :class:`SGDG` on the manifold: updates ``params`` and ``momentum_buffers`` in place.
+
+    Args:
+        params: Weights whose rows have unit length (or any: they are taken as directions).
+        grads: Their gradients, not written to.
+        momentum_buffers: Tangent vectors of the shapes of the weights, or None where ``momentum`` is 0.
+        lr: Learning rate.
+        momentum: Momentum.
+        grad_clip: Bound on the Riemannian gradient of a row, or None.
+        ortho: Weight of the orthogonality regularizer.
+        maximize: Maximize the objective.
+        row_dim: Axis of the output units, 0 or 1.
+        row_groups: Groups of the convolution.
+        foreach: False for the plain loop over parameters.
+        compile: Compile the arithmetic.
+        workspace: Buffers kept from step to step.
+        observe: Called per parameter with its index, the angle walked and the tangent norm of its rows.
+    """
+    kernel = _single_tensor_sgdg if foreach is False and not compile else _multi_tensor_sgdg
+    whole = ortho != 0
+    jobs = []
+    for i, (p, g, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        p, g = local_part(p, row_dim, whole), local_part(g, row_dim, whole)
+        buffer = None if buffer is None else local_part(buffer, row_dim, whole)
+        jobs.append(Job(i, RowLayout.of(p, row_dim, row_groups), p, g, buffer))
+    kernel(
+        jobs,
+        lr=lr,
+        momentum=momentum,
+        grad_clip=grad_clip,
+        ortho=ortho,
+        maximize=maximize,
+        workspace=workspace or Workspace(),
+        observe=observe,
+    )
+
+
+def _single_tensor_sgdg(
+    jobs: list[Job],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    grad_clip: float | None,
+    ortho: float,
+    maximize: bool,
+    workspace: Workspace,  # noqa: ARG001  one signature for all kernels
+    observe: Observe | None,
+) -> None:
+    for job in jobs:
+        if job.weight.numel() == 0:
+            continue
+        dtype = compute_dtype(job.weight)
+        weight = to_rows(job.weight, job.layout).to(dtype)
+        y, g = unit(weight), to_rows(job.grad, job.layout).to(dtype)
+        g = -g if maximize else g
+        if ortho:
+            g = g + orthogonality_gradient(y, ortho, job.layout.blocks)
+        tangent = project(y, g)
+        d = -lr * norm_clip(tangent, grad_clip)
+        if job.moment is not None:
+            d = momentum * to_rows(job.moment, job.layout) + d
+        d = torch.where(row_norm(weight) > 0, d, 0.0)
+        from_rows(exp_map(y, d).to(job.weight.dtype), job.weight, job.layout)
+        if job.moment is not None:
+            from_rows(transport_along(y, d), job.moment, job.layout)
+        if observe is not None:
+            observe(job.index, row_norm(d).squeeze(1), row_norm(tangent).squeeze(1))
+
+
+def _multi_tensor_sgdg(
+    jobs: list[Job],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    grad_clip: float | None,
+    ortho: float,
+    maximize: bool,
+    workspace: Workspace,
+    observe: Observe | None,
+) -> None:
+    def coefficients(clip: Tensor, _norm: Tensor, _rows: slice) -> tuple[Any, Any]:
+        return (clip * (-lr / momentum), momentum) if momentum else (None, clip * -lr)
+
+    budget = CHUNK if jobs and jobs[0].weight.device.type == "cpu" else 1 << 24
+    for tile in tiles(jobs, workspace, budget, whole_blocks=ortho != 0):
+        grad = tile.grad.neg() if maximize else tile.grad
+        if ortho:
+            grad = regularized_gradient(tile, grad, ortho, workspace)
+        angle, norm = walk_(
+            tile,
+            grad,
+            grad_clip=grad_clip,
+            coefficients=coefficients,
+            keep=momentum,
+            workspace=workspace,
+            budget=budget,
+        )
+        tile.store()
+        if observe is not None:
+            for (index, a), (_, n) in zip(tile.split(angle), tile.split(norm), strict=True):
+                observe(index, a, n)
