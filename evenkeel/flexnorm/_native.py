@@ -56,7 +56,7 @@ class CKernels:
 
     def moments(self, x: Tensor, layout: str, size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return mean and biased variance over the positions, each (N, C) in ``dtype``."""
-        mean, var = torch.empty((2, size[0], size[1]), dtype=dtype, device=x.device)
+        mean, var = (torch.empty(size[:2], dtype=dtype, device=x.device) for _ in range(2))
         self._functions["moments", layout, x.dtype](
             x.data_ptr(), mean.data_ptr(), var.data_ptr(), *size, torch.get_num_threads()
         )
@@ -75,7 +75,7 @@ class CKernels:
         self, g: Tensor, x: Tensor, center: Tensor | None, layout: str, size: tuple[int, int, int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return ``sum g * (x - center)`` and ``sum g`` over the positions, each (N, C) in ``dtype``."""
-        s1, s0 = torch.empty((2, size[0], size[1]), dtype=dtype, device=x.device)
+        s1, s0 = (torch.empty(size[:2], dtype=dtype, device=x.device) for _ in range(2))
         at_center = 0 if center is None else center.data_ptr()
         self._functions["sums", layout, x.dtype](
             g.data_ptr(), x.data_ptr(), at_center, s1.data_ptr(), s0.data_ptr(), *size, torch.get_num_threads()

@@ -53,7 +53,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         scale, ctx.edge.scale = ctx.edge.scale, None
         layout = ctx.layout
-        positions = layout.size[2]
+        positions = max(layout.size[2], 1)
         if torch.is_grad_enabled():
             # Double backward: g is the finished part of the gradient, everything stays in the graph.
             return _composed_gradient(x, dmean, dvar, g), None, None

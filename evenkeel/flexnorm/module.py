@@ -211,8 +211,7 @@ class FlexNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlexNorm:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("running_mean", "running_var"):
-            buffer = self._buffers.get(name)
+        for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
                 # fn has already rounded; statistics restart from the rounded value but accumulate in float32.
                 self._buffers[name] = buffer.float()

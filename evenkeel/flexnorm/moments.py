@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["Moments"]
 
 
+def _var_mean(table: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean along one axis, kept; zeros where there is nothing to average."""
+    if table.numel() == 0:
+        zeros = table.sum(dim, keepdim=True)
+        return zeros, zeros
+    return torch.var_mean(table, dim, correction=0, keepdim=True)
+
+
 class Moments:
     """Mean and biased variance of an activation over groups of its values, as two small tables.
 
@@ -124,10 +132,10 @@ class Moments:
             return self
         count = self.count * (channels // groups)
         if groups == 1:
-            spread, pooled = torch.var_mean(mean, 1, correction=0, keepdim=True)
+            spread, pooled = _var_mean(mean, 1)
             return Moments(pooled, var.mean(1, keepdim=True) + spread, count, process_group=self.process_group)
         split = (samples, groups, channels // groups)
-        spread, pooled = torch.var_mean(mean.view(split), 2, correction=0, keepdim=True)
+        spread, pooled = _var_mean(mean.view(split), 2)
         pooled_var = var.view(split).mean(2, keepdim=True) + spread
         shape = (samples, channels)
         return Moments(
@@ -147,7 +155,7 @@ class Moments:
         elif samples == 1:
             local = Moments(mean, var, self.count)
         else:
-            spread, pooled = torch.var_mean(mean, 0, correction=0, keepdim=True)
+            spread, pooled = _var_mean(mean, 0)
             local = Moments(pooled, var.mean(0, keepdim=True) + spread, self.count * samples)
         if self.process_group is None:
             return local

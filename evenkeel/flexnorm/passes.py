@@ -12,6 +12,7 @@ Four implementations give the same tables and activations (the tests hold them a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def composed_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     values = x.to(table_dtype(x.dtype))
     if x.dim() == 2:
         return values, torch.zeros_like(values)
-    if positions_of(x) == 0:
+    if x.numel() == 0:  # no values, no moments: zeros keep 0/0 out of the graph
         zeros = values.sum(tuple(range(2, x.dim())))
         return zeros, zeros
     var, mean = torch.var_mean(values, tuple(range(2, x.dim())), correction=0)
@@ -103,6 +104,12 @@ def _as_rows(x: Tensor, size: tuple[int, int, int]) -> Tensor:
     return x.view(1, size[0] * size[1], size[2])
 
 
+def _reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fresh tensor in another shape, not as a view: views that leave an autograd function forbid in-place ReLU."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view(fresh, list(shape))
+    return reshaped
+
+
 def _kernels() -> _native.CKernels:
     kernels = _native.load()
     assert kernels is not None
@@ -115,7 +122,7 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return _kernels().moments(x, layout.order, layout.size, table_dtype(x.dtype))
     if layout.kernels == "native":
         mean, var = torch.ops.aten.batch_norm_update_stats(_as_rows(x, layout.size), None, None, 0.0)
-        return mean.view(layout.size[:2]), var.view(layout.size[:2])
+        return _reshaped(mean, layout.size[:2]), _reshaped(var, layout.size[:2])
     return composed_moments(x)
 
 
@@ -135,7 +142,7 @@ def _native_affine(x: Tensor, scale: Tensor, shift: Tensor | None, size: tuple[i
     zero, one = scale.new_zeros(rows), scale.new_ones(rows)
     bias = zero if shift is None else shift.reshape(rows)
     y = torch.native_batch_norm(_as_rows(x, size), scale.reshape(rows), bias, zero, one, False, 0.0, 0.0)[0]
-    return y.view(x.shape)
+    return _reshaped(y, x.shape)
 
 
 def sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -154,7 +161,7 @@ def sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[T
         _, s1, s0 = torch.ops.aten.native_batch_norm_backward(
             _as_rows(g, layout.size), _as_rows(x, layout.size), one, mean, one, None, None, False, 0.0, mask
         )
-        return s1.view(layout.size[:2]), s0.view(layout.size[:2])
+        return _reshaped(s1, layout.size[:2]), _reshaped(s0, layout.size[:2])
     values, gradient = x.to(table_dtype(x.dtype)), g.to(table_dtype(x.dtype))
     if center is not None:
         values = values - over_positions(center, x)

@@ -1,0 +1,109 @@
+"""The bricks of the reference networks: convolution, normalization and activation in one place, for any normalization.
+
+A network is written once, in terms of :class:`Bricks`; the normalization decides what a brick is. Ordinary layers are
+``conv -> norm -> ReLU``; Normalization Propagation has linear map, activation and standardization in one module, and
+combines residual branches with weights that keep unit variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from evenkeel import nn as norms
+from evenkeel._messages import unknown_name
+
+__all__ = ["Bricks", "NormSpec", "norm_names"]
+
+NormSpec: TypeAlias = str | Callable[[int], nn.Module]
+
+
+def norm_names() -> tuple[str, ...]:
+    """Return the names that the reference networks accept as ``norm=``."""
+    return (*norms.NORMS, "normprop")
+
+
+class Bricks:
+    """Makes the layers of a network for one choice of normalization.
+
+    Args:
+        norm: A name of :func:`norm_names`, or a callable that builds the normalization of a number of channels.
+        **norm_args: Handed to the normalization (to the propagating layers for ``"normprop"``).
+
+    Raises:
+        ValueError: For an unknown name, or ``norm_args`` with a callable.
+    """
+
+    def __init__(self, norm: NormSpec = "batch", **norm_args: Any) -> None:
+        if isinstance(norm, str) and norm not in norm_names():
+            raise ValueError(unknown_name("norm", norm, norm_names()))
+        if not isinstance(norm, str) and norm_args:
+            raise ValueError(f"norm is a callable: bind {sorted(norm_args)} to it instead of passing them beside it")
+        self._norm = norm
+        self._args = norm_args
+
+    @property
+    def propagates(self) -> bool:
+        """Whether the layers normalize by propagation, without statistics."""
+        return self._norm == "normprop"
+
+    def norm(self, channels: int) -> nn.Module:
+        """The normalization of ``channels`` channels of an image."""
+        if callable(self._norm):
+            return self._norm(channels)
+        return norms.make_norm(self._norm, channels, 2, **self._args)
+
+    def _convolution(self, cin: int, cout: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:
+        # Only a network without normalization needs the bias: every normalization brings its own.
+        conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=self._norm == "none")
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+        return conv
+
+    def conv(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int | None = None) -> nn.Module:
+        """Convolution, normalization and ReLU; ``padding`` defaults to keeping the size at stride 1."""
+        padding = kernel // 2 if padding is None else padding
+        if self.propagates:
+            return norms.NormPropConv2d(cin, cout, kernel, stride=stride, padding=padding, **self._args)
+        convolution = self._convolution(cin, cout, kernel, stride, padding)
+        return nn.Sequential(convolution, self.norm(cout), nn.ReLU(inplace=True))
+
+    def block(self, cin: int, cout: int, stride: int = 1) -> nn.Module:
+        """A pre-activated residual block of two 3x3 convolutions; 1x1 on the shortcut where shapes change."""
+        if not self.propagates:
+            return _PreActivationBlock(self, cin, cout, stride)
+        shortcut: nn.Module | None = None
+        if stride != 1 or cin != cout:
+            shortcut = norms.NormPropConv2d(cin, cout, 1, stride=stride, activation=None, **self._linear_args())
+        branch = nn.Sequential(self.conv(cin, cout, 3, stride), self.conv(cout, cout, 3))
+        return norms.NormPropResidual(branch, shortcut)
+
+    def _linear_args(self) -> dict[str, Any]:
+        return {key: value for key, value in self._args.items() if key != "activation"}
+
+
+class _PreActivationBlock(nn.Module):
+    """norm -> ReLU -> 3x3 -> norm -> ReLU -> 3x3, plus the input (He et al. 2016, identity mappings).
+
+    As in the unitization experiments, a shortcut that changes the shape is a 1x1 convolution of the raw block input.
+    """
+
+    def __init__(self, bricks: Bricks, cin: int, cout: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = bricks.norm(cin)
+        self.conv1 = bricks._convolution(cin, cout, 3, stride, 1)
+        self.norm2 = bricks.norm(cout)
+        self.conv2 = bricks._convolution(cout, cout, 3, 1, 1)
+        self.relu = nn.ReLU(inplace=True)
+        changes = stride != 1 or cin != cout
+        self.shortcut = bricks._convolution(cin, cout, 1, stride, 0) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for ``x`` (N, C, H, W)."""
+        # norm1 of a network without normalization is the identity: its ReLU must not overwrite the shortcut's input.
+        first = nn.functional.relu(self.norm1(x))
+        out: Tensor = self.conv2(self.relu(self.norm2(self.conv1(first)))) + self.shortcut(x)
+        return out

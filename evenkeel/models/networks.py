@@ -1,0 +1,169 @@
+"""The reference networks of the papers, each for any normalization, number of input channels and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from evenkeel.models.bricks import Bricks, NormSpec
+
+__all__ = ["convnet", "nin", "resnet", "vgg"]
+
+
+def _head(features: int, num_classes: int) -> nn.Linear:
+    head = nn.Linear(features, num_classes)
+    nn.init.normal_(head.weight, std=features**-0.5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def convnet(
+    norm: NormSpec = "batch",
+    in_channels: int = 3,
+    num_classes: int = 10,
+    *,
+    widths: Sequence[int] = (16, 32, 64),
+    **norm_args: Any,
+) -> nn.Sequential:
+    """Plain network of 3x3 convolutions: the first keeps the size, each further one halves it; mean over positions.
+
+    Args:
+        norm: Name of a normalization or a callable ``channels -> module``.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        widths: Channels of each convolution.
+        **norm_args: Handed to the normalization.
+
+    Returns:
+        A module from (N, in_channels, H, W) to logits (N, num_classes).
+    """
+    if not widths:
+        raise ValueError("widths must name at least one layer, got an empty sequence")
+    bricks = Bricks(norm, **norm_args)
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for index, width in enumerate(widths):
+        layers.append(bricks.conv(channels, width, stride=2 if index else 1))
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(channels, num_classes))
+
+
+def resnet(
+    depth: int,
+    norm: NormSpec = "batch",
+    in_channels: int = 3,
+    num_classes: int = 10,
+    *,
+    width: int = 16,
+    **norm_args: Any,
+) -> nn.Sequential:
+    """Pre-activation residual network for small images (He et al. 2016): three stages of ``(depth - 2) / 6`` blocks.
+
+    Args:
+        depth: Number of weight layers, ``6 n + 2``: 8, 20, 56, 110.
+        norm: Name of a normalization or a callable ``channels -> module``.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        width: Channels of the first stage; the next have twice and four times as many.
+        **norm_args: Handed to the normalization.
+
+    Returns:
+        A module from (N, in_channels, H, W) to logits (N, num_classes).
+
+    Raises:
+        ValueError: If ``depth`` is not ``6 n + 2`` with n at least 1.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
+    bricks = Bricks(norm, **norm_args)
+    # The stem of a pre-activation network is bare: the first block normalizes. A propagating stem standardizes itself.
+    stem = bricks.conv(in_channels, width) if bricks.propagates else bricks._convolution(in_channels, width, 3, 1, 1)
+    layers: list[nn.Module] = [stem]
+    channels = width
+    for stage in range(3):
+        for block in range((depth - 2) // 6):
+            out = width * 2**stage
+            layers.append(bricks.block(channels, out, stride=2 if stage and block == 0 else 1))
+            channels = out
+    if not bricks.propagates:
+        layers += [bricks.norm(channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(channels, num_classes))
+
+
+def vgg(
+    stages: Sequence[Sequence[int]],
+    norm: NormSpec = "batch",
+    in_channels: int = 3,
+    num_classes: int = 10,
+    **norm_args: Any,
+) -> nn.Sequential:
+    """VGG-style network: stages of 3x3 convolutions, each followed by 2x2 max-pooling; mean over positions.
+
+    Args:
+        stages: Widths of the convolutions of each stage.
+        norm: Name of a normalization or a callable ``channels -> module``.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        **norm_args: Handed to the normalization.
+
+    Returns:
+        A module from (N, in_channels, H, W) to logits (N, num_classes); H and W at least ``2**len(stages)``.
+    """
+    bricks = Bricks(norm, **norm_args)
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for widths in stages:
+        for width in widths:
+            layers.append(bricks.conv(channels, width))
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(channels, num_classes))
+
+
+def nin(
+    norm: NormSpec = "batch",
+    in_channels: int = 3,
+    num_classes: int = 10,
+    *,
+    width: int = 192,
+    **norm_args: Any,
+) -> nn.Sequential:
+    """Network in network of the Normalization Propagation paper (Arpit et al. 2016, sec. 5): nine convolutions.
+
+    C(192,5) C(160,1) maxpool(3,2) C(96,1) C(192,5) C(192,1) avgpool(3,2) C(192,1) C(192,5) C(192,1) C(classes,1), mean.
+    The paper pads the last 1x1 instead of the last 5x5 convolution (sizes 8, 4, 8), which reads like swapped entries;
+    here the 5x5 is padded, so that the size stays 8.
+
+    Args:
+        norm: Name of a normalization or a callable ``channels -> module``.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        width: 192 in the paper; the other widths scale with it.
+        **norm_args: Handed to the normalization.
+
+    Returns:
+        A module from (N, in_channels, H, W) to logits (N, num_classes).
+    """
+    bricks = Bricks(norm, **norm_args)
+    w192, w160, w96 = width, max(1, width * 160 // 192), max(1, width // 2)
+    last = nn.Conv2d(w192, num_classes, 1)
+    nn.init.normal_(last.weight, std=w192**-0.5)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+    return nn.Sequential(
+        bricks.conv(in_channels, w192, 5),
+        bricks.conv(w192, w160, 1),
+        nn.MaxPool2d(3, 2, 1),
+        bricks.conv(w160, w96, 1),
+        bricks.conv(w96, w192, 5),
+        bricks.conv(w192, w192, 1),
+        nn.AvgPool2d(3, 2, 1),
+        bricks.conv(w192, w192, 1),
+        bricks.conv(w192, w192, 5),
+        bricks.conv(w192, w192, 1),
+        last,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )

@@ -1,0 +1,508 @@
+"""Every normalization layer against its reference, torch's own layer and the ways in which layers are used."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evenkeel.nn as ek
+from evenkeel.flexnorm import FlexNorm, Moments
+from evenkeel.nn import reference
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What the generated tests need to know of a layer."""
+
+    build: Callable[..., FlexNorm]
+    shape: tuple[int, ...]
+    expected: Callable[[FlexNorm, Tensor], Tensor]
+    torch_layer: Callable[[], nn.Module] | None = None
+    mixes_samples: bool = False
+    statistics: bool = False
+
+
+def _batch(m: FlexNorm, x: Tensor) -> Tensor:
+    return reference.batch(x, m.weight, m.bias, eps=m.eps)
+
+
+def _unitized(m: FlexNorm, x: Tensor) -> Tensor:
+    return reference.unitized(x, m.weight, m.bias, m.alpha, eps=m.eps, norm=m.norm)
+
+
+def _population(m: FlexNorm, x: Tensor) -> Tensor:
+    axes = (0, *range(2, x.dim()))
+    return reference.population(x, x.mean(axes).detach(), x.var(axes, correction=0).detach(), m.weight, m.bias)
+
+
+IMAGE, SEQUENCE, VOLUME, FLAT = (4, 6, 5, 3), (4, 6, 7), (3, 6, 2, 3, 4), (5, 6)
+LAYERS = {
+    "BatchNorm1d flat": LayerInfo(
+        lambda **k: ek.BatchNorm1d(6, **k), FLAT, _batch, lambda: nn.BatchNorm1d(6), True, True
+    ),
+    "BatchNorm1d": LayerInfo(
+        lambda **k: ek.BatchNorm1d(6, **k), SEQUENCE, _batch, lambda: nn.BatchNorm1d(6), True, True
+    ),
+    "BatchNorm2d": LayerInfo(lambda **k: ek.BatchNorm2d(6, **k), IMAGE, _batch, lambda: nn.BatchNorm2d(6), True, True),
+    "BatchNorm3d": LayerInfo(lambda **k: ek.BatchNorm3d(6, **k), VOLUME, _batch, lambda: nn.BatchNorm3d(6), True, True),
+    "UnitizedBatchNorm1d": LayerInfo(lambda **k: ek.UnitizedBatchNorm1d(6, **k), FLAT, _unitized, None, True, True),
+    "UnitizedBatchNorm2d": LayerInfo(lambda **k: ek.UnitizedBatchNorm2d(6, **k), IMAGE, _unitized, None, True, True),
+    "UnitizedBatchNorm2d rms": LayerInfo(
+        lambda **k: ek.UnitizedBatchNorm2d(6, norm="rms", **k), IMAGE, _unitized, None, True, True
+    ),
+    "UnitizedBatchNorm3d": LayerInfo(lambda **k: ek.UnitizedBatchNorm3d(6, **k), VOLUME, _unitized, None, True, True),
+    "PopulationNorm1d": LayerInfo(lambda **k: ek.PopulationNorm1d(6, **k), FLAT, _population, None, False, True),
+    "PopulationNorm2d": LayerInfo(lambda **k: ek.PopulationNorm2d(6, **k), IMAGE, _population, None, False, True),
+    "PopulationNorm3d": LayerInfo(lambda **k: ek.PopulationNorm3d(6, **k), VOLUME, _population, None, False, True),
+    "GroupNorm": LayerInfo(
+        lambda **k: ek.GroupNorm(3, 6, **k),
+        IMAGE,
+        lambda m, x: reference.group(x, m.weight, m.bias, groups=3),
+        lambda: nn.GroupNorm(3, 6),
+    ),
+    "GroupNorm flat": LayerInfo(
+        lambda **k: ek.GroupNorm(2, 6, **k),
+        FLAT,
+        lambda m, x: reference.group(x, m.weight, m.bias, groups=2),
+        lambda: nn.GroupNorm(2, 6),
+    ),
+    **{
+        f"LayerNorm{d}d": LayerInfo(
+            lambda d=d, **k: getattr(ek, f"LayerNorm{d}d")(6, **k),
+            shape,
+            lambda m, x: reference.layer(x, m.weight, m.bias),
+            lambda: nn.GroupNorm(1, 6),
+        )
+        for d, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME))
+    },
+    **{
+        f"InstanceNorm{d}d": LayerInfo(
+            lambda d=d, **k: getattr(ek, f"InstanceNorm{d}d")(6, affine=True, **k),
+            shape,
+            lambda m, x: reference.instance(x, m.weight, m.bias),
+            lambda d=d: getattr(nn, f"InstanceNorm{d}d")(6, affine=True),
+        )
+        for d, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME))
+    },
+}
+
+every_layer = pytest.mark.parametrize("info", LAYERS.values(), ids=LAYERS)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.rand_like(p) + 0.25)
+    return module
+
+
+def batch_of(info: LayerInfo, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (torch.randn(info.shape, dtype=torch.float64) * 2 + 1).to(dtype)
+
+
+def test_every_layer_has_a_record() -> None:
+    named = {name.split()[0] for name in LAYERS}
+    layers = {n for n in ek.__all__ if inspect.isclass(c := getattr(ek, n)) and issubclass(c, FlexNorm)}
+    assert layers == named
+
+
+@every_layer
+def test_training_forward_and_backward(info: LayerInfo) -> None:
+    module = randomized(info.build(dtype=torch.float64))
+    x = batch_of(info).requires_grad_()
+    g = torch.randn(info.shape, dtype=torch.float64)
+    y, z = module(x), info.expected(module, x)
+    torch.testing.assert_close(y, z)
+    inputs = [x, *module.parameters()]
+    for a, b in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(z, inputs, g), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every_layer
+def test_same_as_torch_in_training_and_evaluation_with_its_state_dict(info: LayerInfo) -> None:
+    if info.torch_layer is None:
+        pytest.skip("torch has no such layer")
+    theirs = randomized(info.torch_layer())
+    ours = info.build()
+    ours.load_state_dict(theirs.state_dict())
+    for _ in range(3):
+        x = batch_of(info, torch.float32)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = batch_of(info, torch.float32)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0, None])
+def test_running_statistics_follow_torch(momentum: float | None) -> None:
+    ours, theirs = ek.BatchNorm2d(6, momentum=momentum), nn.BatchNorm2d(6, momentum=momentum)
+    for _ in range(4):
+        x = torch.randn(IMAGE) * 3 + 1
+        ours(x), theirs(x)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    instance = ek.InstanceNorm2d(6, momentum=momentum, track_running_stats=True)
+    peer = nn.InstanceNorm2d(6, momentum=0.1 if momentum is None else momentum, track_running_stats=True)
+    for _ in range(2):
+        x = torch.randn(IMAGE)
+        instance(x), peer(x)
+    if momentum is not None:
+        torch.testing.assert_close(instance.running_mean, peer.running_mean)
+        torch.testing.assert_close(instance.running_var, peer.running_var)
+        torch.testing.assert_close(instance.eval()(x), peer.eval()(x))
+
+
+@every_layer
+def test_evaluation_uses_running_statistics(info: LayerInfo) -> None:
+    module = randomized(info.build(dtype=torch.float64))
+    for _ in range(2):
+        module(batch_of(info))
+    module.eval()
+    x = batch_of(info)
+    whole = module(x)
+    alone = torch.cat([module(s) for s in x.split(1)])
+    torch.testing.assert_close(whole, alone)
+    if info.statistics:
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        module(x + 5)
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, before[key])
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_keeps_statistics_in_float32(info: LayerInfo, dtype: torch.dtype) -> None:
+    module = randomized(info.build()).to(dtype)
+    x = batch_of(info, dtype)
+    y = module(x)
+    assert y.dtype == dtype
+    double = copy.deepcopy(module).double()
+    expected = info.expected(double, x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+    for name, buffer in module.named_buffers():
+        assert buffer.dtype in (torch.float32, torch.int64), name
+
+
+@every_layer
+def test_autocast_keeps_statistics_in_float32(info: LayerInfo) -> None:
+    module = randomized(info.build())
+    x = batch_of(info, torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert module.weight.grad.dtype == torch.float32
+
+
+@every_layer
+def test_copies_pickles_and_loads_weights_only(info: LayerInfo, tmp_path: Path) -> None:
+    module = randomized(info.build())
+    module(batch_of(info, torch.float32))
+    x = batch_of(info, torch.float32)
+    torch.save(module.state_dict(), tmp_path / "m.pt")
+    loaded = info.build()
+    loaded.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert torch.equal(other.eval()(x), module.eval()(x))
+        assert repr(other) == repr(module)
+        for a, b in zip(other.state_dict().values(), module.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+            assert a.data_ptr() != b.data_ptr() or a.numel() == 0
+
+
+@every_layer
+def test_compiles_whole_with_gradients_and_statistics(info: LayerInfo) -> None:
+    torch._dynamo.reset()
+    for momentum in ({"momentum": None}, {}) if info.statistics else ({},):
+        module = randomized(info.build(**momentum))
+        twin = copy.deepcopy(module)
+        compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            x = batch_of(info, torch.float32)
+            y, z = module(x), compiled(x)
+            torch.testing.assert_close(y, z)
+        for a, b in zip(
+            torch.autograd.grad(y.sin().sum(), list(module.parameters())),
+            torch.autograd.grad(z.sin().sum(), list(twin.parameters())),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@every_layer
+def test_exports(info: LayerInfo) -> None:
+    module = randomized(info.build()).eval()
+    x = batch_of(info, torch.float32)
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+@every_layer
+def test_checkpointing_counts_a_batch_once(info: LayerInfo) -> None:
+    module, twin = info.build(), info.build()
+    x = batch_of(info, torch.float32).requires_grad_()
+    torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False).sum().backward()
+    twin(x)
+    for (name, a), b in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@every_layer
+def test_device_and_dtype_reach_every_tensor(info: LayerInfo) -> None:
+    module = info.build(device="meta", dtype=torch.float64)
+    tensors = [*module.parameters(), *module.buffers()]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+
+
+@every_layer
+def test_empty_batch_leaves_statistics_alone(info: LayerInfo) -> None:
+    module = info.build()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    x = torch.zeros((0, *info.shape[1:]), requires_grad=True)
+    y = module(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@every_layer
+def test_wrong_inputs_are_named(info: LayerInfo) -> None:
+    module = info.build()
+    with pytest.raises(ValueError, match="built for 6 channels, got 5"):
+        module(torch.zeros((2, 5, *info.shape[2:])))
+    with pytest.raises(ValueError, match=r"shape \(6,\)|shape \(2, 6, 1, 1, 1, 1\)"):
+        module(torch.zeros(6))
+
+
+@pytest.mark.parametrize("name", ["BatchNorm2d", "UnitizedBatchNorm2d"])
+def test_a_non_finite_batch_does_not_poison_the_statistics(name: str) -> None:
+    module = getattr(ek, name)(6)
+    module(torch.randn(IMAGE))
+    mean, var = module.running_mean.clone(), module.running_var.clone()
+    bad = torch.randn(IMAGE)
+    bad[0, 2] = float("inf")
+    bad[1, 3, 0, 0] = float("nan")
+    module(bad)
+    assert torch.equal(module.running_mean[2:4], mean[2:4])
+    assert torch.equal(module.running_var[2:4], var[2:4])
+    assert not torch.equal(module.running_mean[0], mean[0])
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n].statistics])
+def test_frozen_survives_train(name: str) -> None:
+    info = LAYERS[name]
+    module = info.build()
+    module(batch_of(info, torch.float32))
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    assert module.freeze().train() is module
+    assert "frozen=True" in repr(module)
+    x = batch_of(info, torch.float32)
+    y = module(x)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, state[key])
+    assert torch.equal(y, copy.deepcopy(module).eval()(x))
+    module.freeze(False)(x)
+    assert not torch.equal(module.running_mean, state["running_mean"])
+
+
+def test_errors_of_the_constructors() -> None:
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: ek.BatchNorm2d(-1), "num_features must not be negative, got -1"),
+        (lambda: ek.BatchNorm2d(3, eps=-1.0), "eps must not be negative, got -1.0"),
+        (lambda: ek.BatchNorm2d(3, momentum=1.5), "momentum must lie in"),
+        (lambda: ek.BatchNorm2d(3, process_group="wrld"), "got 'wrld'"),
+        (lambda: ek.GroupNorm(4, 6), "got 4 and 6"),
+        (lambda: ek.UnitizedBatchNorm2d(6, norm="papr"), "did you mean 'paper'"),
+        (lambda: ek.PopulationNorm2d(6, statistics="runing"), "did you mean 'running'"),
+        (lambda: ek.PopulationNorm2d(6, max_ratio=0.5), "at least 1"),
+        (lambda: ek.make_norm("bacth", 6), "did you mean 'batch'"),
+        (lambda: ek.make_norm("batch", 6, ndim=4), "0 to 3, got 4"),
+    ]
+    for call, match in cases:
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(RuntimeError, match="nothing to freeze"):
+        ek.LayerNorm2d(3).freeze()
+    with pytest.raises(NotImplementedError, match="must implement rule"):
+        FlexNorm(3)(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("layer", [ek.BatchNorm2d(3), ek.UnitizedBatchNorm2d(3), ek.InstanceNorm2d(3)])
+def test_one_value_is_refused_with_advice(layer: FlexNorm) -> None:
+    with pytest.raises(ValueError, match="more than 1"):
+        layer(torch.zeros(1, 3, 1, 1))
+    layer.eval()(torch.zeros(1, 3, 1, 1))
+
+
+def test_no_affine_and_no_bias() -> None:
+    for build in (ek.BatchNorm2d, ek.UnitizedBatchNorm2d, ek.PopulationNorm2d, ek.LayerNorm2d):
+        assert build(3, affine=False).weight is None
+        layer = build(3, bias=False)
+        assert layer.bias is None
+        assert layer(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    assert ek.GroupNorm(1, 3, bias=False).bias is None
+
+
+def test_without_running_statistics_evaluation_uses_the_batch() -> None:
+    layer = ek.BatchNorm2d(6, track_running_stats=False).eval()
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(layer(x), reference.batch(x))
+
+
+def test_state_dict_without_counter_loads() -> None:
+    state = nn.BatchNorm2d(6).state_dict()
+    del state["num_batches_tracked"]
+    ek.BatchNorm2d(6).load_state_dict(state)
+
+
+class TestUnitized:
+    def test_starts_as_exact_batch_norm(self) -> None:
+        x = torch.randn(IMAGE)
+        ours, batch = ek.UnitizedBatchNorm2d(6), ek.BatchNorm2d(6)
+        assert torch.equal(ours(x), batch(x))
+        assert torch.equal(ours.eval()(x), batch.eval()(x))
+
+    def test_output_norm_is_bounded_by_weight_at_alpha_one(self) -> None:
+        layer = ek.UnitizedBatchNorm2d(6, norm="rms")
+        nn.init.ones_(layer.alpha)
+        y = layer(torch.randn(8, 6, 5, 5).exp() * torch.rand(8, 1, 1, 1) * 100)
+        assert (y.flatten(1).norm(dim=1) <= (6 * 25) ** 0.5 * (1 + 1e-5)).all()
+
+    def test_alpha_gradient_is_that_of_the_released_formula(self) -> None:
+        x = torch.randn(IMAGE, dtype=torch.float64)
+        layer = ek.UnitizedBatchNorm2d(6, dtype=torch.float64)
+        g = torch.randn(IMAGE, dtype=torch.float64)
+        (layer(x) * g).sum().backward()
+        xhat = reference.batch(x)
+        n = torch.sqrt(xhat.square().sum((1, 2, 3), keepdim=True) / 15**2 + layer.eps)
+        torch.testing.assert_close(layer.alpha.grad, (g * xhat * (1 / n - 1)).sum((0, 2, 3)))
+
+    def test_constraint(self) -> None:
+        x = torch.randn(IMAGE)
+        free, bound = ek.UnitizedBatchNorm2d(6), ek.UnitizedBatchNorm2d(6, constrain_alpha=True)
+        with torch.no_grad():
+            bound.alpha.fill_(3.0)
+            free.alpha.fill_(1.0)
+        assert torch.equal(free(x), bound(x))
+        assert "constrain_alpha=True" in repr(bound)
+
+    def test_inference_uses_running_statistics_and_own_norm(self) -> None:
+        layer = ek.UnitizedBatchNorm2d(6, momentum=1.0)
+        nn.init.constant_(layer.alpha, 0.7)
+        layer(torch.randn(IMAGE))
+        x = torch.randn(IMAGE)
+        expected = reference.unitized(
+            x, layer.weight, layer.bias, layer.alpha, layer.running_mean, layer.running_var, eps=layer.eps
+        )
+        torch.testing.assert_close(layer.eval()(x), expected)
+
+
+class TestPopulation:
+    def test_no_gradient_through_statistics(self) -> None:
+        layer = ek.PopulationNorm2d(6)
+        x = torch.randn(IMAGE, requires_grad=True)
+        layer(x).sum().backward()
+        scale = (layer.running_var + layer.eps).rsqrt()
+        torch.testing.assert_close(x.grad, scale.view(1, -1, 1, 1).expand(IMAGE))
+
+    def test_running_statistics_include_the_variance_between_batches(self) -> None:
+        """At batch size 1 with one position all of the variance is between batches."""
+        layer = ek.PopulationNorm1d(2, momentum=None, max_ratio=None)
+        samples = torch.randn(500, 2) * torch.tensor([1.0, 3.0]) + 2
+        for s in samples:
+            layer(s[None])
+        torch.testing.assert_close(layer.running_mean, samples.mean(0))
+        torch.testing.assert_close(layer.running_var, samples.var(0, correction=0), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("momentum", [0.1, 0.5])
+    def test_moving_average_is_bias_corrected_and_exactly_weighted(self, momentum: float) -> None:
+        layer = ek.PopulationNorm2d(1, momentum=momentum, max_ratio=None)
+        batches = [torch.randn(2, 1, 3, 3) * (i + 1) + i for i in range(5)]
+        for b in batches:
+            layer(b)
+        weights = torch.tensor([(1 - momentum) ** (len(batches) - 1 - i) for i in range(len(batches))])
+        weights = weights / weights.sum()
+        means = torch.stack([b.mean() for b in batches])
+        variances = torch.stack([b.var(correction=0) for b in batches])
+        mean = (weights * means).sum()
+        var = (weights * (variances + (means - mean) ** 2)).sum()
+        torch.testing.assert_close(layer.running_mean[0], mean)
+        torch.testing.assert_close(layer.running_var[0], var)
+
+    def test_guard_bounds_the_statistics_and_reports(self) -> None:
+        layer = ek.PopulationNorm2d(1, momentum=0.01, max_ratio=2.0)
+        x = torch.randn(8, 1, 6, 6)
+        for _ in range(50):
+            layer(x)
+        assert layer.clipped == 0
+        y = layer(x * 100 + 700)
+        assert layer.clipped == 1
+        assert y.std() <= 2.1
+        assert y.mean().abs() <= 2.1
+        free = ek.PopulationNorm2d(1, momentum=0.01, max_ratio=None)
+        for _ in range(50):
+            free(x)
+        assert free(x * 100 + 700).mean() > 3
+
+    def test_estimated_statistics_change_only_from_outside(self) -> None:
+        layer = ek.PopulationNorm2d(6, statistics="estimated")
+        x = torch.randn(IMAGE)
+        torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)
+        assert layer.num_batches_tracked == 0
+
+    def test_non_finite_batch(self) -> None:
+        layer = ek.PopulationNorm2d(1)
+        layer(torch.randn(2, 1, 3, 3))
+        state = layer.running_mean.clone()
+        layer(torch.full((2, 1, 3, 3), float("nan")))
+        assert torch.equal(state, layer.running_mean)
+
+    def test_batch_size_one_trains(self) -> None:
+        layer = ek.PopulationNorm1d(3)
+        layer(torch.randn(1, 3))
+        assert layer(torch.randn(1, 3)).isfinite().all()
+
+
+def test_make_norm_and_is_norm() -> None:
+    for name in ek.NORMS:
+        for ndim, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
+            layer = ek.make_norm(name, 6, ndim)
+            assert layer(torch.randn(shape)).shape == shape
+            assert ek.is_norm(layer)
+            assert ek.needs_batch(layer) == (name in ("batch", "unitized"))
+    assert ek.make_norm("group", 32).num_groups == 2
+    assert ek.make_norm("group", 6).num_groups == 1
+    assert ek.make_norm("group", 6, num_groups=3).num_groups == 3
+    assert ek.is_norm(nn.LayerNorm(3))
+    assert ek.is_norm(nn.SyncBatchNorm(3))
+    assert not ek.is_norm(nn.Conv2d(1, 1, 1))
+    assert ek.needs_batch(nn.BatchNorm2d(3))
+    assert not ek.needs_batch(ek.BatchNorm2d(3).freeze())
+    assert "6" in repr(ek.NoNorm(6))
+
+
+def test_1d_2d_3d_document_their_arguments() -> None:
+    for name in ("BatchNorm2d", "UnitizedBatchNorm1d", "PopulationNorm3d", "LayerNorm2d", "InstanceNorm1d"):
+        assert "num_features: Number of channels" in inspect.getdoc(getattr(ek, name)) or name == "BatchNorm2d"
+
+
+def test_pooled_count_of_one_is_not_corrected() -> None:
+    layer = ek.BatchNorm1d(2)
+    layer.track(Moments(torch.ones(1, 2), torch.zeros(1, 2), 1))
+    assert torch.equal(layer.running_var, torch.full((2,), 0.9))
