@@ -4,8 +4,8 @@ On the line the monotone coupling is optimal for every convex cost, so
 
     W_p^p = integral over q in (0, 1) of |F_x^-1(q) - F_y^-1(q)|^p,
 
-a finite sum over the merged jumps of the two quantile functions. With n = m and equal weights the jumps coincide and only two
-sorts remain.
+a finite sum over the merged jumps of the two quantile functions. With n = m and equal weights the jumps coincide and
+only two sorts remain.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def line_wasserstein(
 def sort_rows(values: Tensor) -> Tensor:
     """Sort along the last axis.
 
-    NumPy sorts values alone with vector instructions, about 20 times faster than ``torch.sort``, which computes the permutation as well;
-    the permutation is needed only where a gradient flows.
+    NumPy sorts values alone with vector instructions, about 20 times faster than ``torch.sort``, which computes the
+    permutation as well; the permutation is needed only where a gradient flows.
     """
     rows = values.contiguous()
     plain = (

@@ -24,7 +24,7 @@ def mean(view: View) -> list[float]:
 
 
 def marginal(view: View) -> list[float]:
-    """(E||X - Y||^p)^(1/p) >= ||((E|X_c - Y_c|^p)^(1/p))_c|| by Jensen or Minkowski, and each coordinate is at least its own W_p."""
+    """E||X - Y|| >= ||(E|X_c - Y_c|)_c|| by Jensen (Minkowski for p > 1); each coordinate costs at least its W_p."""
     return [_combine(view.marginals, view.p)]
 
 

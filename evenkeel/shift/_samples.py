@@ -29,7 +29,7 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 
 def pair(x: Tensor, y: Tensor, weights: Weights | None = None) -> Pair:
-    """Bring two samples to common form: broadcast the leading axes, compute halves and bfloat16 in float32, normalize the weights.
+    """Bring two samples to common form: leading axes broadcast, float32 at least, weights that sum to 1.
 
     Raises:
         TypeError: An argument is not a tensor, or is not of a real floating-point type.
@@ -53,7 +53,7 @@ def pair(x: Tensor, y: Tensor, weights: Weights | None = None) -> Pair:
         )
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     try:
-        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise ValueError(f"leading axes do not broadcast: {tuple(x.shape)} and {tuple(y.shape)}") from error
     x, y = (sample.to(dtype).expand(*lead, *sample.shape[-2:]) for sample in (x, y))

@@ -1,4 +1,4 @@
-"""Exact optimal transport between two clouds of points: an assignment where both have n equally heavy points, else a linear program."""
+"""Exact optimal transport between two clouds: an assignment for n and n equally heavy points, else a linear program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several bounds share about a pair of samples, computed once: means, centred points, distances of the coordinates."""
+"""What several bounds share about a pair of samples, computed once: means, radii, distances of the coordinates."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ class View:
     def rounding(self) -> float:
         """A bound on the rounding error of every bound, and of the exact distance, relative to ``radius``.
 
-        Sums of n terms err by at most n roundings of the mean size of a term, an inner product of length d by d roundings, a combination
-        over d coordinates by another factor sqrt(d), the dual variables of the assignment by n roundings of the largest cost.
-        The constant 8 covers a few such steps in a row.
+        Sums of n terms err by at most n roundings of the mean size of a term, an inner product of length d by d
+        roundings, a combination over d coordinates by another factor sqrt(d), the dual variables of the assignment by n
+        roundings of the largest cost. The constant 8 covers a few such steps in a row.
         """
         n, m = self.samples.x.shape[0], self.samples.y.shape[0]
         return 8 * (n + m + self.d * math.sqrt(self.d) + 8) * torch.finfo(torch.float64).eps

@@ -1,8 +1,9 @@
 r"""Bounds of the Wasserstein distance that cost far less than the distance, and the certified interval they give.
 
-Every bound is a theorem about the two empirical distributions (Huang & Yu, arXiv 2001.02814, for the moment bounds; the others follow
-from the definition in a line each, see the functions). They are evaluated in float64, and the interval is widened by a bound on the
-rounding errors made on the way, so that lower <= W_p <= upper holds for the numbers and not only for the formulas.
+Every bound is a theorem about the two empirical distributions (Huang & Yu, arXiv 2001.02814, for the moment bounds; the
+others follow from the definition in a line each, see the functions). They are evaluated in float64, and the interval is
+widened by a bound on the rounding errors made on the way, so that lower <= W_p <= upper holds for the numbers and not
+only for the formulas.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def shift_bounds(
     Lower bounds (P, Q the two samples, u unit directions):
 
     ``mean``                the distance of the means, $\|E X - E Y\|$
-    ``marginal``            $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the norm is convex, so
+    ``marginal``            $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the
+    norm is convex, so
                             Jensen's inequality turns the distances of the coordinates into one of the vectors
     ``marginal_sum``        $\sum_c W_1(X_c, Y_c) / \sqrt d$ (p = 1; never above ``marginal``)
     ``marginal_max``        $\max_c W_p(X_c, Y_c)$ (never above ``marginal``)
@@ -92,7 +94,8 @@ def shift_bounds(
     ``max_sliced``          the largest $W_p(u^\top X, u^\top Y)$ over random directions and the difference of the means
     ``radial``              $W_p(\|X - a\|, \|Y - a\|)$ with a the mean of both: the distance to a point is 1-Lipschitz
     ``moment_2``, ``_3``, ``_4``   from truncated absolute moments of order 2, 3, 4, see :func:`moment_lower_bound`
-    ``gelbrich``            the W_2 distance G of the Gaussians with the same two moments: $W_2 \ge G$, and $W_1 \ge G^2 / D$ with
+    ``gelbrich``            the W_2 distance G of the Gaussians with the same two moments: $W_2 \ge G$, and $W_1 \ge G^2
+    / D$ with
                             D the largest distance between a point of x and one of y (p = 1 or 2)
 
     Upper bounds:
@@ -100,7 +103,8 @@ def shift_bounds(
     ``coupled``             $(E\|X_i - Y_i\|^p)^{1/p}$, row i with row i (n = m): the coupling by the same input
     ``matched``             the same with rows matched by their rank along one direction (the difference of the means)
     ``triangle``            $(E\|X - EX\|^p)^{1/p} + (E\|Y - EY\|^p)^{1/p} + \|EX - EY\|$
-    ``moment``              $\sqrt{\operatorname{tr} \operatorname{Cov} X} + \sqrt{\operatorname{tr}\operatorname{Cov} Y} +
+    ``moment``              $\sqrt{\operatorname{tr} \operatorname{Cov} X} + \sqrt{\operatorname{tr}\operatorname{Cov}
+    Y} +
                             \|EX - EY\|$ ($p \le 2$)
 
     Args:
@@ -110,15 +114,17 @@ def shift_bounds(
         weights: Pair of (n,) and (m,) non-negative weights, or ``None`` for equal weights.
         projections: How many random directions the sliced bounds look along.
         seed: Seed of those directions.
-        include: Names of the bounds to evaluate; ``None`` for all that apply. Names that do not apply (``coupled`` with n != m) are
-            left out of the result; without any upper bound left, ``upper`` is infinite, without any lower bound ``lower`` is 0.
+        include: Names of the bounds to evaluate; ``None`` for all that apply. Names that do not apply (``coupled`` with
+            n != m) are left out of the result; without any upper bound left, ``upper`` is infinite, without any lower
+            bound ``lower`` is 0.
 
     Returns:
         The interval and the bounds by name.
 
     Raises:
         TypeError: A sample is not a floating-point tensor.
-        ValueError: Shapes that do not fit, leading batch axes, NaN or infinity in a sample, an unknown name in ``include``.
+        ValueError: Shapes that do not fit, leading batch axes, NaN or infinity in a sample, an unknown name in
+            ``include``.
     """
     p = check_order(p)
     samples = pair(x.detach(), y.detach(), weights)
@@ -158,7 +164,7 @@ def shift_bounds(
 
 
 def _centred(samples: Pair) -> tuple[Pair, float]:
-    """Both samples in float64 on the CPU, scaled by a power of two (exact) into [-1, 1] and moved so that the first point is 0.
+    """Both samples in float64 on the CPU, scaled into [-1, 1] by a power of two (exact), the first point moved to 0.
 
     A common move changes no distance, and it takes out of the means the large common part that would cost them digits.
     """

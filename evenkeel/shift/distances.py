@@ -1,7 +1,7 @@
 r"""Wasserstein distances between two samples.
 
-$W_p(P, Q) = \inf_{\pi} (E_\pi \|X - Y\|^p)^{1/p}$ over all couplings $\pi$ of P and Q. With p = 1 this is the Earth-Mover distance by
-which Huang & Yu (CVPR 2020, arXiv 2001.02814) define internal covariate shift.
+$W_p(P, Q) = \inf_{\pi} (E_\pi \|X - Y\|^p)^{1/p}$ over all couplings $\pi$ of P and Q. With p = 1 this is the
+Earth-Mover distance by which Huang & Yu (CVPR 2020, arXiv 2001.02814) define internal covariate shift.
 """
 
 from __future__ import annotations
@@ -33,43 +33,52 @@ def wasserstein(
 ) -> Tensor:
     r"""Wasserstein distance of order p between two samples, several ways.
 
-    ==============  =========  ==========================================================================================
-    method          returns    value
-    ==============  =========  ==========================================================================================
-    ``marginal``    (..., d)   $W_p$ of each coordinate by itself, exact; ``.norm(dim=-1)`` of it is a lower bound of ``exact``
-    ``sliced``      (...)      $(\frac1k \sum_u W_p^p(u^\top x, u^\top y))^{1/p}$ over k unit directions u; a lower bound of ``exact``
+    ==============  =========
+    ========================================================================================== method          returns
+    value
+    ==============  =========
+    ==========================================================================================
+    ``marginal``    (..., d)   $W_p$ of each coordinate by itself, exact; ``.norm(dim=-1)`` of it is a lower bound of
+    ``exact``
+    ``sliced``      (...)      $(\frac1k \sum_u W_p^p(u^\top x, u^\top y))^{1/p}$ over k unit directions u; a lower
+    bound of ``exact``
     ``max_sliced``  (...)      $\max_u W_p(u^\top x, u^\top y)$ over the same directions; a lower bound of ``exact``
-    ``exact``       (...)      $W_p$ of the two empirical distributions in $R^d$: $O(n^3)$, meant for n up to a few hundred
-    ``coupled``     (...)      $(\frac1n \sum_i \|x_i - y_i\|^p)^{1/p}$ (n = m): an upper bound of ``exact``, close when row i of both
+    ``exact``       (...)      $W_p$ of the two empirical distributions in $R^d$: $O(n^3)$, meant for n up to a few
+    hundred
+    ``coupled``     (...)      $(\frac1n \sum_i \|x_i - y_i\|^p)^{1/p}$ (n = m): an upper bound of ``exact``, close when
+    row i of both
                                samples comes from the same input
-    ==============  =========  ==========================================================================================
+    ==============  =========
+    ==========================================================================================
 
     All values are distances, in the units of x: the p-th root is taken (``ot.wasserstein_1d`` returns the p-th power).
     float16 and bfloat16 samples are computed, and returned, in float32.
 
-    Gradients flow to both samples, and for ``marginal``, ``sliced``, ``max_sliced`` and ``coupled`` to the weights as well; where
-    a distance is 0 the gradient is 0. Directions and the transport plan are held fixed, which is exact almost everywhere.
+    Gradients flow to both samples, and for ``marginal``, ``sliced``, ``max_sliced`` and ``coupled`` to the weights as
+    well; where a distance is 0 the gradient is 0. Directions and the transport plan are held fixed, which is exact
+    almost everywhere.
 
     Args:
         x: (..., n, d) sample, or (n,) for points on the line.
         y: (..., m, d) sample; the leading axes broadcast against those of x.
         method: One of the table above.
         p: Order of the distance, at least 1.
-        weights: Pair of (..., n) and (..., m) non-negative weights, each normalized to sum 1; ``None`` (for both or for one) means
-            equal weights. ``coupled`` needs the same weights on both sides and takes those that are given.
-        projections: For the sliced methods: how many random directions, or a (d, k) tensor whose columns are the directions
-            (they are normalized). With a number, ``max_sliced`` looks along the difference of the means as well.
+        weights: Pair of (..., n) and (..., m) non-negative weights, each normalized to sum 1; ``None`` (for both or for
+            one) means equal weights. ``coupled`` needs the same weights on both sides and takes those that are given.
+        projections: For the sliced methods: how many random directions, or a (d, k) tensor whose columns are the
+            directions (they are normalized). With a number, ``max_sliced`` looks along the difference of the means as
+            well.
         seed: Seed of the random directions; the same seed and d give the same directions on every device.
-        max_iterations: For ``exact`` with n != m or with weights: iteration limit of the network simplex; ``None`` for a limit that grows
-            with the problem.
+        max_iterations: For ``exact`` with n != m or with weights: iteration limit of the network simplex; ``None`` for
+            a limit that grows with the problem.
 
     Returns:
         The distance, shaped as the table says.
 
     Raises:
         TypeError: A sample is not a floating-point tensor.
-        ValueError: Unknown method, shapes that do not fit, n != m for ``coupled``, p < 1, bad weights, or NaN or infinity for ``exact``
-            (the other methods pass NaN on).
+        ValueError: Unknown method, shapes that do not fit, n != m for ``coupled``, p < 1, bad weights, or NaN or
+            infinity for ``exact`` (the other methods pass NaN on).
         RuntimeError: The transport solver gave up.
 
     Example:

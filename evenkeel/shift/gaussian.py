@@ -1,4 +1,4 @@
-r"""The closed form for Gaussians, $W_2^2 = \|m_1 - m_2\|^2 + \operatorname{tr}(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2})$.
+r"""The closed form for Gaussians, $W_2^2 = \|m_1 - m_2\|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2})$.
 
 Gelbrich (1990): for any two distributions with these moments the same expression is a lower bound of W_2^2.
 """
@@ -15,8 +15,8 @@ from evenkeel.shift._view import View
 def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> Tensor:
     r"""W_2 between two Gaussians, from their means and covariances.
 
-    The trace of the square root is computed as the sum of the singular values of $L_1^\top L_2$ with $C = L L^\top$: no square root of a
-    matrix, and gradients that stay finite where eigenvalues coincide.
+    The trace of the square root is computed as the sum of the singular values of $L_1^\top L_2$ with $C = L L^\top$: no
+    square root of a matrix, and gradients that stay finite where eigenvalues coincide.
 
     Args:
         mean_x: (..., d).
@@ -49,13 +49,14 @@ def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: T
         bures = (traces - 2 * cross).clamp_min(0)
     else:
         raise ValueError(
-            f"covariances must both be (..., {d[0]}, {d[0]}) or both (..., {d[0]}), got {tuple(cov_x.shape)} and {tuple(cov_y.shape)}"
+            f"covariances must both be (..., {d[0]}, {d[0]}) or both (..., {d[0]}), "
+            f"got {tuple(cov_x.shape)} and {tuple(cov_y.shape)}"
         )
     return _root(gap.square() + bures)
 
 
 def gelbrich(view: View) -> float:
-    """The same for the moments of two samples, lowered by its rounding error; needs no covariance but the centred points alone."""
+    """The same for the moments of two samples, lowered by its rounding error; it needs the centred points alone."""
     x, y = (
         (sample - mean) * (len(sample) ** -0.5 if mass is None else mass.sqrt().unsqueeze(-1))
         for sample, mean, mass in zip(view.samples[:2], view.means, view.masses, strict=True)
@@ -70,7 +71,8 @@ def gelbrich(view: View) -> float:
 def _root(values: Tensor) -> Tensor:
     # The slope of the root at 0 is infinite; 0 times it would be NaN.
     zero = values == 0
-    return torch.where(zero, values, torch.where(zero, torch.ones_like(values), values).sqrt())
+    root: Tensor = torch.where(zero, values, torch.where(zero, torch.ones_like(values), values).sqrt())
+    return root
 
 
 def _factor(covariance: Tensor) -> Tensor:
@@ -85,4 +87,5 @@ def _factor(covariance: Tensor) -> Tensor:
         raise ValueError(
             f"a covariance is not positive semi-definite; its smallest eigenvalue is {float(values.min()):.3g}"
         )
-    return vectors * _root(values.clamp_min(0)).unsqueeze(-2)
+    factor: Tensor = vectors * _root(values.clamp_min(0)).unsqueeze(-2)
+    return factor

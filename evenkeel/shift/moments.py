@@ -28,14 +28,16 @@ def truncated_moment(size: Tensor, order: float, limit: Tensor) -> Tensor:
 def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | float | None = None) -> Tensor:
     r"""Lower bound of W_1 of every coordinate from truncated absolute moments about 0.
 
-    $W_1(X_c, Y_c) \ge |E \min(|X_c|, B)^k - E \min(|Y_c|, B)^k| / (k B^{k-1})$. The Euclidean norm of the result is a lower bound of
-    W_1 of the vectors. The smaller B is, while still reaching beyond where the two distributions differ, the tighter the bound.
+    $W_1(X_c, Y_c) \ge |E \min(|X_c|, B)^k - E \min(|Y_c|, B)^k| / (k B^{k-1})$. The Euclidean norm of the result is a
+    lower bound of W_1 of the vectors. The smaller B is, while still reaching beyond where the two distributions differ,
+    the tighter the bound.
 
     Args:
         x: (n, d) sample; centre it first if moments about the mean are meant.
         y: (m, d) sample.
         order: The order k, at least 1.
-        limit: The truncation B, one positive number or (d,); ``None`` for the largest absolute value of each coordinate in both samples.
+        limit: The truncation B, one positive number or (d,); ``None`` for the largest absolute value of each coordinate
+            in both samples.
 
     Returns:
         (d,) in the units of the samples.
