@@ -1,0 +1,221 @@
+"""Convolutional NormProp layers (Eq. 11): one gamma, bias and Frobenius norm per filter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evenkeel._messages import unknown_name
+from evenkeel.nn.normprop.base import DEFAULT_EPS, NormPropLayer
+from evenkeel.nn.normprop.checks import positive, sizes
+from evenkeel.nn.normprop.constants import ActivationLike
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+BORDERS = ("paper", "exact")
+Size = int | Sequence[int]
+
+
+class _NormPropConv(NormPropLayer):
+    _conv: ClassVar[Callable[..., Tensor]]
+    _plain: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        activation: ActivationLike | None = "relu",
+        constants: str = "exact",
+        init: str | None = None,
+        unitize: bool = False,
+        *,
+        border: str = "paper",
+        eps: float = DEFAULT_EPS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        channels, filters = positive("in_channels", in_channels), positive("out_channels", out_channels)
+        group = positive("groups", groups)
+        if channels % group or filters % group:
+            raise ValueError(f"in_channels {channels} and out_channels {filters} must be divisible by groups {group}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(unknown_name("padding_mode", padding_mode, PADDING_MODES))
+        if border not in BORDERS:
+            raise ValueError(unknown_name("border", border, BORDERS))
+        if border == "exact" and padding_mode != "zeros":
+            raise ValueError(f"border='exact' corrects zero padding; padding_mode={padding_mode!r} does not need it")
+        if isinstance(padding, str) and padding not in ("same", "valid"):
+            raise ValueError(unknown_name("padding", padding, ("same", "valid")))
+        kernel = sizes("kernel_size", kernel_size, self.spatial, 1)
+        strides = sizes("stride", stride, self.spatial, 1)
+        if padding == "same" and any(s != 1 for s in strides):
+            raise ValueError(f"padding='same' needs stride 1, got {stride!r}")
+        super().__init__(
+            (filters, channels // group, *kernel),
+            filters,
+            activation=activation,
+            constants=constants,
+            init=init,
+            unitize=unitize,
+            eps=eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.in_channels = channels
+        self.kernel_size = kernel
+        self.stride = strides
+        self.padding: str | tuple[int, ...] = (
+            padding if isinstance(padding, str) else sizes("padding", padding, self.spatial)
+        )
+        self.dilation = sizes("dilation", dilation, self.spatial, 1)
+        self.groups = group
+        self.padding_mode = padding_mode
+        self.border = border
+
+    def _check(self, x: Tensor) -> None:
+        axis = x.dim() - 1 - self.spatial
+        if axis not in (0, 1) or x.shape[axis] != self.in_channels:
+            names = ", ".join(("D", "H", "W")[-self.spatial :]) if self.spatial > 1 else "L"
+            raise ValueError(
+                f"{type(self).__name__} expects input (N, {self.in_channels}, {names}) or "
+                f"({self.in_channels}, {names}), got shape {tuple(x.shape)}"
+            )
+
+    def _explicit_padding(self) -> list[int]:
+        """Padding in the order of ``F.pad`` (last axis first, left and right)."""
+        pads: list[int] = []
+        for axis in reversed(range(self.spatial)):
+            total = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            if self.padding == "same":
+                pads += [total // 2, total - total // 2]
+            else:
+                side = 0 if isinstance(self.padding, str) else self.padding[axis]
+                pads += [side, side]
+        return pads
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        conv = type(self)._conv
+        if self.padding_mode == "zeros":
+            return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.pad(x, self._explicit_padding(), mode=self.padding_mode)
+        return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:
+        if self.border != "exact":
+            return None
+        ones = unit.new_ones((1, self.in_channels, *x.shape[-self.spatial :]))
+        with torch.autocast(x.device.type, enabled=False):
+            variance = self._linear(ones, unit.square(), None)
+        # Where every tap falls on padding there is nothing to enlarge.
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        return scale if x.dim() == 2 + self.spatial else scale[0]
+
+    @torch.no_grad()
+    def fold(self) -> nn.Module:
+        """Return plain modules that compute the same function; see :meth:`NormPropLayer.fold`."""
+        if self.border == "exact":
+            raise RuntimeError(
+                "a layer with border='exact' does not fold: its correction depends on the size of the input; "
+                "build it with border='paper'"
+            )
+        plain = type(self)._plain(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        return self._fold_into(plain)
+
+    def extra_repr(self) -> str:
+        """Arguments that define the layer, defaults left out."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        if self.padding not in ((0,) * self.spatial, "valid"):
+            parts.append(f"padding={self.padding!r}")
+        if any(d != 1 for d in self.dilation):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode!r}")
+        if self.border != "paper":
+            parts.append(f"border={self.border!r}")
+        return ", ".join([*parts, self._options()])
+
+
+_DOC = """{axes} convolution with unit filters, activation and standardization, ``(N, C_in, {shape}) -> (N, C_out,
+{shape})``.
+
+    ``y = (act(gamma (W * x) / ||W||_F + bias) - mean) / sqrt(var + eps)`` with mean and variance of ``act(gamma z +
+    bias)``, z ~ N(0, 1) (Eq. 11 of arXiv 1603.01431 for ``constants="paper"``). The norm is per filter, over its
+    input channels (of its group) and kernel positions. Input without a batch axis is accepted.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Number of filters.
+        kernel_size: As for ``nn.Conv{n}d``, like ``stride``, ``padding`` (with ``"same"`` and ``"valid"``),
+            ``dilation``, ``groups`` and ``padding_mode``.
+        stride: Step of the window.
+        padding: Zeros (or what ``padding_mode`` says) on both sides of every axis.
+        dilation: Spacing of the kernel's taps.
+        groups: Groups of channels; ``in_channels`` for a depthwise convolution.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        activation: Name, module, elementwise function or :class:`Activation`; None for a last layer: the affine map
+            ``gamma (W * x) / ||W|| + bias``, not standardized. ``"identity"``: ``W * x / ||W||`` with no other
+            parameter (for a shortcut that changes shape).
+        constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
+        init: ``"stable"`` (gamma 1, bias 0.5 for ReLU; see :mod:`evenkeel.nn.normprop.initialization`) or ``"paper"``
+            (gamma 1/1.21, bias 0). None: the one that goes with ``constants``.
+        unitize: Divide each sample by its root mean square over channels and positions first.
+        border: ``"paper"``: nothing is done about zero padding, which lowers the variance near the border.
+            ``"exact"``: each filter's response is divided by the norm of the part of the filter that lies inside the
+            image (costs one elementwise pass).
+        eps: Added to the exact variance.
+        device: As for ``nn.Conv{n}d``.
+        dtype: As for ``nn.Conv{n}d``.
+
+    Raises:
+        ValueError: For sizes out of range, channels not divisible by groups, or unknown names.
+        TypeError: For an activation or dtype of the wrong kind.
+
+    Example:
+        >>> layer = NormPropConv{n}d(3, 8, 3, padding=1)
+        >>> layer(torch.randn(2, 3, {example})).shape
+        torch.Size([2, 8, {example}])
+    """
+
+
+class NormPropConv1d(_NormPropConv):  # noqa: D101
+    spatial = 1
+    _conv = staticmethod(F.conv1d)
+    _plain = nn.Conv1d
+    __doc__ = _DOC.format(axes="1-D", shape="L", n=1, example="16")
+
+
+class NormPropConv2d(_NormPropConv):  # noqa: D101
+    spatial = 2
+    _conv = staticmethod(F.conv2d)
+    _plain = nn.Conv2d
+    __doc__ = _DOC.format(axes="2-D", shape="H, W", n=2, example="16, 16")
+
+
+class NormPropConv3d(_NormPropConv):  # noqa: D101
+    spatial = 3
+    _conv = staticmethod(F.conv3d)
+    _plain = nn.Conv3d
+    __doc__ = _DOC.format(axes="3-D", shape="D, H, W", n=3, example="4, 8, 8")
