@@ -1,1 +1,23 @@
-"""From a configuration to runs to results."""
+"""From a config to results: a training loop whose runs can be killed and resumed, and comparisons of many runs."""
+
+from evenkeel.experiment.compare import Progress, compare
+from evenkeel.experiment.config import NORMS, OPTIMS, Config, load_config
+from evenkeel.experiment.files import BusyError, WriteError
+from evenkeel.experiment.loop import Epoch, train_run
+from evenkeel.experiment.schedule import SCHEDULES
+from evenkeel.experiment.stop import Interrupted
+
+__all__ = [
+    "NORMS",
+    "OPTIMS",
+    "SCHEDULES",
+    "BusyError",
+    "Config",
+    "Epoch",
+    "Interrupted",
+    "Progress",
+    "WriteError",
+    "compare",
+    "load_config",
+    "train_run",
+]

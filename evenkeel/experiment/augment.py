@@ -1,0 +1,46 @@
+"""Random flips and displacements of a batch in one gather."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["augment"]
+
+
+def augment(x: Tensor, kinds: Sequence[str], pixels: int, generator: torch.Generator) -> Tensor:
+    """Return a randomly displaced and mirrored copy of a batch.
+
+    Args:
+        x: (N, C, H, W) standardized images, so that zero is the mean grey.
+        kinds: Any of ``flip`` (each image is mirrored with probability 1/2), ``shift`` (moved by up to `pixels` in each
+            direction, zero fill) and ``crop`` (the same with a reflected border).
+        pixels: Largest displacement.
+        generator: Private CPU generator.
+
+    Returns:
+        (N, C, H, W); `x` itself if `kinds` is empty.
+
+    Raises:
+        ValueError: If a reflected border is as wide as the image.
+    """
+    if not kinds:
+        return x
+    n, _, h, w = x.shape
+    rows = torch.arange(h).expand(n, h)
+    columns = torch.arange(w).expand(n, w)
+    if "shift" in kinds or "crop" in kinds:
+        if "crop" in kinds and pixels >= min(h, w):
+            raise ValueError(f"augment: crop reflects a border of {pixels} pixels, too wide for images of {h}x{w}")
+        x = F.pad(x, (pixels,) * 4, mode="reflect" if "crop" in kinds else "constant")
+        move = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=generator)
+        rows, columns = rows + move[0], columns + move[1]
+    if "flip" in kinds:
+        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(x.device), columns.to(x.device)
+    which = torch.arange(n, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,63 @@
+"""Optimizers by name, with the weights that belong on the sphere on the sphere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.nn.normprop import normalize_weights_, register_unit_norm
+from evenkeel.optim import SGDG, AdamG, param_groups
+
+__all__ = ["make_optimizer"]
+
+
+def make_optimizer(
+    model: nn.Module, optim: str, settings: Mapping[str, Any], example_input: Tensor
+) -> tuple[torch.optim.Optimizer, list[str]]:
+    """Build an optimizer for a model.
+
+    Layers of Normalization Propagation get unit weights now and after every step (Arpit et al., 2016, section 3.3),
+    unless the optimizer itself keeps weights on the sphere.
+
+    Args:
+        model: The network, not yet moved or wrapped.
+        optim: ``"sgd"``, ``"sgdg"``, ``"adamg"`` or ``"adamw"``.
+        settings: Complete settings, as :meth:`evenkeel.experiment.Config.optim_settings` returns them.
+        example_input: (N, C, H, W) a few images, to find out which weights are scale-invariant.
+
+    Returns:
+        The optimizer, and remarks for the summary of the run (empty as a rule).
+    """
+    s = dict(settings)
+    nesterov = s.get("nesterov", False) and s["momentum"] > 0
+    if optim in ("sgd", "adamw"):
+        optimizer: torch.optim.Optimizer
+        if optim == "sgd":
+            optimizer = torch.optim.SGD(
+                model.parameters(), s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"], nesterov=nesterov
+            )
+        else:
+            betas = (s["beta1"], s["beta2"])
+            optimizer = torch.optim.AdamW(model.parameters(), s["lr"], betas=betas, weight_decay=s["weight_decay"])
+        normalize_weights_(model)
+        register_unit_norm(optimizer, model)
+        return optimizer, []
+    groups = param_groups(
+        model,
+        lr=s["lr"],
+        lr_manifold=s["lr_manifold"],
+        weight_decay=s["weight_decay"],
+        example_input=example_input,
+        grad_clip=s["grad_clip"],
+        ortho=s["ortho"],
+        verbose=False,
+    )
+    notes = list(groups.notes)
+    if not any(group["manifold"] for group in groups):
+        notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")
+    if optim == "sgdg":
+        return SGDG(groups, momentum=s["momentum"], nesterov=nesterov), notes
+    return AdamG(groups, betas=(s["momentum"], s["beta2"]), nesterov=nesterov), notes
