@@ -77,7 +77,7 @@ class Bricks:
             return _PreActivationBlock(self, cin, cout, stride)
         shortcut: nn.Module | None = None
         if stride != 1 or cin != cout:
-            shortcut = norms.NormPropConv2d(cin, cout, 1, stride=stride, activation=None, **self._linear_args())
+            shortcut = norms.NormPropConv2d(cin, cout, 1, stride=stride, activation="identity", **self._linear_args())
         branch = nn.Sequential(self.conv(cin, cout, 3, stride), self.conv(cout, cout, 3))
         return norms.NormPropResidual(branch, shortcut)
 

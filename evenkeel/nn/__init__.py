@@ -42,5 +42,5 @@ __all__ = [
     "needs_batch",
     "normprop",
     "rules",
-    *getattr(normprop, "__all__", ()),
+    *normprop.__all__,
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from evenkeel._messages import unknown_name
 from evenkeel.flexnorm import FlexNorm
 from evenkeel.nn import batch, population, unitized
+from evenkeel.nn.normprop import NormPropLayer
 
 __all__ = ["NORMS", "NoNorm", "is_norm", "make_norm", "needs_batch"]
 
@@ -101,8 +102,7 @@ def is_norm(module: nn.Module) -> bool:
 
     Normalization Propagation layers, whose linear map, activation and standardization are one module, count too.
     """
-    propagates = type(module).__module__.startswith("evenkeel.nn.normprop") and hasattr(module, "gamma")
-    return isinstance(module, (FlexNorm, NoNorm, *_TORCH_NORMS)) or propagates
+    return isinstance(module, (FlexNorm, NoNorm, NormPropLayer, *_TORCH_NORMS))
 
 
 def needs_batch(module: nn.Module) -> bool:

@@ -1,0 +1,136 @@
+"""Every reference network with every normalization: shapes, sizes, training, and the details that papers fix."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from evenkeel import models
+from evenkeel import nn as ek
+
+SMALL = ("convnet", "resnet8", "resnet20", "vgg_small", "nin")
+
+
+def _inputs(name: str, channels: int) -> torch.Tensor:
+    size = 8 if name in ("convnet", "resnet8", "resnet20", "vgg_small") else 16
+    return torch.randn(3, channels, size, size)
+
+
+@pytest.mark.parametrize("norm", models.norm_names())
+@pytest.mark.parametrize("name", SMALL)
+def test_shapes_gradients_and_copies(name: str, norm: str) -> None:
+    extra = {"width": 12} if name == "nin" else {}
+    net = models.build(name, norm=norm, in_channels=1, num_classes=7, **extra)
+    x = _inputs(name, 1)
+    y = net(x)
+    assert y.shape == (3, 7)
+    y.square().sum().backward()
+    for key, p in net.named_parameters():
+        assert p.grad is not None, key
+        assert p.grad.isfinite().all(), key
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net.eval())))
+    assert torch.equal(twin(x), net(x))
+
+
+@pytest.mark.parametrize("norm", models.norm_names())
+def test_a_step_of_training_lowers_the_loss(norm: str) -> None:
+    net = models.build("convnet", norm=norm, in_channels=1)
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_network_builds_without_memory(name: str) -> None:
+    with torch.device("meta"):
+        net = models.build(name, in_channels=3, num_classes=100)
+        assert net(torch.empty(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"), [("convnet", 3), ("resnet8", 7), ("resnet20", 19), ("vgg_small", 6), ("nin", 8)]
+)
+def test_number_of_normalizations(name: str, norms: int) -> None:
+    for norm in ("batch", "none"):
+        net = models.build(name, norm=norm)
+        assert sum(ek.is_norm(m) for m in net.modules()) == norms
+        # Normalizations make the biases of convolutions before them redundant; without them they are needed.
+        biases = [m.bias is not None for m in net.modules() if isinstance(m, nn.Conv2d) and m.out_channels != 10]
+        assert set(biases) == {norm == "none"}
+
+
+def test_resnet20_has_the_published_size() -> None:
+    """0.27 million parameters (He et al. 2016, table 6)."""
+    count = sum(p.numel() for p in models.build("resnet20").parameters())
+    assert 0.26e6 < count < 0.28e6
+
+
+def test_nin_has_nine_convolutions_of_the_paper() -> None:
+    convs = [m for m in models.build("nin").modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.out_channels, c.kernel_size[0]) for c in convs] == [
+        (192, 5),
+        (160, 1),
+        (96, 1),
+        (192, 5),
+        (192, 1),
+        (192, 1),
+        (192, 5),
+        (192, 1),
+        (10, 1),
+    ]
+
+
+@pytest.mark.parametrize(("name", "spread"), [("convnet", 1.6), ("resnet20", 1.6), ("nin", 2.5)])
+def test_normprop_keeps_its_variance_at_initialization(name: str, spread: float) -> None:
+    """The paper leaves max-pooling uncorrected, which widens what follows it in NIN."""
+    net = models.build(name, norm="normprop")
+    seen: list[torch.Tensor] = []
+    for module in net.modules():
+        if isinstance(module, (ek.NormPropConv2d, ek.NormPropResidual)):
+            module.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
+    net(torch.randn(16, 3, 16, 16))
+    for out in seen:
+        assert 0.4 < out.std() < spread
+        assert out.mean().abs() < spread / 3
+
+
+def test_custom_normalization_and_norm_args() -> None:
+    net = models.build("convnet", norm=lambda c: nn.GroupNorm(2, c))
+    assert sum(isinstance(m, nn.GroupNorm) for m in net.modules()) == 3
+    net = models.build("convnet", norm="unitized", eps=1e-3)
+    assert {m.eps for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {1e-3}
+    net = models.build("resnet8", norm="normprop", constants="paper")
+    assert {m.constants for m in net.modules() if isinstance(m, ek.NormPropConv2d)} == {"paper"}
+
+
+def test_shortcut_input_survives_the_in_place_activation() -> None:
+    """Without normalization, norm1 is the identity: an in-place ReLU on its output would change the shortcut."""
+    net = models.build("resnet8", norm="none").eval()
+    block = net[1]
+    x = torch.randn(2, 16, 8, 8)
+    kept = x.clone()
+    block(x)
+    assert torch.equal(x, kept)
+
+
+def test_errors() -> None:
+    for call, match in (
+        (lambda: models.build("resnet2"), "did you mean 'resnet20'"),
+        (lambda: models.build("convnet", norm="unitised"), "did you mean 'unitized'"),
+        (lambda: models.resnet(21), "got 21"),
+        (lambda: models.convnet(widths=()), "at least one"),
+        (lambda: models.build("convnet", norm=nn.BatchNorm2d, eps=1.0), r"\['eps'\]"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
