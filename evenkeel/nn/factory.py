@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evenkeel._messages import unknown_name
 from evenkeel.flexnorm import FlexNorm
-from evenkeel.nn import batch, population, unitized
+from evenkeel.nn import batch, mixture, partial, population, renorm, sample, unitized
 from evenkeel.nn.normprop import NormPropLayer
 
 __all__ = ["NORMS", "NoNorm", "is_norm", "make_norm", "needs_batch"]
@@ -49,6 +49,13 @@ def _affine_instance(maker: Callable[..., nn.Module]) -> Callable[..., nn.Module
     return build
 
 
+def _without_threshold(maker: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def build(num_features: int, **kwargs: Any) -> nn.Module:
+        return maker(num_features, **{"threshold": False, **kwargs})
+
+    return build
+
+
 _MAKERS: dict[str, tuple[Callable[..., nn.Module], ...]] = {
     "none": (NoNorm,) * 3,
     "batch": (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d),
@@ -56,6 +63,19 @@ _MAKERS: dict[str, tuple[Callable[..., nn.Module], ...]] = {
     "instance": tuple(map(_affine_instance, (batch.InstanceNorm1d, batch.InstanceNorm2d, batch.InstanceNorm3d))),
     "layer": (batch.LayerNorm1d, batch.LayerNorm2d, batch.LayerNorm3d),
     "population": (population.PopulationNorm1d, population.PopulationNorm2d, population.PopulationNorm3d),
+    "rms": (sample.RMSNorm1d, sample.RMSNorm2d, sample.RMSNorm3d),
+    "frn": tuple(
+        map(_without_threshold, (sample.FilterResponseNorm1d, sample.FilterResponseNorm2d, sample.FilterResponseNorm3d))
+    ),
+    "renorm": (renorm.BatchRenorm1d, renorm.BatchRenorm2d, renorm.BatchRenorm3d),
+    "switchable": (mixture.SwitchableNorm1d, mixture.SwitchableNorm2d, mixture.SwitchableNorm3d),
+    "batch_instance": (mixture.BatchInstanceNorm1d, mixture.BatchInstanceNorm2d, mixture.BatchInstanceNorm3d),
+    "mean_only": (partial.MeanOnlyBatchNorm1d, partial.MeanOnlyBatchNorm2d, partial.MeanOnlyBatchNorm3d),
+    "variance_only": (
+        partial.VarianceOnlyBatchNorm1d,
+        partial.VarianceOnlyBatchNorm2d,
+        partial.VarianceOnlyBatchNorm3d,
+    ),
     "unitized": (unitized.UnitizedBatchNorm1d, unitized.UnitizedBatchNorm2d, unitized.UnitizedBatchNorm3d),
 }
 
@@ -68,7 +88,9 @@ def make_norm(name: str, num_features: int, ndim: int = 2, **kwargs: Any) -> nn.
 
     Args:
         name: One of :data:`NORMS`: ``"none"``, ``"batch"``, ``"group"``, ``"instance"`` (with affine parameters),
-            ``"layer"``, ``"population"``, ``"unitized"``.
+            ``"layer"``, ``"population"``, ``"unitized"``, ``"rms"``, ``"frn"`` (without its thresholded unit, so that
+            any activation may follow), ``"renorm"``, ``"switchable"``, ``"batch_instance"``, ``"mean_only"``,
+            ``"variance_only"``.
         num_features: Number of channels C.
         ndim: Number of spatial axes, 0 to 3 (0 and 1 give the 1d layers).
         **kwargs: Handed to the layer. For ``"group"``, ``num_groups`` defaults to 16 channels a group where that

@@ -9,7 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batch", "group", "instance", "layer", "population", "unitized"]
+__all__ = [
+    "batch",
+    "batch_instance",
+    "filter_response",
+    "group",
+    "instance",
+    "layer",
+    "mean_only",
+    "population",
+    "renorm",
+    "rms",
+    "switchable",
+    "unitized",
+    "variance_only",
+]
 
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
@@ -82,3 +96,75 @@ def unitized(
     square = (xhat**2).sum(axes, keepdim=True) / divisor
     a = _channels(alpha, x)
     return _affine(xhat * (a / torch.sqrt(square + eps) + (1 - a)), weight, bias)
+
+
+def rms(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """Root mean square normalization over channels and positions."""
+    return _affine(x / torch.sqrt((x**2).mean(tuple(range(1, x.dim())), keepdim=True) + eps), weight, None)
+
+
+def filter_response(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float | Tensor = 1e-6
+) -> Tensor:
+    """Filter response normalization, without its activation."""
+    axes = tuple(range(2, x.dim()))
+    square = (x**2).mean(axes, keepdim=True) if axes else x**2
+    return _affine(x / torch.sqrt(square + torch.as_tensor(eps).abs()), weight, bias)
+
+
+def renorm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    r_max: float,
+    d_max: float,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch renormalization with running ``mean`` and ``var`` (C,)."""
+    axes = (0, *range(2, x.dim()))
+    mu, sigma = x.mean(axes), torch.sqrt(x.var(axes, correction=0) + eps)
+    running = torch.sqrt(var + eps)
+    r = (sigma / running).clamp(1 / r_max, r_max).detach()
+    d = ((mu - mean) / running).clamp(-d_max, d_max).detach()
+    return _affine((x - _channels(mu, x)) / _channels(sigma, x) * _channels(r, x) + _channels(d, x), weight, bias)
+
+
+def switchable(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Switchable normalization with the statistics of the batch; order instance, layer, batch."""
+    space = tuple(range(2, x.dim()))
+    mean, var = torch.zeros_like(x), torch.zeros_like(x)
+    for k, axes in enumerate((space, (1, *space), (0, *space))):
+        own = x.mean(axes, keepdim=True) if axes else x
+        mean = mean + torch.softmax(mean_weight, 0)[k] * own
+        var = var + torch.softmax(var_weight, 0)[k] * (((x - own) ** 2).mean(axes, keepdim=True) if axes else x * 0)
+    return _affine((x - mean) / torch.sqrt(var + eps), weight, bias)
+
+
+def mean_only(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Mean-only batch normalization."""
+    return _affine(x - x.mean((0, *range(2, x.dim())), keepdim=True), weight, bias)
+
+
+def variance_only(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """Variance-only batch normalization."""
+    var = x.var((0, *range(2, x.dim())), correction=0, keepdim=True)
+    return _affine(x / torch.sqrt(var + eps), weight, bias)
+
+
+def batch_instance(
+    x: Tensor, gate: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    """Batch-instance normalization."""
+    share = _channels(gate.clamp(0, 1), x)
+    return _affine(share * batch(x, eps=eps) + (1 - share) * instance(x, eps=eps), weight, bias)

@@ -11,7 +11,23 @@ from torch import Tensor
 
 from evenkeel.flexnorm import Moments
 
-__all__ = ["batch", "group", "instance", "layer", "population", "standardize", "unitize", "unitized"]
+__all__ = [
+    "batch",
+    "batch_instance",
+    "filter_response",
+    "group",
+    "instance",
+    "layer",
+    "mean_only",
+    "population",
+    "renorm",
+    "rms",
+    "standardize",
+    "switch",
+    "unitize",
+    "unitized",
+    "variance_only",
+]
 
 
 def standardize(
@@ -180,3 +196,165 @@ def unitized(
     """
     pooled = moments.pool("batch")
     return unitize(moments, pooled.mean, pooled.var, weight, bias, alpha, eps=eps, norm=norm)
+
+
+def rms(moments: Moments, weight: Tensor | None = None, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Root mean square normalization (Zhang & Sennrich 2019) of each sample over (C, *spatial).
+
+    Args:
+        moments: Moments of the input, tables (N, C).
+        weight: (C,) or ``None``.
+        eps: Added to the mean square.
+    """
+    scale = (moments.pool("channels").mean_square + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return scale, torch.zeros_like(scale)
+
+
+def filter_response(
+    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float | Tensor = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Filter response normalization (Singh & Krishnan 2020, eq. 1-2): mean square per sample and channel.
+
+    Args:
+        moments: Moments of the input, tables (N, C).
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        eps: Added to the mean square; a tensor (1,) or (C,) if it is learned (its absolute value is used).
+    """
+    scale = (moments.mean_square + (eps.abs() if isinstance(eps, Tensor) else eps)).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return scale, torch.zeros_like(scale) if bias is None else bias
+
+
+def renorm(
+    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Batch renormalization (Ioffe 2017, alg. 1): batch statistics, corrected towards the running ones.
+
+    ``y = weight * (r * (x - mu_B) / sigma_B + d) + bias`` with ``r = sigma_B / sigma`` clipped to [1/r_max, r_max] and
+    ``d = (mu_B - mean) / sigma`` clipped to [-d_max, d_max], both constant in the backward.
+
+    Args:
+        moments: Moments of the input, tables (N, C).
+        mean: Running mean (C,).
+        var: Running variance (C,).
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        r_max: Largest correction factor of the standard deviation; 1 with ``d_max=0`` is batch normalization.
+        d_max: Largest correction of the mean, in running standard deviations.
+        eps: Added to the variances.
+    """
+    pooled = moments.pool("batch")
+    inverse = (pooled.var + eps).rsqrt()
+    with torch.no_grad():
+        population = (var + eps).rsqrt()
+        upper = torch.as_tensor(r_max, dtype=inverse.dtype, device=inverse.device)
+        reach = torch.as_tensor(d_max, dtype=inverse.dtype, device=inverse.device)
+        r = (population / inverse).clamp(upper.reciprocal(), upper)
+        d = ((pooled.mean - mean) * population).clamp(-reach, reach)
+    scale = inverse * r
+    shift = d - pooled.mean * scale
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    return scale, shift if bias is None else shift + bias
+
+
+def switch(
+    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Switchable normalization (Luo et al. 2019, eq. 3-5): learned mixtures of instance, layer and batch statistics.
+
+    Args:
+        moments: Moments of the input, tables (N, C).
+        mean: Batch (or running) mean, (1, C) or (C,).
+        var: Batch (or running) variance.
+        mean_weight: (3,) logits of the mixture of means, in the order instance, layer, batch.
+        var_weight: (3,) logits of the mixture of variances.
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        eps: Added to the variance.
+    """
+    layered = moments.pool("channels")
+    share, spread = mean_weight.softmax(0), var_weight.softmax(0)
+    mixed_mean = share[0] * moments.mean + share[1] * layered.mean + share[2] * mean
+    mixed_var = spread[0] * moments.var + spread[1] * layered.var + spread[2] * var
+    return standardize(mixed_mean, mixed_var, weight, bias, eps)
+
+
+def mean_only(mean: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean-only batch normalization (Salimans & Kingma 2016, sec. 4): ``weight * (x - mean) + bias``.
+
+    Args:
+        mean: Batch (or running) mean, (1, C) or (C,).
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+    """
+    scale = torch.ones_like(mean) if weight is None else weight.expand(mean.shape)
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def variance_only(
+    var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Variance-only batch normalization (Luo et al. 2019, sec. 5): ``weight * x / sqrt(var + eps) + bias``.
+
+    Args:
+        var: Batch (or running) variance about the mean, (1, C) or (C,).
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        eps: Added to the variance.
+    """
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    return scale, torch.zeros_like(scale) if bias is None else bias
+
+
+def batch_instance(
+    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
+    gate: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Batch-instance normalization (Nam & Kim 2018, eq. 4): a gate per channel between batch and instance.
+
+    ``y = weight * (gate * x_batch + (1 - gate) * x_instance) + bias`` with the gate clipped to [0, 1].
+
+    Args:
+        moments: Moments of the input, tables (N, C).
+        mean: Batch (or running) mean, (1, C) or (C,).
+        var: Batch (or running) variance.
+        gate: (C,); 1 is batch, 0 is instance normalization.
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        eps: Added to the variances.
+    """
+    share = gate.clamp(0, 1)
+    batch_scale, batch_shift = standardize(mean, var, eps=eps)
+    own_scale, own_shift = standardize(moments.mean, moments.var, eps=eps)
+    scale = share * batch_scale + (1 - share) * own_scale
+    shift = share * batch_shift + (1 - share) * own_shift
+    if weight is not None:
+        scale, shift = scale * weight, shift * weight
+    return scale, shift if bias is None else shift + bias

@@ -43,6 +43,17 @@ def _population(m: FlexNorm, x: Tensor) -> Tensor:
     return reference.population(x, x.mean(axes).detach(), x.var(axes, correction=0).detach(), m.weight, m.bias)
 
 
+def _filter_response(m: FlexNorm, x: Tensor) -> Tensor:
+    y = reference.filter_response(x, m.weight, m.bias, eps=m.eps)
+    return torch.maximum(y, m.tau.view((1, -1) + (1,) * (x.dim() - 2)))
+
+
+def _renorm(m: FlexNorm, x: Tensor) -> Tensor:
+    start = torch.zeros(6, dtype=x.dtype), torch.ones(6, dtype=x.dtype)
+    r_max, d_max = (3.0, 5.0) if m.num_batches_tracked > 1 else (1.0, 0.0)
+    return reference.renorm(x, *start, m.weight, m.bias, r_max=r_max, d_max=d_max)
+
+
 IMAGE, SEQUENCE, VOLUME, FLAT = (4, 6, 5, 3), (4, 6, 7), (3, 6, 2, 3, 4), (5, 6)
 LAYERS = {
     "BatchNorm1d flat": LayerInfo(
@@ -94,6 +105,56 @@ LAYERS = {
     },
 }
 
+for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
+    LAYERS |= {
+        f"RMSNorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"RMSNorm{d}d")(6, **k), _shape, lambda m, x: reference.rms(x, m.weight)
+        ),
+        f"FilterResponseNorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"FilterResponseNorm{d}d")(6, **k), _shape, _filter_response
+        ),
+        f"BatchRenorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"BatchRenorm{d}d")(6, warmup=0, ramp=0, **k),
+            _shape,
+            _renorm,
+            None,
+            True,
+            True,
+        ),
+        f"SwitchableNorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"SwitchableNorm{d}d")(6, **k),
+            _shape,
+            lambda m, x: reference.switchable(x, m.mean_weight, m.var_weight, m.weight, m.bias),
+            None,
+            True,
+            True,
+        ),
+        f"BatchInstanceNorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"BatchInstanceNorm{d}d")(6, **k),
+            _shape,
+            lambda m, x: reference.batch_instance(x, m.gate, m.weight, m.bias),
+            None,
+            True,
+            True,
+        ),
+        f"MeanOnlyBatchNorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"MeanOnlyBatchNorm{d}d")(6, **k),
+            _shape,
+            lambda m, x: reference.mean_only(x, m.weight, m.bias),
+            None,
+            True,
+            True,
+        ),
+        f"VarianceOnlyBatchNorm{_d}d": LayerInfo(
+            lambda d=_d, **k: getattr(ek, f"VarianceOnlyBatchNorm{d}d")(6, **k),
+            _shape,
+            lambda m, x: reference.variance_only(x, m.weight, m.bias),
+            None,
+            True,
+            True,
+        ),
+    }
+
 every_layer = pytest.mark.parametrize("info", LAYERS.values(), ids=LAYERS)
 
 
@@ -126,10 +187,10 @@ def test_training_forward_and_backward(info: LayerInfo) -> None:
         torch.testing.assert_close(a, b)
 
 
-@every_layer
-def test_same_as_torch_in_training_and_evaluation_with_its_state_dict(info: LayerInfo) -> None:
-    if info.torch_layer is None:
-        pytest.skip("torch has no such layer")
+@pytest.mark.parametrize("name", [name for name, info in LAYERS.items() if info.torch_layer])
+def test_same_as_torch_in_training_and_evaluation_with_its_state_dict(name: str) -> None:
+    info = LAYERS[name]
+    assert info.torch_layer is not None
     theirs = randomized(info.torch_layer())
     ours = info.build()
     ours.load_state_dict(theirs.state_dict())
@@ -331,6 +392,7 @@ def test_errors_of_the_constructors() -> None:
         (lambda: ek.UnitizedBatchNorm2d(6, norm="papr"), "did you mean 'paper'"),
         (lambda: ek.PopulationNorm2d(6, statistics="runing"), "did you mean 'running'"),
         (lambda: ek.PopulationNorm2d(6, max_ratio=0.5), "at least 1"),
+        (lambda: ek.BatchRenorm2d(6, r_max=0.5), "r_max must be at least 1"),
         (lambda: ek.make_norm("bacth", 6), "did you mean 'batch'"),
         (lambda: ek.make_norm("batch", 6, ndim=4), "0 to 3, got 4"),
     ]
@@ -479,13 +541,76 @@ class TestPopulation:
         assert layer(torch.randn(1, 3)).isfinite().all()
 
 
+class TestRenorm:
+    def test_corrections_against_the_reference(self) -> None:
+        layer = ek.BatchRenorm2d(6, warmup=2, ramp=0, momentum=0.5, dtype=torch.float64)
+        for step in range(5):
+            x = torch.randn(IMAGE, dtype=torch.float64) * (step + 1)
+            mean, var = layer.running_mean.clone(), layer.running_var.clone()
+            r_max, d_max = (3.0, 5.0) if step > 2 else (1.0, 0.0)
+            expected = reference.renorm(x, mean, var, r_max=r_max, d_max=d_max)
+            torch.testing.assert_close(layer(x), expected)
+
+    def test_limits_ramp_as_in_the_paper(self) -> None:
+        layer = ek.BatchRenorm2d(1)
+        for step, r, d in (
+            (0, 1, 0),
+            (5000, 1, 0),
+            (40000, 3, 5),
+            (25000, None, 5),
+            (22500, 2, None),
+            (15000, None, 2.5),
+        ):
+            layer.num_batches_tracked.fill_(step)
+            r_max, d_max = layer.limits()
+            assert r is None or r_max == pytest.approx(r)
+            assert d is None or d_max == pytest.approx(d)
+
+    def test_within_the_limits_training_equals_evaluation(self) -> None:
+        layer = ek.BatchRenorm2d(6, warmup=0, ramp=0)
+        layer(torch.randn(64, 6, 5, 5))
+        x = torch.randn(64, 6, 5, 5) * 1.5 + 0.5
+        evaluated = copy.deepcopy(layer).eval()(x)
+        torch.testing.assert_close(layer(x), evaluated, rtol=1e-4, atol=1e-5)
+
+
+def test_filter_response_options() -> None:
+    layer = ek.FilterResponseNorm2d(6, threshold=False, learn_eps=True)
+    assert layer.tau is None
+    layer(torch.randn(IMAGE)).square().sum().backward()
+    assert layer.learned_eps.grad is not None
+    layer.reset_parameters()
+    assert layer.learned_eps.item() == pytest.approx(1e-6)
+    assert "learn_eps=True" in repr(layer)
+    layer = ek.FilterResponseNorm1d(6)
+    layer.tau.data.fill_(2)
+    layer.reset_parameters()
+    assert not layer.tau.any()
+    assert layer(torch.randn(3, 6)).min() >= 0
+
+
+def test_mixture_gates_are_clipped_and_reset() -> None:
+    x = torch.randn(IMAGE)
+    layer = ek.BatchInstanceNorm2d(6)
+    torch.testing.assert_close(layer(x), reference.batch(x))
+    nn.init.constant_(layer.gate, -3.0)
+    torch.testing.assert_close(layer(x), reference.instance(x))
+    layer.reset_parameters()
+    assert (layer.gate == 1).all()
+    switch = ek.SwitchableNorm2d(6)
+    nn.init.zeros_(switch.mean_weight)
+    switch.reset_parameters()
+    assert (switch.mean_weight == 1).all()
+
+
 def test_make_norm_and_is_norm() -> None:
     for name in ek.NORMS:
         for ndim, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
             layer = ek.make_norm(name, 6, ndim)
             assert layer(torch.randn(shape)).shape == shape
             assert ek.is_norm(layer)
-            assert ek.needs_batch(layer) == (name in ("batch", "unitized"))
+            mixing = ("batch", "unitized", "renorm", "switchable", "batch_instance", "mean_only", "variance_only")
+            assert ek.needs_batch(layer) == (name in mixing)
     assert ek.make_norm("group", 32).num_groups == 2
     assert ek.make_norm("group", 6).num_groups == 1
     assert ek.make_norm("group", 6, num_groups=3).num_groups == 3
