@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def load_checkpoint(path: Path, run: str) -> dict[str, Any]:
         ValueError: If the file is damaged, holds anything but plain data, or belongs to another run.
     """
     advice = f"delete {path} to train this run again from its start"
+    if not zipfile.is_zipfile(path):  # anything else would go to torch's reader of old pickles
+        raise ValueError(f"{path} is damaged or holds more than plain data (no torch archive); {advice}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:

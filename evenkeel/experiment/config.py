@@ -107,7 +107,7 @@ class Config:
     probe: int = 64
     shift_every: int = 20
     shift_lag: int = 1
-    shift_samples: int = 256
+    shift_samples: int = 128
     threads: int = 1
     precision: str = "32-true"
     device: str = "auto"
@@ -215,7 +215,8 @@ class Config:
         values["settings"] = {
             f"{norm}/{optim}": self.optim_settings(norm, optim) for norm in self.norms for optim in self.optims
         }
-        values["optims"] = list(self.optims)
+        for key in ("norms", "optims", "seeds"):
+            values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
         values["schedule_args"] = _plain(self.schedule_settings())
         # How often to save does not change what is saved; the path of the data does not change the data.
         for key in ("overrides", "lr", "checkpoint_every", "data"):

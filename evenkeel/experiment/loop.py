@@ -25,6 +25,7 @@ from evenkeel.experiment.files import append_rows, atomic_write, dump_json, read
 from evenkeel.experiment.optimizers import make_optimizer
 from evenkeel.experiment.summary import METRICS_HEADER, SHIFT_COLUMNS, SHIFT_HEADER, mean, result, step_ms
 from evenkeel.nn import needs_batch
+from evenkeel.shift import ShiftMonitor
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -170,8 +171,6 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self.monitor: Any = None
             if self.measure:
-                from evenkeel.shift import ShiftMonitor
-
                 self.monitor = stack.enter_context(
                     ShiftMonitor(
                         self.model,

@@ -1,0 +1,381 @@
+"""The command line: it parses, calls the rooms below and turns their errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evenkeel._version import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="evenkeel",
+    help="What does normalization do to a deep network? Train, measure, compare, replace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="Experiments of the papers, ready to run.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
+
+BAD_INPUT, FAILED = 2, 1
+
+Data = Annotated[
+    str | None, typer.Option(help="digits (bundled), FILE.npz, an image folder or hf:NAME.  [default: digits]")
+]
+Limit = Annotated[int | None, typer.Option(help="Use at most this many training and test images, stratified.")]
+Model = Annotated[
+    str | None, typer.Option(help="Network: convnet, resnet8, resnet20, vgg_small, nin, ...  [default: convnet]")
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per update.  [default: 64]")]
+Lr = Annotated[float | None, typer.Option(help="Learning rate in place of each optimizer's own default.")]
+Schedule = Annotated[str | None, typer.Option(help="constant, cosine, onecycle or step.")]
+Augment = Annotated[str | None, typer.Option(help="Any of flip,shift,crop.  [default: none]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")]
+Precision = Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true.  [default: 32-true]")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 for torch's own choice.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file or recipe; options given here win over it.")
+]
+Scale = Annotated[str | None, typer.Option(help="Scale of the recipe (small, full).")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any other setting: --set optims.sgdg.lr_manifold=0.1")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the experiment.  [default: runs/DATA]")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evenkeel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Examples:  evenkeel compare  |  evenkeel compare --data cifar10.npz --limit 2000 --model resnet8 "
+    "--norm batch,unitized --epochs 5  |  evenkeel compare --config recipes/NAME.yaml --scale small"
+)
+def compare(
+    data: Data = None,
+    limit: Limit = None,
+    model: Model = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            help="Normalizations, e.g. batch,group.  [default: none,batch,group,unitized,population,normprop]"
+        ),
+    ] = None,
+    optim: Annotated[
+        str | None, typer.Option(help="Optimizers: sgd,sgdg,adamg,adamw.  [default: sgd,sgdg,adamg]")
+    ] = None,
+    epochs: Epochs = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds (3), or which (0,5,7).  [default: 3]")] = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    augment: Augment = None,
+    device: Device = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    config: ConfigFile = None,
+    scale: Scale = None,
+    settings: Set = None,
+    out: Out = None,
+) -> None:
+    """Train one network under several normalizations, optimizers and seeds; report accuracy, shift and speed.
+
+    The same command again skips what is complete and resumes what is not.
+    """
+    with friendly():
+        given = {
+            "data": data,
+            "limit": limit,
+            "model": model,
+            "norms": norm,
+            "optims": optim,
+            "epochs": epochs,
+            "seeds": _seeds(seeds),
+            "batch_size": batch_size,
+            "lr": lr,
+            "schedule": schedule,
+            "augment": augment,
+            "device": device,
+            "precision": precision,
+            "threads": threads,
+        }
+        _compare(given, config, scale, settings, out)
+
+
+@app.command(epilog="Example:  evenkeel train --norm unitized --optim sgdg --epochs 20")
+def train(
+    data: Data = None,
+    limit: Limit = None,
+    model: Model = None,
+    norm: Annotated[str, typer.Option(help="Normalization.")] = "batch",
+    optim: Annotated[str, typer.Option(help="Optimizer: sgd, sgdg, adamg or adamw.")] = "sgd",
+    epochs: Epochs = None,
+    seed: Annotated[int, typer.Option(help="Weights, order of the images and augmentation follow from it.")] = 0,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    augment: Augment = None,
+    device: Device = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    config: ConfigFile = None,
+    scale: Scale = None,
+    settings: Set = None,
+    out: Out = None,
+) -> None:
+    """Train one network once, with a line per epoch. Interrupted, the same command resumes."""
+    with friendly():
+        given = {
+            "data": data,
+            "limit": limit,
+            "model": model,
+            "norms": norm,
+            "optims": optim,
+            "epochs": epochs,
+            "seeds": [seed],
+            "batch_size": batch_size,
+            "lr": lr,
+            "schedule": schedule,
+            "augment": augment,
+            "device": device,
+            "precision": precision,
+            "threads": threads,
+            "baseline": norm,
+        }
+        name = f"{_stem(data or 'digits')}-{norm}-{optim}-seed{seed}"
+        _compare(given, config, scale, settings, out or Path("runs") / name, single=True)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="Folder of an experiment.")]) -> None:
+    """Make report.html of an experiment again from the files in its folder."""
+    with friendly():
+        from evenkeel.report import write_report
+
+        typer.echo(f"report: {write_report(out)}")
+
+
+@app.command("data")
+def describe(
+    spec: Annotated[str, typer.Argument(help="digits, FILE.npz, an image folder or hf:NAME.")],
+    limit: Limit = None,
+) -> None:
+    """Check a data set and describe it."""
+    with friendly():
+        from evenkeel.data import load
+
+        images = load(spec, limit=limit)
+        typer.echo(images.describe())
+        for name, values in (("mean", images.mean), ("std", images.std)):
+            typer.echo(
+                f"{name:5s} {'  '.join(f'{v:.4f}' for v in values.tolist())}  (per channel, pixels scaled to [0, 1])"
+            )
+        train_count = images.y_train.bincount(minlength=images.num_classes).tolist()
+        test_count = images.y_test.bincount(minlength=images.num_classes).tolist()
+        width = max(len(name) for name in images.classes)
+        for name, a, b in zip(images.classes, train_count, test_count, strict=True):
+            typer.echo(f"  {name:{width}s}  {a:6d} train  {b:6d} test")
+
+
+@recipes.command("list")
+def recipe_list() -> None:
+    """List the recipes."""
+    with friendly():
+        found = _recipes()
+        width = max(len(name) for name in found)
+        for name, path in found.items():
+            content = _read_recipe(path)
+            scales = ", ".join(content.get("scales") or {}) or "one scale"
+            typer.echo(f"{name:{width}s}  {content.get('title', '')}  [{scales}]")
+
+
+@recipes.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="Name of a recipe.")]) -> None:
+    """Print a recipe: the paper's table or figure, its published numbers and the settings."""
+    with friendly():
+        typer.echo(_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("run")
+def recipe_run(
+    name: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    scale: Scale = None,
+    data: Data = None,
+    settings: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the experiment.  [default: runs/NAME-SCALE]")] = None,
+) -> None:
+    """Run a recipe, like compare --config."""
+    with friendly():
+        folder = Path("runs") / (f"{name}-{scale}" if scale else name)
+        _compare({"data": data}, _recipe(name), scale, settings, out or folder)
+
+
+def _compare(
+    given: dict[str, Any],
+    file: Path | None,
+    scale: str | None,
+    settings: list[str] | None,
+    out: Path | None,
+    single: bool = False,
+) -> None:
+    """Put the settings together, run the experiment, print the table and write the report."""
+    if scale is not None and file is None:
+        raise ValueError("--scale needs --config with a recipe")
+    # Wrong settings are worth saying before the seconds that importing torch takes... and data that are missing, too.
+    from evenkeel.experiment.config import Config, load_config
+
+    values = load_config(file, scale) if file else {}
+    values = {{"norm": "norms", "optim": "optims", "seed": "seeds"}.get(k, k): v for k, v in values.items()}
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key == "optims" and isinstance(values.get(key), dict):
+            # Choosing among the optimizers of a file keeps the settings that the file gives them.
+            value = {name.strip(): values[key].get(name.strip()) for name in value.split(",") if name.strip()}
+        values[key] = value
+    for text in settings or []:
+        _assign(values, text)
+    config = Config.from_dict(values)
+    folder = out or Path("runs") / (_stem(str(file)) if file else _stem(config.data))
+
+    from evenkeel.experiment import compare as run_comparison
+    from evenkeel.experiment.terminal import Display, console, print_table
+
+    screen = console()
+    command = shlex.join(["evenkeel", *sys.argv[1:]])
+    with Display(screen, epochs=single) as display:
+        results = run_comparison(config, folder, notify=display, command=command)
+    if not single:
+        print_table(results, screen)
+    from evenkeel.report import write_report
+
+    path = write_report(folder)
+    screen.print(f"total {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
+
+
+def _seeds(text: str | None) -> int | list[int] | None:
+    """Return a count or a list of seeds."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
+    except ValueError:
+        raise ValueError(f"--seeds must be a count (3) or a list (0,5,7), not {text!r}") from None
+
+
+def _assign(values: dict[str, Any], text: str) -> None:
+    """Apply one ``--set a.b=value``; the value is read as YAML."""
+    import yaml
+
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set takes KEY=VALUE, for example epochs=5 or optims.sgdg.lr_manifold=0.1, not {text!r}")
+    *parents, last = key.split(".")
+    for number, parent in enumerate(parents):
+        inner = values.get(parent)
+        if number == 0 and parent == "optims" and not isinstance(inner, dict):
+            from evenkeel.experiment.config import Config
+
+            inner = dict(Config.from_dict({"optims": inner} if inner else {}).optims)
+        values[parent] = dict(inner or {})
+        values = values[parent]
+    values[last] = yaml.safe_load(raw)
+
+
+def _stem(spec: str) -> str:
+    """Return a folder name for a data set or a file."""
+    return (
+        Path(spec.removeprefix("hf:").rstrip("/")).name.removesuffix(".npz").removesuffix(".yaml").removesuffix(".yml")
+        or "data"
+    )
+
+
+def _recipes() -> dict[str, Path]:
+    """Return the recipes by name: those beside the installed package, else those of the working directory."""
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parent / "recipes", Path("recipes")):
+        found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    raise ValueError("there are no recipes here; run this inside the repository, or use compare --config FILE.yaml")
+
+
+def _recipe(name: str) -> Path:
+    """Return the file of one recipe."""
+    from evenkeel._messages import unknown_name
+
+    found = _recipes()
+    if name not in found:
+        raise ValueError(unknown_name("recipe", name, found))
+    return found[name]
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Return the content of a recipe file."""
+    import yaml
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+@contextlib.contextmanager
+def friendly() -> Iterator[None]:
+    """Turn errors into one message on standard error and an exit code; with EVENKEEL_TRACEBACK=1 they pass through.
+
+    Exit codes: 2 for input that cannot be used, 1 for a disk that takes no more, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail(130, "stopped. The same command resumes where this one ended.")
+    except Exception as error:
+        if os.environ.get("EVENKEEL_TRACEBACK"):
+            raise
+        from evenkeel.experiment.stop import Interrupted
+
+        if isinstance(error, Interrupted):
+            _fail(error.exit_code, "stopped. What was complete is kept; the same command resumes where this one ended.")
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+            _fail(
+                FAILED,
+                f"error: {reason.split('] ', 1)[-1]}. What was written before is intact: make room or rights, or "
+                f"choose another --out, and run the same command again to go on.",
+            )
+        if (
+            isinstance(error, (ValueError, TypeError, FileNotFoundError, ImportError))
+            or type(error).__name__ == "BusyError"
+        ):
+            _fail(BAD_INPUT, f"error: {error}")
+        raise
+
+
+def _fail(code: int, message: str) -> None:
+    """Print a message to standard error and end with an exit code."""
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
