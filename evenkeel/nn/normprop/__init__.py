@@ -1,32 +1,76 @@
-"""Normalization Propagation (arXiv 1603.01431): normalization by known constants instead of statistics."""
+"""Normalization Propagation: normalization by constants that follow from the parameters, instead of by statistics.
+
+Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation: A Parametric Technique for Removing Internal
+    Covariate Shift in Deep
+Networks" (ICML 2016, arXiv 1603.01431). The guide is ``docs/normprop.md``.
+"""
 
 from evenkeel.nn.normprop.activations import ACTIVATIONS, Activation
 from evenkeel.nn.normprop.base import NormPropLayer
+from evenkeel.nn.normprop.border import border_variance
+from evenkeel.nn.normprop.coherence import CanonicalError, canonical_error, coherence_penalty
 from evenkeel.nn.normprop.constants import Gains, GaussianMoments, activation_gains, activation_moments
 from evenkeel.nn.normprop.conv import NormPropConv1d, NormPropConv2d, NormPropConv3d
+from evenkeel.nn.normprop.conv_transpose import (
+    NormPropConvTranspose1d,
+    NormPropConvTranspose2d,
+    NormPropConvTranspose3d,
+)
 from evenkeel.nn.normprop.elementwise import UnitizeSamples, unitize_samples
 from evenkeel.nn.normprop.input import NormPropInput
 from evenkeel.nn.normprop.linear import NormPropLinear
-from evenkeel.nn.normprop.residual import NormPropResidual, normprop_add
+from evenkeel.nn.normprop.pooling import (
+    NormPropAvgPool1d,
+    NormPropAvgPool2d,
+    NormPropAvgPool3d,
+    NormPropMaxPool1d,
+    NormPropMaxPool2d,
+    NormPropMaxPool3d,
+    average_pool_variance,
+    max_pool_moments,
+    window_correlation,
+)
+from evenkeel.nn.normprop.propagate import LayerPropagation, PropagationReport, propagate
+from evenkeel.nn.normprop.residual import NormPropConcat, NormPropResidual, normprop_add
 from evenkeel.nn.normprop.weights import normalize_weights_, register_unit_norm
 
 __all__ = [
     "ACTIVATIONS",
     "Activation",
+    "CanonicalError",
     "Gains",
     "GaussianMoments",
+    "LayerPropagation",
+    "NormPropAvgPool1d",
+    "NormPropAvgPool2d",
+    "NormPropAvgPool3d",
+    "NormPropConcat",
     "NormPropConv1d",
     "NormPropConv2d",
     "NormPropConv3d",
+    "NormPropConvTranspose1d",
+    "NormPropConvTranspose2d",
+    "NormPropConvTranspose3d",
     "NormPropInput",
     "NormPropLayer",
     "NormPropLinear",
+    "NormPropMaxPool1d",
+    "NormPropMaxPool2d",
+    "NormPropMaxPool3d",
     "NormPropResidual",
+    "PropagationReport",
     "UnitizeSamples",
     "activation_gains",
     "activation_moments",
+    "average_pool_variance",
+    "border_variance",
+    "canonical_error",
+    "coherence_penalty",
+    "max_pool_moments",
     "normalize_weights_",
     "normprop_add",
+    "propagate",
     "register_unit_norm",
     "unitize_samples",
+    "window_correlation",
 ]

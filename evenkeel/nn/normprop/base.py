@@ -48,15 +48,18 @@ class NormPropLayer(nn.Module):
             effect.
         bias: ``(C,)`` shifts of the pre-activations, or None for ``activation="identity"``.
         slope: Trainable negative slope(s) of PReLU, else None.
+        in_channels: Channels (features) of the input.
         out_channels: Number of units C.
         activation: The resolved :class:`Activation`, or None for an affine layer without standardization.
         constants: ``"exact"`` or ``"paper"``.
         init: ``"stable"`` or ``"paper"``.
         unitize: Whether each sample is divided by its root mean square first.
         eps: Added to the variance of the activation (in units of the activation squared).
+        groups: Groups of channels that the linear map keeps apart (1 for linear).
         spatial: Number of spatial axes (0 for linear).
     """
 
+    in_channels: int
     out_channels: int
     spatial: int = 0
 
@@ -70,6 +73,7 @@ class NormPropLayer(nn.Module):
         init: str | None,
         unitize: bool,
         eps: float,
+        groups: int = 1,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -84,6 +88,7 @@ class NormPropLayer(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real floating point type, got {dtype}")
         self.out_channels = out_channels
+        self.groups = groups
         self.activation: Activation | None = resolve_activation(activation)
         self.constants = constants
         self.init = chosen
@@ -139,6 +144,10 @@ class NormPropLayer(nn.Module):
     def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:  # noqa: ARG002
         """Factor (1, C, *spatial) that undoes the loss of variance at zero-padded borders; None if not asked for."""
         return None
+
+    def _preactivations(self, x: Tensor) -> Tensor:
+        """Normalized pre-activations ``W x / ||W||``, which propagation takes to be N(0, 1): for diagnosis."""
+        return self._linear_part(unitize_samples(x, 1 + self.spatial) if self.unitize else x, None, None)
 
     def _check(self, x: Tensor) -> None:
         raise NotImplementedError
@@ -207,13 +216,20 @@ class NormPropLayer(nn.Module):
             return torch.ones_like(like), torch.zeros_like(like)
         return self.gamma, self.bias
 
-    def predicted_moments(self) -> GaussianMoments:
-        """Mean and variance ``(C,)`` of every output unit if its normalized pre-activation is N(0, 1)."""
+    def predicted_moments(self, mean: Tensor | float = 0.0, var: Tensor | float = 1.0) -> GaussianMoments:
+        """Mean and variance ``(C,)`` of every output unit if its normalized pre-activation is N(mean, var).
+
+        Args:
+            mean: Of the pre-activations ``W x / ||W||``, a number or ``(C,)``.
+            var: Likewise.
+        """
         gamma, bias = self.affine()
+        center, variance = self.standardization()
+        mean, var = (torch.as_tensor(t, dtype=center.dtype, device=center.device) for t in (mean, var))
+        gamma, bias = gamma * var.sqrt(), bias + gamma * mean
         if self.activation is None:
             return GaussianMoments(bias, gamma.square())
         mean, var = activation_moments(self.activation, gamma, bias, slope=self.slope)
-        center, variance = self.standardization()
         return GaussianMoments((mean - center) * variance.rsqrt(), var / variance)
 
     def gains(self) -> Gains:

@@ -85,14 +85,22 @@ def _slope(activation: Activation, slope: Tensor | None, like: Tensor) -> Tensor
     return float(activation.negative_slope or 0.0)
 
 
+def _precise(table: Tensor) -> Tensor:
+    """Return the table in float64 where the device has it: the normal tails need more digits than float32 has."""
+    return table if table.device.type == "mps" else table.double()
+
+
 def _leaky_moments(gamma: Tensor, beta: Tensor, a: Tensor | float) -> GaussianMoments:
+    dtype = gamma.dtype
+    gamma, beta, a = _precise(gamma), _precise(beta), _precise(a) if isinstance(a, Tensor) else a
     s, r = _ratio(gamma, beta)
     Phi, Q, phi = _normal(r)
     v = (Phi + r * r * Phi * Q + r * phi * (Q - Phi) - phi * phi).clamp_min(0.0)
     if isinstance(a, float) and a == 0.0:
-        return GaussianMoments(beta * Phi + s * phi, s * s * v)
+        return GaussianMoments((beta * Phi + s * phi).to(dtype), (s * s * v).to(dtype))
     mean = beta * (a + (1 - a) * Phi) + (1 - a) * s * phi
-    return GaussianMoments(mean, s * s * (a * a + 2 * a * (1 - a) * Phi + (1 - a) ** 2 * v))
+    var = s * s * (a * a + 2 * a * (1 - a) * Phi + (1 - a) ** 2 * v)
+    return GaussianMoments(mean.to(dtype), var.to(dtype))
 
 
 def _checked(activation: ActivationLike) -> Activation:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from evenkeel._messages import unknown_name
 from evenkeel.nn.normprop.base import DEFAULT_EPS, NormPropLayer
+from evenkeel.nn.normprop.border import BORDERS, inverse_deviation
 from evenkeel.nn.normprop.checks import positive, sizes
 from evenkeel.nn.normprop.constants import ActivationLike
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-BORDERS = ("paper", "exact")
 Size = int | Sequence[int]
 
 
@@ -67,6 +67,7 @@ class _NormPropConv(NormPropLayer):
             init=init,
             unitize=unitize,
             eps=eps,
+            groups=group,
             device=device,
             dtype=dtype,
         )
@@ -77,7 +78,6 @@ class _NormPropConv(NormPropLayer):
             padding if isinstance(padding, str) else sizes("padding", padding, self.spatial)
         )
         self.dilation = sizes("dilation", dilation, self.spatial, 1)
-        self.groups = group
         self.padding_mode = padding_mode
         self.border = border
 
@@ -112,11 +112,7 @@ class _NormPropConv(NormPropLayer):
     def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:
         if self.border != "exact":
             return None
-        ones = unit.new_ones((1, self.in_channels, *x.shape[-self.spatial :]))
-        with torch.autocast(x.device.type, enabled=False):
-            variance = self._linear(ones, unit.square(), None)
-        # Where every tap falls on padding there is nothing to enlarge.
-        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        scale = inverse_deviation(self, unit, tuple(x.shape[-self.spatial :]))
         return scale if x.dim() == 2 + self.spatial else scale[0]
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ class NormPropLinear(NormPropLayer):
             device=device,
             dtype=dtype,
         )
-        self.in_features = self_in
+        self.in_features = self.in_channels = self_in
         self.out_features = self_out
 
     def _check(self, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -96,3 +97,47 @@ class NormPropResidual(nn.Module):
     def extra_repr(self) -> str:
         """The weights."""
         return f"a={float(self.a):g}, b={float(self.b):g}, correlation={self.correlation:g}, trainable={self.trainable}"
+
+
+class NormPropConcat(nn.Module):
+    """Concatenate branches that see the same input: ``cat([f(x) for f in branches], dim)``.
+
+    Concatenated units of zero mean and unit variance need no correction: the next layer's unit filters reach over all
+    of them. But a branch with more units then has a larger share of the next pre-activation's variance;
+    ``balance=True`` scales each branch by ``sqrt(C / (n C_i))`` (n branches, C units in all, C_i in branch i), so
+    that all have the same share and the mean square over units stays 1.
+
+    Args:
+        branches: Modules whose outputs agree in all axes but ``dim``; ``nn.Identity()`` for a dense skip.
+        dim: Axis along which to concatenate.
+        balance: Give all branches the same share.
+
+    Raises:
+        ValueError: If there are no branches.
+
+    Example:
+        >>> from evenkeel.nn.normprop import NormPropLinear
+        >>> NormPropConcat([nn.Identity(), NormPropLinear(8, 4)])(torch.randn(2, 8)).shape
+        torch.Size([2, 12])
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], dim: int = 1, *, balance: bool = False) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        if not len(self.branches):
+            raise ValueError("NormPropConcat needs at least one branch")
+        self.dim = dim
+        self.balance = bool(balance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the concatenated outputs."""
+        outputs = [branch(x) for branch in self.branches]
+        if self.balance:
+            counts = [y.shape[self.dim] for y in outputs]
+            share = sum(counts) / len(counts)
+            outputs = [y * math.sqrt(share / count) for y, count in zip(outputs, counts, strict=True)]
+        return torch.cat(outputs, self.dim)
+
+    def extra_repr(self) -> str:
+        """Arguments as given."""
+        return f"dim={self.dim}, balance={self.balance}"
