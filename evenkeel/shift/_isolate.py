@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evenkeel.flexnorm import FlexNorm
+
 
 @contextmanager
 def isolated(model: nn.Module, seed: int, *, autocast: torch.dtype | None = None) -> Iterator[None]:
@@ -105,7 +107,7 @@ def _stop_synchronizing(module: nn.Module) -> None:
     # One process alone may watch its model; waiting for the others would hang.
     if isinstance(module, nn.SyncBatchNorm):
         module.__dict__["forward"] = functools.partial(nn.modules.batchnorm._BatchNorm.forward, module)
-    elif module.__dict__.get("process_group") is not None:
+    elif isinstance(module, FlexNorm) and module.process_group is not None:
         module.__dict__["process_group"] = None
 
 

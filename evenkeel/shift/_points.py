@@ -25,10 +25,8 @@ def first_tensor(output: Any) -> Tensor | None:
     return None
 
 
-def channel_axis(module: nn.Module, output: Tensor) -> int:
+def channel_axis(module: nn.Module) -> int:
     """The axis of the channels: the last for layers that work on it (LayerNorm, Linear, ...), else axis 1."""
-    if output.ndim < 2:
-        return -1
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return -1 if len(module.normalized_shape) == 1 else 1
     return -1 if isinstance(module, _CHANNELS_LAST) else 1

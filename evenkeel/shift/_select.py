@@ -15,7 +15,7 @@ Layers = Layer | Callable[[str, nn.Module], bool] | Iterable[Layer]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that a user wrote, without the wrappers of torch.compile, DataParallel, DistributedDataParallel and Fabric.
+    """The module that a user wrote, without the wrappers of torch.compile, data parallelism and Fabric.
 
     They share its parameters; hooks on it would be skipped by compiled code, so the side forward calls it directly.
     """
@@ -35,9 +35,10 @@ def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
     Args:
         model: The unwrapped model.
-        layers: ``"norm"`` for all normalization layers (and the markers of absent ones); a layer's name; a glob pattern
-            (``"layer?.*.bn*"``); a regular expression, compiled or as ``"re:..."``, matched against the full name; a
-            module; a function of name and module; or a list of names, patterns and modules.
+        layers: ``"norm"`` for all normalization layers and the markers of absent ones (a layer that is itself called
+            ``norm`` is ``"re:norm"``); a layer's name; a glob pattern (``"layer?.*.bn*"``); a regular expression,
+            compiled or as ``"re:..."``, matched against the full name; a module; a function of name and module; or a
+            list of names, patterns and modules.
 
     Returns:
         Modules by name. A module reachable under several names has the first; the prefix ``_orig_mod.`` of compiled
@@ -68,8 +69,6 @@ def _match(names: dict[str, nn.Module], layer: object) -> set[str]:
     if isinstance(layer, re.Pattern):
         return _some({name for name in names if layer.fullmatch(name)}, names, layer.pattern)
     if isinstance(layer, str):
-        if layer in names and layer:
-            return {layer}
         if layer == "norm":
             from evenkeel.nn import is_norm
 
@@ -80,6 +79,8 @@ def _match(names: dict[str, nn.Module], layer: object) -> set[str]:
                     "a pattern (layers='*conv*') or by a list of names"
                 )
             return found
+        if layer in names and layer:
+            return {layer}
         if layer.startswith("re:"):
             return _match(names, re.compile(layer[3:]))
         return _some({name for name in names if name and fnmatch.fnmatchcase(name, layer)}, names, layer)

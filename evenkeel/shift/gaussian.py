@@ -1,4 +1,4 @@
-r"""The closed form for Gaussians, $W_2^2 = \|m_1 - m_2\|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2})$.
+r"""The closed form for Gaussians, $W_2^2=\|m_1-m_2\|^2+\mathrm{tr}(C_1+C_2-2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2})$.
 
 Gelbrich (1990): for any two distributions with these moments the same expression is a lower bound of W_2^2.
 """
@@ -77,6 +77,7 @@ def _root(values: Tensor) -> Tensor:
 
 def _factor(covariance: Tensor) -> Tensor:
     """L with L L^T = C: Cholesky's where C is positive definite, else from its eigenvectors."""
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(covariance)
     if not bool(info.any()):
         return lower

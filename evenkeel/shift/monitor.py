@@ -72,7 +72,7 @@ class ShiftMonitor:
         ...     for _ in range(3):
         ...         model(x).square().mean().backward()
         ...         optimizer.step()
-        ...         monitor.step()
+        ...         new = monitor.step()
         >>> [(record.step, record.layer) for record in monitor.records]
         [(1, '1'), (2, '1'), (3, '1')]
         >>> all(record.lower <= record.w1 <= record.upper for record in monitor.records)
@@ -197,7 +197,8 @@ class ShiftMonitor:
                 raise ValueError(
                     f"layer {name} ({type(module).__name__}) returns no floating-point tensor with axes to measure"
                 )
-            axis = channel_axis(module, tensor) if self._channel_dim is None else self._channel_dim
+            tensor = tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor
+            axis = channel_axis(module) if self._channel_dim is None else self._channel_dim
             total = count_points(tensor, axis, self._samples)
             if (name, total) not in self._rows:
                 self._rows[name, total] = choose_rows(total, self._max_samples, name, self._seed)

@@ -26,34 +26,27 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Release files; further records may still come and open them again."""
+        """Release what the sink holds open."""
         ...
 
 
 class _FileSink:
-    """A text file with a line for each record, flushed at each."""
+    """A text file with a line for each record; it is open only while a line is written, so readers see whole lines."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file: TextIO | None = None
 
-    def _open(self) -> TextIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", newline="", encoding="utf-8")
-        return self._file
+    def _append(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.open("a", newline="", encoding="utf-8")
 
     def _replace(self, lines: list[str]) -> None:
-        self.close()
         part = self.path.with_name(self.path.name + ".part")
         part.write_text("".join(lines), encoding="utf-8", newline="")
         part.replace(self.path)
 
     def close(self) -> None:
-        """Close the file; a further record opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Nothing is left open."""
 
 
 class CSVSink(_FileSink):
@@ -65,13 +58,12 @@ class CSVSink(_FileSink):
 
     def write(self, record: ShiftRecord) -> None:
         """Append a row, and the header to an empty file."""
-        file = self._open()
         row = record.asdict()
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
+        with self._append() as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
 
     def rewind(self, step: int) -> None:
         """Keep the header and the complete rows up to ``step``."""
@@ -93,9 +85,8 @@ class JSONLSink(_FileSink):
     def write(self, record: ShiftRecord) -> None:
         """Append a line."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.asdict().items()}
-        file = self._open()
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-        file.flush()
+        with self._append() as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Keep the complete lines up to ``step``."""
