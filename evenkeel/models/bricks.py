@@ -7,6 +7,7 @@ combines residual branches with weights that keep unit variance.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -67,9 +68,11 @@ class Bricks:
         """Convolution, normalization and ReLU; ``padding`` defaults to keeping the size at stride 1."""
         padding = kernel // 2 if padding is None else padding
         if self.propagates:
-            return norms.NormPropConv2d(cin, cout, kernel, stride=stride, padding=padding, **self._args)
+            # In a container of its own, so that the layer to watch has the same name under every normalization.
+            layer = norms.NormPropConv2d(cin, cout, kernel, stride=stride, padding=padding, **self._args)
+            return nn.Sequential(OrderedDict(norm=layer))
         convolution = self._convolution(cin, cout, kernel, stride, padding)
-        return nn.Sequential(convolution, self.norm(cout), nn.ReLU(inplace=True))
+        return nn.Sequential(OrderedDict(conv=convolution, norm=self.norm(cout), relu=nn.ReLU(inplace=True)))
 
     def block(self, cin: int, cout: int, stride: int = 1) -> nn.Module:
         """A pre-activated residual block of two 3x3 convolutions; 1x1 on the shortcut where shapes change."""
@@ -78,7 +81,7 @@ class Bricks:
         shortcut: nn.Module | None = None
         if stride != 1 or cin != cout:
             shortcut = norms.NormPropConv2d(cin, cout, 1, stride=stride, activation="identity", **self._linear_args())
-        branch = nn.Sequential(self.conv(cin, cout, 3, stride), self.conv(cout, cout, 3))
+        branch = nn.Sequential(OrderedDict(conv1=self.conv(cin, cout, 3, stride), conv2=self.conv(cout, cout, 3)))
         return norms.NormPropResidual(branch, shortcut)
 
     def _linear_args(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,13 @@ def _head(features: int, num_classes: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=features**-0.5)
     nn.init.zeros_(head.bias)
     return head
+
+
+def _network(layers: Sequence[tuple[str, nn.Module]], head: nn.Module) -> nn.Sequential:
+    """The layers, then the mean over positions and the linear head."""
+    return nn.Sequential(
+        OrderedDict([*layers, ("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", head)])
+    )
 
 
 def convnet(
@@ -42,12 +50,12 @@ def convnet(
     if not widths:
         raise ValueError("widths must name at least one layer, got an empty sequence")
     bricks = Bricks(norm, **norm_args)
-    layers: list[nn.Module] = []
+    layers: list[tuple[str, nn.Module]] = []
     channels = in_channels
     for index, width in enumerate(widths):
-        layers.append(bricks.conv(channels, width, stride=2 if index else 1))
+        layers.append((f"layer{index + 1}", bricks.conv(channels, width, stride=2 if index else 1)))
         channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(channels, num_classes))
+    return _network(layers, _head(channels, num_classes))
 
 
 def resnet(
@@ -80,16 +88,17 @@ def resnet(
     bricks = Bricks(norm, **norm_args)
     # The stem of a pre-activation network is bare: the first block normalizes. A propagating stem standardizes itself.
     stem = bricks.conv(in_channels, width) if bricks.propagates else bricks._convolution(in_channels, width, 3, 1, 1)
-    layers: list[nn.Module] = [stem]
+    layers: list[tuple[str, nn.Module]] = [("stem", stem)]
     channels = width
     for stage in range(3):
         for block in range((depth - 2) // 6):
             out = width * 2**stage
-            layers.append(bricks.block(channels, out, stride=2 if stage and block == 0 else 1))
+            stride = 2 if stage and block == 0 else 1
+            layers.append((f"stage{stage + 1}_block{block + 1}", bricks.block(channels, out, stride)))
             channels = out
     if not bricks.propagates:
-        layers += [bricks.norm(channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(channels, num_classes))
+        layers += [("norm", bricks.norm(channels)), ("relu", nn.ReLU(inplace=True))]
+    return _network(layers, _head(channels, num_classes))
 
 
 def vgg(
@@ -112,14 +121,14 @@ def vgg(
         A module from (N, in_channels, H, W) to logits (N, num_classes); H and W at least ``2**len(stages)``.
     """
     bricks = Bricks(norm, **norm_args)
-    layers: list[nn.Module] = []
+    layers: list[tuple[str, nn.Module]] = []
     channels = in_channels
-    for widths in stages:
-        for width in widths:
-            layers.append(bricks.conv(channels, width))
+    for stage, widths in enumerate(stages, 1):
+        for index, width in enumerate(widths, 1):
+            layers.append((f"stage{stage}_layer{index}", bricks.conv(channels, width)))
             channels = width
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _head(channels, num_classes))
+        layers.append((f"stage{stage}_pool", nn.MaxPool2d(2)))
+    return _network(layers, _head(channels, num_classes))
 
 
 def nin(
@@ -153,17 +162,19 @@ def nin(
     if last.bias is not None:
         nn.init.zeros_(last.bias)
     return nn.Sequential(
-        bricks.conv(in_channels, w192, 5),
-        bricks.conv(w192, w160, 1),
-        nn.MaxPool2d(3, 2, 1),
-        bricks.conv(w160, w96, 1),
-        bricks.conv(w96, w192, 5),
-        bricks.conv(w192, w192, 1),
-        nn.AvgPool2d(3, 2, 1),
-        bricks.conv(w192, w192, 1),
-        bricks.conv(w192, w192, 5),
-        bricks.conv(w192, w192, 1),
-        last,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
+        OrderedDict(
+            layer1=bricks.conv(in_channels, w192, 5),
+            layer2=bricks.conv(w192, w160, 1),
+            pool1=nn.MaxPool2d(3, 2, 1),
+            layer3=bricks.conv(w160, w96, 1),
+            layer4=bricks.conv(w96, w192, 5),
+            layer5=bricks.conv(w192, w192, 1),
+            pool2=nn.AvgPool2d(3, 2, 1),
+            layer6=bricks.conv(w192, w192, 1),
+            layer7=bricks.conv(w192, w192, 5),
+            layer8=bricks.conv(w192, w192, 1),
+            head=last,
+            mean=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
     )

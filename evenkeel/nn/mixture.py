@@ -25,8 +25,8 @@ class _SwitchableNorm(_BatchNorm):
     """Switchable normalization (Luo et al. 2019, arXiv 1806.10779): instance, layer and batch statistics, mixed.
 
     The mixture weights are the softmax of ``mean_weight`` (3,) and ``var_weight`` (3,), equal at the start, in the
-    order instance, layer, batch. In evaluation the batch statistics are the running ones (the paper averages over batches,
-    which :func:`evenkeel.recalibrate` does).
+    order instance, layer, batch. In evaluation the batch statistics are the running ones (the paper averages over
+    batches, which recalibration does).
 
     Args:
         num_features: Number of channels C of the input.
