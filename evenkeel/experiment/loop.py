@@ -327,7 +327,8 @@ class _Run:
         from safetensors.torch import save
 
         weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        note = {"model": self.config.model, "norm": self.norm, "config": json.dumps(self.config.as_dict())}
+        # One entry only: the library writes several in an order that changes from process to process.
+        note = {"evenkeel": json.dumps(self.config.as_dict())}
         atomic_write(self.folder / "model.safetensors", save(weights, metadata=note))
 
     def _finish(self, status: str, reason: str | None) -> dict[str, Any]:
