@@ -26,6 +26,9 @@ from evenkeel.nn import rules
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
+_FEW_VALUES = 16
+
 __all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d"]
 
 
@@ -33,7 +36,7 @@ class _PopulationNorm(FlexNorm):
     """Population normalization (Luo et al. 2019, sec. 2): fixed statistics in the forward and the backward.
 
     Every sample is normalized alike, whatever else is in its batch, so training works at batch size 1 and training and
-    evaluation are the same function. No gradient flows through the statistics.
+    evaluation are the same function.
 
     Args:
         num_features: Number of channels C of the input.
@@ -42,7 +45,13 @@ class _PopulationNorm(FlexNorm):
             cumulative average. Smaller batches want smaller values: about ``0.1 * batch / 64``.
         affine: Whether to learn ``weight`` and ``bias``, each (C,).
         statistics: ``"running"``: each training batch enters the statistics before it is normalized. ``"estimated"``:
-            they change only from outside (recalibration, an estimator); the forward then reads ``x`` once.
+            they change only from outside (recalibration, an estimator).
+        gradient: The population statistics are functions of the weights before this layer, and their derivative is part
+            of the gradient. ``"batch"``: the derivative of the batch statistics stands for it (batch renormalization
+            without limits: the value is that of the population, the derivative that of the batch). With fewer than 16
+            values per channel, or ``"none"``: the statistics are constants, as if they did not follow the weights; the
+            gradient of a sample is then its own, and scale-invariant weights drift (use a smaller learning rate, or
+            an optimizer on the sphere).
         max_ratio: Guard for ``"running"``: in training the standard deviation used lies within this factor of the
             batch's own, and the mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None``
             switches it off. It never acts in evaluation, and never on a batch with one value per channel.
@@ -55,7 +64,7 @@ class _PopulationNorm(FlexNorm):
         clipped: Scalar buffer: share of the channels on which the guard acted in the last training batch.
 
     Raises:
-        ValueError: For an unknown ``statistics`` or a ``max_ratio`` below 1.
+        ValueError: For an unknown ``statistics`` or ``gradient``, or a ``max_ratio`` below 1.
     """
 
     clipped: Tensor
@@ -68,6 +77,7 @@ class _PopulationNorm(FlexNorm):
         affine: bool = True,
         *,
         statistics: str = "running",
+        gradient: str = "batch",
         max_ratio: float | None = 3.0,
         bias: bool = True,
         process_group: ProcessGroup | str | None = None,
@@ -89,32 +99,66 @@ class _PopulationNorm(FlexNorm):
             device=device,
             dtype=dtype,
         )
+        if gradient not in ("batch", "none"):
+            raise ValueError(unknown_name("gradient of PopulationNorm", gradient, ["batch", "none"]))
         self.source = statistics
+        self.gradient = gradient
         self.max_ratio = max_ratio
+        self._samples = 0
         self.register_buffer("clipped", torch.zeros((), device=device), persistent=False)
 
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Standardize with the population statistics, in training too."""
-        mean, var = self.statistics(moments)
-        return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        if self.frozen or not self.training:
+            mean, var = self._population()
+            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        # With a process group the choice must not depend on the local batch: all processes communicate alike.
+        alone = moments.process_group is None and isinstance(moments.count, int)
+        few = alone and moments.count * self._samples < _FEW_VALUES
+        through = self.gradient == "batch" and not few
+        if not through and self.source == "estimated":
+            mean, var = self._population()
+            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        pooled = moments.pool("batch") if through else moments.detach().pool("batch")
+        mean, var = self._population() if self.source == "estimated" else self._follow(pooled)
+        if not through:
+            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        return rules.renormalize(
+            pooled.mean,
+            pooled.var,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            r_max=float("inf"),
+            d_max=float("inf"),
+            eps=self.eps,
+        )
 
-    def statistics(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Return the population mean and variance (C,); in training the batch enters them first."""
+    def check_input(self, x: Tensor) -> None:
+        """Refuse wrong shapes; remember the number of samples, which decides how the gradient is taken."""
+        super().check_input(x)
+        self._samples = x.shape[0]
+
+    def _population(self) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
-        if self.frozen or not self.training or self.source == "estimated":
-            return self.running_mean, self.running_var
-        with torch.no_grad():
-            pooled = moments.detach().pool("batch")
-            self.track(pooled)
-            if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
-                return self.running_mean.clone(), self.running_var.clone()
-            return self._guarded(pooled, self.max_ratio)
+        return self.running_mean, self.running_var
+
+    @torch.no_grad()
+    def _follow(self, pooled: Moments) -> tuple[Tensor, Tensor]:
+        """Let the batch enter the statistics and return them as they are now, within the guard."""
+        self.track(pooled)
+        if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
+            mean, var = self._population()
+            # Later batches change the buffers in place, before this one's backward has used its values.
+            return mean.clone(), var.clone()
+        return self._guarded(pooled, self.max_ratio)
 
     def _guarded(self, pooled: Moments, ratio: float) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
-        batch_mean, batch_var = pooled.mean.reshape(-1), pooled.var.reshape(-1)
+        batch_mean, batch_var = pooled.mean.detach().reshape(-1), pooled.var.detach().reshape(-1)
         floor = batch_var + self.eps
         var = torch.minimum(torch.maximum(self.running_var + self.eps, floor / ratio**2), floor * ratio**2) - self.eps
         reach = floor.sqrt() * (ratio - 1)
@@ -133,8 +177,8 @@ class _PopulationNorm(FlexNorm):
         assert tracked is not None
         if self.frozen or _recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
-        new_mean = pooled.mean.reshape(-1).to(mean.dtype)
-        new_var = pooled.var.reshape(-1).to(var.dtype)
+        new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
+        new_var = pooled.var.detach().reshape(-1).to(var.dtype)
         usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
         tracked.add_(usable.any().long())
         batches = tracked.clamp_min(1).to(mean.dtype)
@@ -149,7 +193,7 @@ class _PopulationNorm(FlexNorm):
     def extra_repr(self) -> str:
         """Show the constructor arguments."""
         shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
-        shown += f", statistics={self.source!r}, max_ratio={self.max_ratio}"
+        shown += f", statistics={self.source!r}, gradient={self.gradient!r}, max_ratio={self.max_ratio}"
         return shown + (", frozen=True" if self.frozen else "")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "mean_only",
     "population",
     "renorm",
+    "renormalize",
     "rms",
     "standardize",
     "switch",
@@ -254,15 +255,50 @@ def renorm(
         eps: Added to the variances.
     """
     pooled = moments.pool("batch")
-    inverse = (pooled.var + eps).rsqrt()
+    return renormalize(pooled.mean, pooled.var, mean, var, weight, bias, r_max=r_max, d_max=d_max, eps=eps)
+
+
+def renormalize(
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Batch statistics corrected towards others: :func:`renorm` on given statistics of the batch.
+
+    Without limits (``r_max = d_max = inf``) the values are those of ``mean`` and ``var``, and the derivatives those of
+    the batch statistics: population normalization whose statistics follow the weights.
+
+    Args:
+        batch_mean: Mean of the batch, (1, C).
+        batch_var: Variance of the batch, (1, C).
+        mean: Mean to correct towards, (C,).
+        var: Variance to correct towards, (C,).
+        weight: (C,) or ``None``.
+        bias: (C,) or ``None``.
+        r_max: Largest correction factor of the standard deviation.
+        d_max: Largest correction of the mean, in standard deviations of ``var``.
+        eps: Added to the variances.
+    """
+    inverse = (batch_var + eps).rsqrt()
     with torch.no_grad():
         population = (var + eps).rsqrt()
-        upper = torch.as_tensor(r_max, dtype=inverse.dtype, device=inverse.device)
-        reach = torch.as_tensor(d_max, dtype=inverse.dtype, device=inverse.device)
-        r = (population / inverse).clamp(upper.reciprocal(), upper)
-        d = ((pooled.mean - mean) * population).clamp(-reach, reach)
+        r = population / inverse
+        d = (batch_mean - mean) * population
+        if not isinstance(r_max, float) or r_max != float("inf"):
+            upper = torch.as_tensor(r_max, dtype=inverse.dtype, device=inverse.device)
+            r = r.clamp(upper.reciprocal(), upper)
+        if not isinstance(d_max, float) or d_max != float("inf"):
+            reach = torch.as_tensor(d_max, dtype=inverse.dtype, device=inverse.device)
+            d = d.clamp(-reach, reach)
     scale = inverse * r
-    shift = d - pooled.mean * scale
+    shift = d - batch_mean * scale
     if weight is not None:
         scale, shift = scale * weight, shift * weight
     return scale, shift if bias is None else shift + bias

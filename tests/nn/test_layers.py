@@ -39,8 +39,12 @@ def _unitized(m: FlexNorm, x: Tensor) -> Tensor:
 
 
 def _population(m: FlexNorm, x: Tensor) -> Tensor:
+    """After its first batch the population is that batch; with few values its statistics are constants."""
     axes = (0, *range(2, x.dim()))
-    return reference.population(x, x.mean(axes).detach(), x.var(axes, correction=0).detach(), m.weight, m.bias)
+    mean, var = x.mean(axes), x.var(axes, correction=0)
+    if x.numel() // x.shape[1] < 16:
+        mean, var = mean.detach(), var.detach()
+    return reference.population(x, mean, var, m.weight, m.bias)
 
 
 def _filter_response(m: FlexNorm, x: Tensor) -> Tensor:
@@ -391,6 +395,7 @@ def test_errors_of_the_constructors() -> None:
         (lambda: ek.GroupNorm(4, 6), "got 4 and 6"),
         (lambda: ek.UnitizedBatchNorm2d(6, norm="papr"), "did you mean 'paper'"),
         (lambda: ek.PopulationNorm2d(6, statistics="runing"), "did you mean 'running'"),
+        (lambda: ek.PopulationNorm2d(6, gradient="bach"), "did you mean 'batch'"),
         (lambda: ek.PopulationNorm2d(6, max_ratio=0.5), "at least 1"),
         (lambda: ek.BatchRenorm2d(6, r_max=0.5), "r_max must be at least 1"),
         (lambda: ek.make_norm("bacth", 6), "did you mean 'batch'"),
@@ -476,8 +481,36 @@ class TestUnitized:
 
 
 class TestPopulation:
+    def test_values_of_the_population_and_derivatives_of_the_batch(self) -> None:
+        layer = ek.PopulationNorm2d(6, statistics="estimated", dtype=torch.float64)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+        x = torch.randn(IMAGE, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        expected = reference.population(x, layer.running_mean, layer.running_var)
+        torch.testing.assert_close(y, expected)
+        g = torch.randn(IMAGE, dtype=torch.float64)
+        # d/dx of (x - mu_B) / sigma_B times sigma_B / sigma: what the chain rule gives when sigma follows the batch.
+        mu, sd = x.mean((0, 2, 3), keepdim=True), (x.var((0, 2, 3), correction=0, keepdim=True) + layer.eps).sqrt()
+        ratio = sd.detach() / (layer.running_var + layer.eps).sqrt().view(1, -1, 1, 1)
+        (want,) = torch.autograd.grad((x - mu) / sd * ratio, x, g)
+        torch.testing.assert_close(torch.autograd.grad(y, x, g)[0], want)
+
+    def test_the_gradient_is_invariant_to_the_scale_of_the_weights_before(self) -> None:
+        """As BatchNorm's: the weights get no radial gradient once the statistics have caught up with them."""
+        conv, layer = nn.Conv2d(3, 6, 3, bias=False), ek.PopulationNorm2d(6, momentum=1.0)
+        x = torch.randn(8, 3, 9, 9)
+        layer(conv(x)).pow(3).sum().backward()
+        radial = (conv.weight * conv.weight.grad).sum((1, 2, 3)) / conv.weight.grad.flatten(1).norm(dim=1)
+        assert radial.abs().max() < 1e-4
+        constant = ek.PopulationNorm2d(6, momentum=1.0, gradient="none")
+        conv.weight.grad = None
+        constant(conv(x)).pow(3).sum().backward()
+        radial = (conv.weight * conv.weight.grad).sum((1, 2, 3)) / conv.weight.grad.flatten(1).norm(dim=1)
+        assert radial.abs().max() > 0.05
+
     def test_no_gradient_through_statistics(self) -> None:
-        layer = ek.PopulationNorm2d(6)
+        layer = ek.PopulationNorm2d(6, gradient="none")
         x = torch.randn(IMAGE, requires_grad=True)
         layer(x).sum().backward()
         scale = (layer.running_var + layer.eps).rsqrt()
