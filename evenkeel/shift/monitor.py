@@ -9,8 +9,7 @@ to the spread of the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +18,13 @@ from evenkeel._messages import unknown_name
 from evenkeel.shift._points import Samples, channel_axis, choose_rows, count_points, first_tensor, take_points
 from evenkeel.shift._probe import Mode, call, detached, side_forward
 from evenkeel.shift._select import Layers, select_layers, unwrap
+from evenkeel.shift._stepping import Reference, Snapshot, Stepper, check_count
+from evenkeel.shift.metrics import Metric, Seen, as_metrics
 from evenkeel.shift.records import ShiftRecord, measure_shift, record_from_dict
-from evenkeel.shift.schedules import Schedule, as_schedule
-from evenkeel.shift.sinks import Sink, as_sink
-
-Reference = Literal["previous", "initial", "both"]
-Points = dict[str, Tensor]
-
-_FORMAT = 1
+from evenkeel.shift.schedules import Schedule
 
 
-class ShiftMonitor:
+class ShiftMonitor(Stepper[ShiftRecord]):
     """Measures how far the output distribution of each layer moves as a model trains.
 
     Args:
@@ -42,6 +37,8 @@ class ShiftMonitor:
         every: When to measure: a number of steps, a list of steps, or a schedule from :mod:`evenkeel.shift.schedules`.
         lag: Optimizer steps between the two distributions that are compared.
         reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
+        metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`evenkeel.shift.metrics`,
+            or functions of :class:`evenkeel.shift.metrics.Seen`.
         samples: What a point is: ``"position"``, every position of every input a point in R^C; or ``"image"``, every
             input one point in R^(C H W).
         max_samples: At most so many points of each layer, drawn once and for all by a private generator. The exact
@@ -88,6 +85,7 @@ class ShiftMonitor:
         every: int | Schedule | Iterable[int] = 100,
         lag: int = 1,
         reference: Reference = "previous",
+        metrics: Iterable[str | Metric] = (),
         samples: Samples = "position",
         max_samples: int = 128,
         mode: Mode = "train",
@@ -99,99 +97,37 @@ class ShiftMonitor:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
-        for name, number in (("lag", lag), ("max_samples", max_samples)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
-        for name, value, valid in (
-            ("reference", reference, get_args(Reference)),
-            ("samples", samples, get_args(Samples)),
-            ("mode", mode, get_args(Mode)),
-        ):
+        super().__init__(every, lag, reference, sinks)
+        check_count("max_samples", max_samples)
+        for name, value, valid in (("samples", samples, get_args(Samples)), ("mode", mode, get_args(Mode))):
             if value not in valid:
                 raise ValueError(unknown_name(name, value, valid))
         self._model = unwrap(model)
         self._layers = select_layers(self._model, layers)
-        self._schedule = as_schedule(every)
         self._probe = detached(probe)
+        self._metrics = as_metrics(metrics)
         self._forward = forward
-        self._lag = lag
-        self._reference = reference
         self._samples: Samples = samples
         self._max_samples = max_samples
         self._mode: Mode = mode
         self._autocast = autocast
         self._channel_dim = channel_dim
         self._seed = seed
-        self._sinks: list[Sink] = [as_sink(sink) for sink in sinks]
         self._rows: dict[tuple[str, int], Tensor] = {}
-        self._pending: list[tuple[int, Points]] = []
-        self._initial: tuple[int, Points] | None = None
-        self._started = False
-        self.steps = 0
-        self.records: list[ShiftRecord] = []
+        self._numbers: dict[str, dict[str, float]] = {}
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that are watched."""
         return tuple(self._layers)
 
-    def __enter__(self) -> ShiftMonitor:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def start(self) -> None:
-        """Take the distributions before the first step, where they are needed. ``with`` calls this."""
-        if self._started:
-            return
-        self._started = True
-        due = self._reference != "initial" and self._schedule(self.steps)
-        if due or self._reference != "previous":
-            points = self.look()
-            if due:
-                self._pending.append((self.steps, points))
-            if self._reference != "previous":
-                self._initial = (self.steps, points)
-
-    def step(self) -> list[ShiftRecord]:
-        """Tell the monitor that the optimizer has made a step; call it once after each ``optimizer.step()``.
-
-        Returns:
-            The records made at this step, one for each layer and reference; most often none.
-        """
-        if not self._started:
-            raise RuntimeError("call start(), or use the monitor in a with statement, before the first optimizer step")
-        self.steps += 1
-        scheduled = self._schedule(self.steps)
-        ready = [(taken, points) for taken, points in self._pending if taken + self._lag <= self.steps]
-        against_initial = scheduled and self._initial is not None
-        take = scheduled and self._reference != "initial"
-        if not (ready or against_initial or take):
-            return []
-        now = self.look()
-        made: list[ShiftRecord] = []
-        for taken, points in ready:
-            made += self._compare("previous", taken, points, now)
-        if against_initial and self._initial is not None:
-            made += self._compare("initial", *self._initial, now)
-        self._pending = [entry for entry in self._pending if entry[0] + self._lag > self.steps]
-        if take:
-            self._pending.append((self.steps, now))
-        self.records += made
-        for sink in self._sinks:
-            for record in made:
-                sink.write(record)
-        return made
-
-    def look(self) -> Points:
+    def look(self) -> Snapshot:
         """The points of each layer's output for the probe, (n, d) on the CPU. Changes nothing in the model."""
-        points: Points = {}
+        points: Snapshot = {}
+        numbers: dict[str, dict[str, float | Tensor]] = {}
+        buffers = {module: dict(module.named_buffers(recurse=False)) for module in self._layers.values()}
 
-        def keep(name: str, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             tensor = first_tensor(output)
             if tensor is None or tensor.ndim == 0:
                 raise ValueError(
@@ -203,6 +139,8 @@ class ShiftMonitor:
             if (name, total) not in self._rows:
                 self._rows[name, total] = choose_rows(total, self._max_samples, name, self._seed)
             points[name] = take_points(tensor, axis, self._samples, self._rows[name, total])
+            seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module])
+            numbers[name] = {key: value for metric in self._metrics for key, value in metric(seen).items()}
 
         side_forward(
             self._model,
@@ -216,66 +154,22 @@ class ShiftMonitor:
         )
         if not points:
             raise RuntimeError(f"the forward on the probe called none of the layers {', '.join(self._layers)}")
+        self._numbers = {name: {key: float(value) for key, value in row.items()} for name, row in numbers.items()}
         return {name: value.cpu() for name, value in points.items()}
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Mean over the measurements so far of every number of the records, by layer."""
-        table: dict[str, list[Mapping[str, Any]]] = {}
-        for record in self.records:
-            table.setdefault(record.layer, []).append(record.asdict())
-        skip = {"step", "layer", "reference", "reference_step"}
-        return {
-            layer: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key not in skip}
-            for layer, rows in table.items()
-        }
-
-    def close(self) -> None:
-        """Close the sinks. The records stay readable."""
-        for sink in self._sinks:
-            sink.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on exactly: tensors, numbers and strings, nothing else."""
-        return {
-            "format": _FORMAT,
-            "config": self._config(),
-            "steps": self.steps,
-            "started": self._started,
-            "pending": [{"step": step, "points": dict(points)} for step, points in self._pending],
-            "initial": None if self._initial is None else {"step": self._initial[0], "points": dict(self._initial[1])},
-            "records": [record.asdict() for record in self.records],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`. File sinks drop the rows of steps that will be made again.
-
-        Raises:
-            ValueError: The state is of another format, or of a monitor with other arguments.
-        """
-        if state.get("format") != _FORMAT:
-            raise ValueError(
-                f"the state of the monitor has format {state.get('format')!r}, this version reads {_FORMAT}"
+    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[ShiftRecord]:
+        return [
+            ShiftRecord(
+                **vars(measure_shift(before[layer], points)),
+                step=self.steps,
+                reference_step=taken,
+                reference=kind,
+                layer=layer,
+                metrics=self._numbers[layer],
             )
-        mine = self._config()
-        differences = [
-            f"{key}: {state['config'].get(key)!r} there, {value!r} here"
-            for key, value in mine.items()
-            if state["config"].get(key) != value
+            for layer, points in now.items()
+            if layer in before
         ]
-        if differences:
-            raise ValueError(f"the state is of a monitor with other arguments ({'; '.join(differences)})")
-        self.steps = int(state["steps"])
-        self._started = bool(state["started"])
-        self._pending = [
-            (int(entry["step"]), {k: v.clone() for k, v in entry["points"].items()}) for entry in state["pending"]
-        ]
-        initial = state["initial"]
-        self._initial = (
-            None if initial is None else (int(initial["step"]), {k: v.clone() for k, v in initial["points"].items()})
-        )
-        self.records = [record_from_dict(values) for values in state["records"]]
-        for sink in self._sinks:
-            sink.rewind(self.steps)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -288,12 +182,6 @@ class ShiftMonitor:
             "seed": self._seed,
         }
 
-    def _compare(self, kind: str, taken: int, before: Points, after: Points) -> list[ShiftRecord]:
-        made = []
-        for layer, points in after.items():
-            if layer in before:
-                shift = measure_shift(before[layer], points)
-                made.append(
-                    ShiftRecord(**vars(shift), step=self.steps, reference_step=taken, reference=kind, layer=layer)
-                )
-        return made
+    @staticmethod
+    def _record(values: Mapping[str, Any]) -> ShiftRecord:
+        return record_from_dict(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,24 @@ from evenkeel.shift.distances import wasserstein
 
 FAST_BOUNDS = ("mean", "marginal", "max_sliced", "radial", "coupled", "triangle")
 """The bounds that a monitor evaluates: cheap beside the exact distance at its sample sizes."""
+
+
+class Record(Protocol):
+    """What every record of a monitor offers: where it was made, of which layer or weight, and all of it as numbers."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when the record was made."""
+        ...
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer or weight."""
+        ...
+
+    def asdict(self) -> dict[str, Any]:
+        """All numbers in one flat dictionary that begins with ``step`` and ``layer``."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
-from evenkeel.shift.records import ShiftRecord
+from evenkeel.shift.records import Record
 
 
 @runtime_checkable
 class Sink(Protocol):
     """What a monitor asks of a place for its records."""
 
-    def write(self, record: ShiftRecord) -> None:
+    def write(self, record: Record) -> None:
         """Take one record; it is visible to readers when this returns."""
         ...
 
@@ -56,7 +56,7 @@ class CSVSink(_FileSink):
         path: The file; its folder is made where missing. An existing file is continued.
     """
 
-    def write(self, record: ShiftRecord) -> None:
+    def write(self, record: Record) -> None:
         """Append a row, and the header to an empty file."""
         row = record.asdict()
         with self._append() as file:
@@ -82,7 +82,7 @@ class JSONLSink(_FileSink):
         path: The file; its folder is made where missing. An existing file is continued.
     """
 
-    def write(self, record: ShiftRecord) -> None:
+    def write(self, record: Record) -> None:
         """Append a line."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.asdict().items()}
         with self._append() as file:
@@ -103,9 +103,9 @@ class MemorySink:
     """
 
     def __init__(self) -> None:
-        self.records: list[ShiftRecord] = []
+        self.records: list[Record] = []
 
-    def write(self, record: ShiftRecord) -> None:
+    def write(self, record: Record) -> None:
         """Append to the list."""
         self.records.append(record)
 
@@ -123,10 +123,10 @@ class TensorBoardSink:
     Args:
         target: A folder for event files (needs ``pip install evenkeel[tensorboard]``), or a ``SummaryWriter`` that
             already exists.
-        names: Which numbers to write.
+        names: Which numbers to write; ``None`` for all.
     """
 
-    def __init__(self, target: Any, names: tuple[str, ...] = ("w1", "lower", "upper", "relative")) -> None:
+    def __init__(self, target: Any, names: tuple[str, ...] | None = None) -> None:
         self.names = names
         self._own = isinstance(target, (str, os.PathLike))
         if self._own:
@@ -136,11 +136,12 @@ class TensorBoardSink:
         else:
             self._writer = target
 
-    def write(self, record: ShiftRecord) -> None:
+    def write(self, record: Record) -> None:
         """Add the scalars at the step of the record."""
-        row = record.asdict()
-        for name in (*self.names, *record.metrics):
-            self._writer.add_scalar(f"shift/{record.layer}/{name}", row[name], record.step)
+        for name, value in record.asdict().items():
+            number = isinstance(value, float) and (self.names is None or name in self.names)
+            if number:
+                self._writer.add_scalar(f"shift/{record.layer}/{name}", value, record.step)
         self._writer.flush()
 
     def rewind(self, step: int) -> None:
@@ -159,10 +160,10 @@ class FunctionSink:
         function: Called with each record.
     """
 
-    def __init__(self, function: Callable[[ShiftRecord], Any]) -> None:
+    def __init__(self, function: Callable[[Record], Any]) -> None:
         self._function = function
 
-    def write(self, record: ShiftRecord) -> None:
+    def write(self, record: Record) -> None:
         """Call the function."""
         self._function(record)
 

@@ -270,7 +270,7 @@ def test_state_is_not_tied_to_the_monitor() -> None:
     kept = copy.deepcopy(state)
     Run(model, monitor).steps(2)
     assert state["steps"] == kept["steps"] == 0
-    for a, b in zip(state["pending"][0]["points"].values(), kept["pending"][0]["points"].values(), strict=True):
+    for a, b in zip(state["pending"][0]["values"].values(), kept["pending"][0]["values"].values(), strict=True):
         assert torch.equal(a, b)
     monitor.load_state_dict(kept)
     assert monitor.records == []

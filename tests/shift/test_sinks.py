@@ -95,7 +95,7 @@ def test_tensorboard_writes_scalars(tmp_path: Path) -> None:
         def flush(self) -> None:
             pass
 
-    sink = TensorBoardSink(Writer(), names=("w1",))
+    sink = TensorBoardSink(Writer(), names=("w1", "kurtosis"))
     sink.write(record(4, kurtosis=2.0))
     sink.rewind(0)
     sink.close()
