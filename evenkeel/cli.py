@@ -43,7 +43,7 @@ Schedule = Annotated[str | None, typer.Option(help="constant, cosine, onecycle o
 Augment = Annotated[str | None, typer.Option(help="Any of flip,shift,crop.  [default: none]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")]
 Precision = Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true.  [default: 32-true]")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 for torch's own choice.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 chooses by the size of the images.  [default: 0]")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file or recipe; options given here win over it.")
 ]

@@ -12,7 +12,6 @@ import torch
 
 from evenkeel import data as datasets
 from evenkeel.data import ImageData
-from evenkeel.experiment import environment
 from evenkeel.experiment.config import Config
 from evenkeel.experiment.files import dump_json, read_json
 from evenkeel.experiment.folder import open_experiment, run_path
@@ -120,8 +119,9 @@ def check(config: Config, data: ImageData) -> None:
     """Build every network and put two images through it, so that what cannot work is said before the first run.
 
     Raises:
-        ValueError: If a network cannot be built, or does not take images of this size.
+        ValueError: If the device is not there, or a network cannot be built or does not take images of this size.
     """
+    fabric_of(config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for norm in config.norms:
             model = build_model(config, data, norm)
@@ -154,15 +154,12 @@ def collect(out: Path, config: Config, elapsed: float = 0.0) -> dict[str, Any]:
         runs.append({**read_json(out / path / "summary.json"), "path": path})
     add_step_ratios(runs, config.baseline)
     experiment = read_json(out / "experiment.json")
-    device = fabric_of(config).device
-    with environment.settings(config, device):
-        where = environment.describe(device)
     results = {
         "format": 1,
         "command": experiment.get("command", ""),
         "data": experiment.get("data", ""),
         "config": config.as_dict(),
-        "environment": where,
+        "environment": runs[-1]["environment"],
         "baseline": config.baseline,
         "total_seconds": max(elapsed, sum(run["timing"]["wall_s"] for run in runs)),
         "runs": runs,

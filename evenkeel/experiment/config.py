@@ -79,7 +79,8 @@ class Config:
         shift_every: Updates between two measurements; 0 measures nothing.
         shift_lag: Updates between the two moments that one measurement compares.
         shift_samples: Largest number of activation vectors per layer that enter a measurement.
-        threads: CPU threads; 0 takes torch's own choice.
+        threads: CPU threads; 0 means one for small images (up to 1024 numbers), where more only get in each other's
+            way, and torch's own choice for larger ones.
         precision: Arithmetic of the training, in Lightning Fabric's words (``"32-true"``, ``"bf16-mixed"``).
         device: ``"cpu"``, ``"cuda"``, ``"mps"`` or ``"auto"``; ``"cuda:1"`` for one of several.
         deterministic: Ask for bit-reproducible kernels on devices that have faster ones.
@@ -108,7 +109,7 @@ class Config:
     shift_every: int = 20
     shift_lag: int = 1
     shift_samples: int = 128
-    threads: int = 1
+    threads: int = 0
     precision: str = "32-true"
     device: str = "auto"
     deterministic: bool = True

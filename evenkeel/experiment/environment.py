@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from evenkeel._version import __version__
 from evenkeel.experiment.config import Config
 
 __all__ = ["describe", "settings"]
+
+SMALL = 1024
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -32,8 +35,14 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def settings(config: Config, device: torch.device) -> Iterator[None]:
-    """Set threads and determinism for one run; afterwards these and torch's global generator are as they were."""
+def settings(config: Config, device: torch.device, shape: tuple[int, int, int]) -> Iterator[None]:
+    """Set threads and determinism for one run; afterwards these and torch's global generator are as they were.
+
+    Args:
+        config: The experiment.
+        device: Where it runs.
+        shape: (C, H, W) of an image, which decides the number of threads if the config leaves it open.
+    """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -41,8 +50,8 @@ def settings(config: Config, device: torch.device) -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            if config.threads:
-                torch.set_num_threads(config.threads)
+            if config.threads or math.prod(shape) <= SMALL:
+                torch.set_num_threads(config.threads or 1)
             if config.deterministic and device.type != "cpu":
                 # CPU kernels are deterministic for a given number of threads; asking there would only cost time.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -20,17 +20,17 @@ from evenkeel.data import ImageData, stratified
 from evenkeel.experiment import environment, schedule, seeding
 from evenkeel.experiment.augment import augment
 from evenkeel.experiment.checkpoint import load_checkpoint, save_checkpoint, truncate
-from evenkeel.experiment.config import Config
+from evenkeel.experiment.config import NORMS, Config
 from evenkeel.experiment.files import append_rows, atomic_write, dump_json, read_json, writing
 from evenkeel.experiment.optimizers import make_optimizer
 from evenkeel.experiment.summary import METRICS_HEADER, SHIFT_COLUMNS, SHIFT_HEADER, mean, result, step_ms
-from evenkeel.nn import needs_batch
+from evenkeel.nn import make_norm, needs_batch
 from evenkeel.shift import ShiftMonitor
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Epoch", "build_model", "fabric_of", "refusal", "train_run"]
+__all__ = ["Epoch", "build_model", "fabric_of", "refusal", "single_image_norms", "train_run"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,13 @@ def refusal(model: nn.Module, config: Config, norm: str) -> str | None:
     return (
         f"{norm} normalizes by the statistics of the training batch, and a batch of 1 image has none but its own: "
         f"training would fit statistics that the network never sees again. "
-        f"Train with a batch size of at least 2, or with a norm that can: "
-        f"none, group, instance, layer, population, normprop"
+        f"Train with a batch size of at least 2, or with a norm that can: {', '.join(single_image_norms())}"
     )
+
+
+def single_image_norms() -> list[str]:
+    """Return the norms that can be trained one image at a time: those that never mix the images of a batch."""
+    return [name for name in NORMS if name == "normprop" or not needs_batch(make_norm(name, 16))]
 
 
 def train_run(
@@ -123,7 +127,7 @@ def train_run(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     fabric = fabric_of(config)
-    with environment.settings(config, fabric.device):
+    with environment.settings(config, fabric.device, data.shape):
         run = _Run(config, data, folder, identity, fabric, monitor)
         return run.train(on_epoch, check_stop)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -94,68 +94,69 @@ def run_line(summary: Mapping[str, Any]) -> str:
 
 
 def print_table(results: Mapping[str, Any], where: Console) -> None:
-    """Print the table of a comparison, one row per norm and optimizer: means over seeds and their spread."""
+    """Print the table of a comparison, one row per norm and optimizer: means over seeds and their spread.
+
+    A narrow terminal gets fewer columns; all of them are in ``results.json`` and in the report.
+    """
     baseline = results["baseline"]
-    table = Table(
-        title=f"mean ± standard deviation over seeds; shift: Wasserstein distance of one step; vs {baseline}: paired"
-    )
-    table.add_column("norm", no_wrap=True)
-    table.add_column("optim", no_wrap=True)
-    headings = (
-        "runs",
-        "test acc. %",
-        f"vs {baseline}",
-        "train loss",
-        "shift W1",
-        "relative",
-        "in bounds",
-        "step ms",
-        "ratio",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    failures: dict[str, list[str]] = {}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "norm": lambda row: str(row["norm"]),
+        "optim": lambda row: str(row["optim"]),
+        "runs": lambda row: f"{row['complete']}/{row['seeds']}",
+        "test acc. %": lambda row: _spread(row["test_accuracy"], ".2f", 100) if row["complete"] else _failure(row),
+        f"vs {baseline}": lambda row: _spread(row["difference"], "+.2f", 100),
+        "train loss": lambda row: _spread(row["train_loss"], ".4f"),
+        "shift W1": lambda row: _spread(row["shift_w1"], ".3f"),
+        "relative": lambda row: _spread(row["shift_relative"], ".3f"),
+        "holds": lambda row: {True: "yes", False: "NO", None: ""}[row["shift_interval_holds"]],
+        "step ms": lambda row: _spread(row["step_ms"], ".2f"),
+        "ratio": lambda row: _number(row["step_ratio"], ".2f"),
+    }
+    for limit, dropped in ((125, "train loss"), (107, "relative"), (91, "step ms"), (77, "runs"), (70, "holds")):
+        if where.width < limit:
+            del columns[dropped]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading in ("norm", "optim") else "right", no_wrap=True)
     previous = None
     for row in results["table"]:
         if previous is not None and row["optim"] != previous:
             table.add_section()
         previous = row["optim"]
-        runs = f"{row['complete']}/{row['seeds']}"
+        table.add_row(*(cell(row) for cell in columns.values()))
+    where.print(table)
+    where.print(
+        f"Mean ± standard deviation over seeds; vs {baseline}: paired by seed. Shift: Wasserstein-1 distance that one "
+        f"update moves a layer's output, mean over layers and measurements; relative to the spread of the output; "
+        f"holds: lower bound <= W1 <= upper bound everywhere. Ratio: step time over that of {baseline}.",
+        style="dim",
+    )
+    remarks: dict[str, list[str]] = {}
+    for row in results["table"]:
+        cell = f"{row['norm']} {row['optim']}"
         for status in ("diverged", "refused"):
             if row[status]:
                 count = "" if row[status] == row["seeds"] else f"{row[status]} of {row['seeds']} "
-                failures.setdefault(str(row["reason"]), []).append(f"{row['norm']} {row['optim']}: {count}{status}")
-        if not row["complete"]:
-            table.add_row(row["norm"], row["optim"], runs, "diverged" if row["diverged"] else "refused", *[""] * 7)
-            continue
-        difference = row["difference"]
-        holds = {True: "yes", False: "NO", None: "-"}[row["shift_interval_holds"]]
-        table.add_row(
-            row["norm"],
-            row["optim"],
-            runs,
-            _spread(row["test_accuracy"], ".2f", 100),
-            _spread(difference, "+.2f", 100) if difference else "-",
-            _spread(row["train_loss"], ".4f"),
-            _spread(row["shift_w1"], ".3f"),
-            _spread(row["shift_relative"], ".3f"),
-            holds,
-            _spread(row["step_ms"], ".2f"),
-            _number(row["step_ratio"], ".2f"),
-        )
-    where.print(table)
-    for reason, cells in failures.items():
-        where.print(f"{'; '.join(cells)}: {reason}", markup=False)
+                remarks.setdefault(str(row["reason"]), []).append(f"{cell} {count}{status}")
+        for note in row["notes"]:
+            remarks.setdefault(note, []).append(cell)
+    for remark, cells in remarks.items():
+        where.print(f"{', '.join(cells)}: {remark}", markup=False)
+
+
+def _failure(row: Mapping[str, Any]) -> str:
+    """Return why a row has no numbers, in one word."""
+    return "diverged" if row["diverged"] else "refused"
 
 
 def _number(value: float | None, form: str) -> str:
-    """Return a formatted number, or a dash for none."""
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
+    """Return a formatted number, or nothing for none."""
+    return "" if value is None else format(value, form)
 
 
-def _spread(cell: Mapping[str, Any], form: str, scale: float = 1.0) -> str:
-    """Return ``mean ± std`` (the mean alone for a single seed)."""
-    if cell["mean"] is None:
-        return "-"
+def _spread(cell: Mapping[str, Any] | None, form: str, scale: float = 1.0) -> str:
+    """Return ``mean ± std``; the mean alone for a single seed, nothing for no value."""
+    if cell is None or cell["mean"] is None:
+        return ""
     text = format(scale * cell["mean"], form)
     return text if cell["std"] is None else f"{text} ± {format(scale * cell['std'], form.lstrip('+'))}"

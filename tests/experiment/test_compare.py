@@ -55,7 +55,7 @@ def test_results(small, images, tmp_path, capsys):
     assert "bars: 64 train + 32 test images" in shown
     assert "12 runs" in shown
     assert "diverged" in shown
-    assert "none sgd: diverged" in shown
+    assert "none sgd diverged" in shown
     assert "vs batch" in shown
 
 
@@ -119,7 +119,7 @@ def test_refused_runs_are_in_the_table_and_the_others_train(small, images, tmp_p
     assert (batch["refused"], batch["complete"], normprop["complete"]) == (1, 0, 1)
     print_table(results, console())
     shown = " ".join(capsys.readouterr().out.split())
-    assert "batch sgd: refused: batch normalizes by the statistics of the training batch" in shown
+    assert "batch sgd refused: batch normalizes by the statistics of the training batch" in shown
 
 
 def test_what_cannot_work_is_said_before_the_first_run(small, images, tmp_path):
