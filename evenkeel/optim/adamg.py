@@ -24,7 +24,7 @@ from evenkeel.optim.base import (
     fresh_state,
     put_on_sphere,
 )
-from evenkeel.optim.kernels import CHUNK, regularized_gradient, walk_
+from evenkeel.optim.kernels import Walk, step_tile
 from evenkeel.optim.manifold import (
     exp_map,
     norm_clip,
@@ -34,7 +34,18 @@ from evenkeel.optim.manifold import (
     row_norm,
     unit,
 )
-from evenkeel.optim.rows import Job, RowLayout, Workspace, compute_dtype, from_rows, local_part, tiles, to_rows
+from evenkeel.optim.rows import (
+    Job,
+    RowLayout,
+    Tile,
+    Workspace,
+    compute_dtype,
+    from_rows,
+    local_part,
+    local_parts,
+    tiles,
+    to_rows,
+)
 from evenkeel.optim.sgdg import Observe
 
 __all__ = ["AdamG", "adamg"]
@@ -270,22 +281,26 @@ def adamg(
         workspace: Buffers kept from step to step.
         observe: Called per parameter with its index, the angle walked and the tangent norm of its rows.
     """
-    kernel = _single_tensor_adamg if foreach is False and not compile else _multi_tensor_adamg
     whole = ortho != 0
-    jobs = []
-    for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, state_steps, strict=True)):
-        step += 1
-        p, g, m = (local_part(t, row_dim, whole) for t in (p, g, m))
-        moment = m if betas[0] or kernel is _single_tensor_adamg else None
-        jobs.append(Job(i, RowLayout.of(p, row_dim, row_groups), p, g, moment, v, float(step)))
+    params, grads = local_parts(params, row_dim, whole), local_parts(grads, row_dim, whole)
+    exp_avgs = local_parts(exp_avgs, row_dim, whole)
+    torch._foreach_add_(state_steps, 1)
+    kernel = _single_tensor_adamg if foreach is False and not compile else _multi_tensor_adamg
     kernel(
-        jobs,
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [float(step) for step in state_steps],
         lr=lr,
         betas=betas,
         eps=eps,
         grad_clip=grad_clip,
         ortho=ortho,
         maximize=maximize,
+        row_dim=row_dim,
+        row_groups=row_groups,
+        compile=compile,
         workspace=workspace or Workspace(),
         observe=observe,
     )
@@ -297,7 +312,11 @@ def _correction(betas: tuple[float, float], step: float) -> float:
 
 
 def _single_tensor_adamg(
-    jobs: list[Job],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[float],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -305,33 +324,39 @@ def _single_tensor_adamg(
     grad_clip: float | None,
     ortho: float,
     maximize: bool,
-    workspace: Workspace,  # noqa: ARG001  one signature for all kernels
+    row_dim: int,
+    row_groups: int,
+    compile: bool,  # noqa: ARG001  one signature for all kernels
+    workspace: Workspace,  # noqa: ARG001
     observe: Observe | None,
 ) -> None:
     beta1, beta2 = betas
-    for job in jobs:
-        if job.weight.numel() == 0:
+    for i, (p, grad, tau, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        if p.numel() == 0:
             continue
-        dtype = compute_dtype(job.weight)
-        tau, v = cast(Tensor, job.moment), cast(Tensor, job.second)
-        weight = to_rows(job.weight, job.layout).to(dtype)
-        y, g = unit(weight), to_rows(job.grad, job.layout).to(dtype)
+        layout, dtype = RowLayout.of(p, row_dim, row_groups), compute_dtype(p)
+        weight, g = to_rows(p, layout).to(dtype), to_rows(grad, layout).to(dtype)
+        y = unit(weight)
         g = -g if maximize else g
         if ortho:
-            g = g + orthogonality_gradient(y, ortho, job.layout.blocks)
+            g = g + orthogonality_gradient(y, ortho, row_groups)
         tangent = project(y, g)
         h = torch.where(row_norm(weight) > 0, norm_clip(tangent, grad_clip), 0.0)
-        m = beta1 * to_rows(tau, job.layout) + (1 - beta1) * h
+        m = beta1 * to_rows(tau, layout) + (1 - beta1) * h
         v.mul_(beta2).add_(h.square().sum(1), alpha=1 - beta2)
-        d = m * (-lr * _correction(betas, job.key) / (v.unsqueeze(1) + eps).sqrt())
-        from_rows(exp_map(y, d).to(job.weight.dtype), job.weight, job.layout)
-        from_rows(parallel_transport(y, d, m), tau, job.layout)
+        d = m * (-lr * _correction(betas, step) / (v.unsqueeze(1) + eps).sqrt())
+        from_rows(exp_map(y, d).to(p.dtype), p, layout)
+        from_rows(parallel_transport(y, d, m), tau, layout)
         if observe is not None:
-            observe(job.index, row_norm(d).squeeze(1), row_norm(tangent).squeeze(1))
+            observe(i, row_norm(d).squeeze(1), row_norm(tangent).squeeze(1))
 
 
 def _multi_tensor_adamg(
-    jobs: list[Job],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[float],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -339,36 +364,26 @@ def _multi_tensor_adamg(
     grad_clip: float | None,
     ortho: float,
     maximize: bool,
+    row_dim: int,
+    row_groups: int,
+    compile: bool,
     workspace: Workspace,
     observe: Observe | None,
 ) -> None:
     beta1, beta2 = betas
-    budget = CHUNK if jobs and jobs[0].weight.device.type == "cpu" else 1 << 24
-    for tile in tiles(jobs, workspace, budget, whole_blocks=ortho != 0):
-        second = cast(Tensor, tile.second)
-        rate = -lr * _correction(betas, tile.jobs[0].key)
 
-        def coefficients(
-            clip: Tensor, norm: Tensor, rows: slice, second: Tensor = second, rate: float | Tensor = rate
-        ) -> tuple[Any, Any]:
-            v = second[rows]
-            v.mul_(beta2).add_((clip * norm).square_(), alpha=1 - beta2)
-            scale = (v + eps).rsqrt_() * rate
-            return (clip * ((1 - beta1) / beta1), scale * beta1) if beta1 else (None, clip * scale)
+    def make() -> list[Tile]:
+        layouts = [RowLayout.of(p, row_dim, row_groups) for p in params]
+        moments = exp_avgs if beta1 else [None] * len(params)
+        parts = zip(layouts, params, moments, exp_avg_sqs, ages, strict=True)
+        return tiles([Job(i, *job) for i, job in enumerate(parts)], whole_blocks=ortho != 0)
 
-        grad = tile.grad.neg() if maximize else tile.grad
-        if ortho:
-            grad = regularized_gradient(tile, grad, ortho, workspace)
-        angle, norm = walk_(
-            tile,
-            grad,
-            grad_clip=grad_clip,
-            coefficients=coefficients,
-            keep=beta1,
-            workspace=workspace,
-            budget=budget,
-        )
-        tile.store()
-        if observe is not None:
-            for (index, a), (_, n) in zip(tile.split(angle), tile.split(norm), strict=True):
-                observe(index, a, n)
+    # Parameters that missed the same steps stay together; only differences in age matter to who is in a tile.
+    ages = [steps[0] - step for step in steps]
+    addresses = [t.data_ptr() for t in (*params, *exp_avgs, *exp_avg_sqs)]
+    for tile in workspace.plan((row_dim, row_groups, ortho != 0, beta1 != 0, *ages, *addresses), make):
+        rate = -lr * _correction(betas, steps[tile.jobs[0].index])
+        push, scale = ((1 - beta1) / beta1, rate * beta1) if beta1 else (0.0, rate)
+        walk = Walk(grad_clip, push=push, scale=scale, keep=beta1, beta2=beta2, eps=eps)
+        tile.load(grads, workspace)
+        step_tile(tile, walk, ortho, maximize, compile, workspace, observe)

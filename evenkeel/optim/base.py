@@ -158,6 +158,7 @@ class SphereOptimizer(Optimizer):
         ``torch.optim.Optimizer`` casts the state to the dtype of the parameter, which would round the float32 state of
         bfloat16 parameters, and shares memory with the dict where it does not cast.
         """
+        self._workspace = Workspace()  # plans hold on to the state as it was
         seen: list[dict[str, Any]] = []
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
         try:

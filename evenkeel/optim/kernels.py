@@ -19,23 +19,44 @@ number per row and keeps them on the sphere for good.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from evenkeel.optim.rows import Tile, Workspace, row_chunks
+from evenkeel.optim.rows import Tile, Workspace, chunk_size, row_chunks
 
-__all__ = ["CHUNK", "regularized_gradient", "walk_"]
+__all__ = ["Walk", "regularized_gradient", "step_tile"]
 
-CHUNK = 1 << 17
-"""Elements per chunk on the CPU: four matrices of this size stay in the second-level cache of two cores."""
+Observe = Callable[[int, Tensor, Tensor], None]
 
-# A norm below this is the norm of no weight (its square underflows in float32): such a row stays where it is.
-_TINY = 1e-18
+# A norm below this is the norm of no weight (its cube, which a kernel needs, underflows in float32): such a row stays
+# where it is. Also where one number is divided by another that may be zero, and any small number will do.
+_TINY = 1e-12
 
-Coefficients = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Walk:
+    """The numbers that make the walk of one optimizer (r, s and k as in the text of the module).
+
+    Attributes:
+        grad_clip: Bound on the Riemannian gradient of a row, or None.
+        push: r for a gradient that is not clipped; unused without momentum.
+        scale: s, for Adam-G before the division by the root of the second moment.
+        keep: k; 0 means no momentum, the step is then s times the clipped gradient.
+        beta2: Decay rate of the second moment, or None if there is none.
+        eps: Added to the second moment.
+    """
+
+    grad_clip: float | None
+    push: float | Tensor
+    scale: float | Tensor
+    keep: float
+    beta2: float | None = None
+    eps: float = 0.0
 
 
 def regularized_gradient(tile: Tile, grad: Tensor, alpha: float, workspace: Workspace) -> Tensor:
@@ -51,7 +72,7 @@ def regularized_gradient(tile: Tile, grad: Tensor, alpha: float, workspace: Work
     height = layout.rows // layout.blocks
     p = tile.weight.view(-1, height, tile.n)
     g = grad.view(-1, height, tile.n)
-    inv = _inverse_norm(tile.weight)[0].view(-1, height, 1)
+    inv = _inverse_norm(tile.weight).view(-1, height, 1)
     out = workspace.take("total", (tile.rows, tile.n), grad, tile.dtype)
     if height <= tile.n:
         # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
@@ -66,64 +87,115 @@ def regularized_gradient(tile: Tile, grad: Tensor, alpha: float, workspace: Work
     return out
 
 
-def _inverse_norm(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 / |p| per row and whether the row is alive, that is not zero."""
-    norm = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-    return norm.clamp(min=_TINY).reciprocal_(), norm > _TINY
+def _inverse_norm(p: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+    return norm.clamp_(min=_TINY).reciprocal_()
 
 
-def walk_(
+def step_tile(
     tile: Tile,
-    grad: Tensor,
-    *,
-    grad_clip: float | None,
-    coefficients: Coefficients,
-    keep: float,
+    walk: Walk,
+    ortho: float,
+    maximize: bool,
+    compile: bool,
     workspace: Workspace,
-    budget: int,
-) -> tuple[Tensor, Tensor]:
-    """Move every row of a tile by one step, in place.
+    observe: Observe | None,
+) -> None:
+    """Move every row of a loaded tile by one step and store it, a chunk that fits the cache after the other.
 
     Args:
-        tile: Points, first moments (None: no momentum).
-        grad: Total gradient ``(rows, n)``; not written to.
-        grad_clip: Bound on the Riemannian gradient of a row, or None.
-        coefficients: Function of the clip factor, the norm of the clipped gradient and the slice of rows, that gives r
-            and s of the module's text, ``(rows, 1)`` or scalars; with no momentum d = s h.
-        keep: k of the module's text.
-        workspace: Holds one matrix of scratch.
-        budget: Elements per chunk.
-
-    Returns:
-        Angle walked and norm of the Riemannian gradient before clipping, both ``(rows, 1)``.
+        tile: Points, gradients and moments.
+        walk: Which walk.
+        ortho: Weight of the orthogonality regularizer.
+        maximize: Whether to walk up the gradient of the loss.
+        compile: Whether to fuse the arithmetic with TorchInductor.
+        workspace: Holds the regularized gradient.
+        observe: Told index, angle and tangent norm of every parameter.
     """
-    angles, norms = [], []
-    for rows in row_chunks(tile.rows, tile.n, budget):
-        p, g = tile.weight[rows], grad[rows]
-        h = workspace.take("scratch", (p.shape[0], p.shape[1]), p, tile.dtype)
-        inv, alive = _inverse_norm(p)
-        dot = torch.linalg.vecdot(p, g).unsqueeze(1).mul_(inv).mul_(inv)
-        torch.addcmul(g, p, dot, value=-1, out=h)
-        norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-        clip = alive.to(tile.dtype) if grad_clip is None else (grad_clip / norm).clamp_(max=1.0).mul_(alive)
-        r, s = coefficients(clip, norm, rows)
-        if tile.moment is None:
-            e = h
-            length = norm
-        else:
-            e = tile.moment[rows].addcmul_(h, r)
-            length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-        theta = length * s
-        cos, along = theta.cos(), torch.sinc(theta / math.pi) * s
-        if tile.moment is None:
-            p.mul_(cos * inv).addcmul_(e, along)
-        else:
-            back = theta.sin().mul_(length).mul_(inv).mul_(-keep)
-            torch.mul(e, along, out=h)
-            e.mul_(cos * keep).addcmul_(p, back)
-            torch.addcmul(h, p, cos.mul_(inv), out=p)
-        angles.append(theta.abs_())
+    grad = tile.grad.neg() if maximize else tile.grad
+    if ortho:
+        grad = regularized_gradient(tile, grad, ortho, workspace)
+    thetas, norms = [], []
+    run = _run_compiled_ if compile else _walk_chunk_
+    for rows in row_chunks(tile.rows, tile.n, chunk_size(grad.device)):
+        moment = None if tile.moment is None else tile.moment[rows]
+        second = None if tile.second is None else tile.second[rows]
+        theta, norm = run(tile.weight[rows], grad[rows], moment, second, walk)
+        thetas.append(theta)
         norms.append(norm)
-    if len(angles) == 1:
-        return angles[0], norms[0]
-    return torch.cat(angles), torch.cat(norms)
+    tile.store()
+    if observe is not None:
+        tile.tell(observe, torch.cat(thetas), torch.cat(norms))
+
+
+def _walk_chunk_(
+    p: Tensor, g: Tensor, moment: Tensor | None, second: Tensor | None, walk: Walk
+) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+    alive = length > _TINY
+    length.clamp_(min=_TINY)
+    # The backward of weight normalization is the projection g - p <p, g> / |p|^2, in one fused pass per row.
+    h = torch.ops.aten._weight_norm_interface_backward(g, p, length, length, 0)[0]
+    norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    clip = torch.ones_like(norm) if walk.grad_clip is None else (walk.grad_clip / norm).clamp_(max=1.0)
+    clip.mul_(alive)
+    scale = walk.scale
+    if second is not None:
+        beta2 = cast(float, walk.beta2)
+        second.mul_(beta2).add_((clip * norm).square_(), alpha=1 - beta2)
+        scale = (second + walk.eps).rsqrt_().mul_(scale)
+    if moment is None:
+        theta = norm * (clip * scale)
+        cos, sin = theta.cos(), theta.sin()
+        p.mul_(cos.div_(length)).addcmul_(h, sin.div_(norm.clamp(min=_TINY)))
+        return theta, norm
+    e = moment.addcmul_(h, clip.mul_(walk.push))
+    speed = torch.linalg.vector_norm(e, dim=1, keepdim=True)
+    theta = speed * scale
+    cos, sin = theta.cos(), theta.sin()
+    # Where e is so short that the division is off, e itself does not count beside p.
+    torch.mul(e, sin / speed.clamp(min=_TINY), out=h)
+    cos_p = cos / length
+    e.mul_(cos.mul_(walk.keep)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
+    p.mul_(cos_p).add_(h)
+    return theta, norm
+
+
+def _run_compiled_(
+    p: Tensor, g: Tensor, moment: Tensor | None, second: Tensor | None, walk: Walk
+) -> tuple[Tensor, Tensor]:
+    numbers = (walk.grad_clip or 0.0, walk.push, walk.scale, walk.keep, walk.beta2 or 0.0, walk.eps)
+    scalars = torch.stack([torch.as_tensor(number, dtype=p.dtype, device=p.device) for number in numbers])
+    return _compiled()(p, g, moment, second, scalars, walk.grad_clip is not None)
+
+
+def _walk_fused(
+    p: Tensor, g: Tensor, moment: Tensor | None, second: Tensor | None, scalars: Tensor, clipped: bool
+) -> tuple[Tensor, Tensor]:
+    """Do what :func:`_walk_chunk_` does, in plain expressions for a compiler to fuse."""
+    nu, push, scale, keep, beta2, eps = scalars.unbind()
+    length = p.square().sum(1, keepdim=True).sqrt()
+    alive = (length > _TINY).to(p.dtype)
+    length = length.clamp(min=_TINY)
+    dot = (p * g).sum(1, keepdim=True) / length / length
+    h = g - dot * p
+    norm = h.square().sum(1, keepdim=True).sqrt()
+    clip = (nu / norm).clamp(max=1.0) * alive if clipped else alive
+    if second is not None:
+        new_second = beta2 * second + (1 - beta2) * (clip * norm).square()
+        scale = scale * (new_second + eps).rsqrt()
+        second.copy_(new_second)
+    e = h * clip if moment is None else moment + h * (clip * push)
+    speed = e.square().sum(1, keepdim=True).sqrt()
+    theta = speed * scale
+    cos, sin = theta.cos(), theta.sin()
+    new_p = p * (cos / length) + e * (sin / speed.clamp(min=_TINY))
+    if moment is not None:
+        moment.copy_(e * (cos * keep) - p * (keep * sin * speed / length))
+    p.copy_(new_p)
+    return theta, norm
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return cast(Callable[..., tuple[Tensor, Tensor]], torch.compile(_walk_fused))

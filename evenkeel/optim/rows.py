@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Job", "RowLayout", "Tile", "Workspace", "from_rows", "local_part", "tiles", "to_rows"]
+__all__ = [
+    "Job",
+    "RowLayout",
+    "Tile",
+    "Workspace",
+    "chunk_size",
+    "compute_dtype",
+    "from_rows",
+    "local_part",
+    "local_parts",
+    "row_chunks",
+    "tiles",
+    "to_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class RowLayout:
         row_dim: Axis of the output units, 0 or 1.
         blocks: Groups of the convolution; rows come in this many equal blocks.
         order: Permutation of the axes behind the first, so that memory is walked in its own order.
+        plain: Whether that order is the natural one.
     """
 
     rows: int
@@ -35,6 +48,7 @@ class RowLayout:
     row_dim: int
     blocks: int
     order: tuple[int, ...]
+    plain: bool
 
     @classmethod
     def of(cls, weight: Tensor, row_dim: int = 0, blocks: int = 1) -> RowLayout:
@@ -59,11 +73,13 @@ class RowLayout:
         axes = range(1, weight.ndim)
         # Within a row the order of the elements is free, so take the one in memory: channels_last needs no copy.
         order = tuple(axes) if weight.is_contiguous() else tuple(sorted(axes, key=weight.stride, reverse=True))
-        return cls(rows, weight.numel() // rows if rows else 0, row_dim, blocks, order)
+        return cls(rows, weight.numel() // rows if rows else 0, row_dim, blocks, order, order == tuple(axes))
 
     def view(self, t: Tensor) -> Tensor:
         """View a tensor of the shape of the weight with the row axis (or axes: block, unit) in front."""
         if self.row_dim == 0:
+            if self.plain and t.is_contiguous():
+                return t.view(self.rows, self.n)
             return t.permute(0, *self.order)
         return t.view(self.blocks, t.shape[0] // self.blocks, *t.shape[1:]).movedim(2, 1)
 
@@ -82,6 +98,13 @@ def from_rows(matrix: Tensor, out: Tensor, layout: RowLayout) -> None:
 def compute_dtype(t: Tensor) -> torch.dtype:
     """Dtype of the arithmetic and of the state: float64 for float64 parameters, else float32."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def local_parts(tensors: Sequence[Tensor], row_dim: int, needs_whole: bool) -> list[Tensor]:
+    """Apply :func:`local_part` to many tensors, at no cost where no DTensor can be."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return list(tensors)
+    return [local_part(t, row_dim, needs_whole) for t in tensors]
 
 
 def local_part(t: Tensor, row_dim: int, needs_whole: bool) -> Tensor:
@@ -125,7 +148,6 @@ class Job:
         index: Position in the lists handed to the functional optimizer.
         layout: How it is read as rows.
         weight: The parameter.
-        grad: Its gradient; never written to.
         moment: First moment of the shape of the weight, in the compute dtype; None where there is no momentum.
         second: Second moment per row, ``(rows,)``; None where there is none.
         key: Whatever else must agree within a tile (Adam's step count).
@@ -134,17 +156,17 @@ class Job:
     index: int
     layout: RowLayout
     weight: Tensor
-    grad: Tensor
     moment: Tensor | None = None
     second: Tensor | None = None
     key: float = 0.0
 
 
 class Workspace:
-    """Buffers that live from step to step: fresh memory costs more than the arithmetic done in it."""
+    """What lives from step to step: buffers (fresh memory costs more than the arithmetic done in it) and plans."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._plans: dict[tuple[object, ...], list[Tile]] = {}
 
     def take(self, name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return an uninitialized matrix; its content is lost at the next ``take`` of that name."""
@@ -154,6 +176,18 @@ class Workspace:
             buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
         return buffer[:size].view(shape)
 
+    def plan(self, key: tuple[object, ...], make: Callable[[], list[Tile]]) -> list[Tile]:
+        """Return the tiles made for ``key`` before, or make them.
+
+        The key must name everything the tiles depend on. Tiles hold on to the memory they work on, so an address in the
+        key cannot come to mean other memory as long as the plan exists.
+        """
+        if key not in self._plans:
+            if len(self._plans) >= 32:  # parameters that get gradients by turns; more is not worth remembering
+                self._plans.clear()
+            self._plans[key] = make()
+        return self._plans[key]
+
 
 class Tile:
     """Rows of several parameters, of equal length, worked on as one matrix.
@@ -162,37 +196,56 @@ class Tile:
     it lies.
 
     Attributes:
-        weight, grad: Matrices ``(rows, n)`` in the compute dtype. ``grad`` must not be written to.
+        jobs: The parameters, in order of their rows.
+        rows: Number of rows in all.
+        n: Length of a row.
+        dtype: Dtype of the arithmetic.
+        weight: Matrix ``(rows, n)``; as the next ones, after ``load``.
+        grad: Matrix ``(rows, n)``; must not be written to.
         moment: First moments ``(rows, n)``, or None.
         second: Second moments ``(rows, 1)``, or None.
-        jobs: The parameters, in order of their rows.
     """
 
-    def __init__(self, jobs: list[Job], workspace: Workspace) -> None:
+    weight: Tensor
+    grad: Tensor
+    moment: Tensor | None = None
+    second: Tensor | None = None
+
+    def __init__(self, jobs: list[Job]) -> None:
         self.jobs = jobs
         first = jobs[0]
-        self.rows, self.n = sum(job.layout.rows for job in jobs), first.layout.n
+        self._counts = [job.layout.rows for job in jobs]
+        self.rows, self.n = sum(self._counts), first.layout.n
         self.dtype = compute_dtype(first.weight)
+        self._weights = [job.layout.view(job.weight) for job in jobs]
+        self._moments = [job.layout.view(job.moment) for job in jobs if job.moment is not None]
+        self._seconds = [job.second for job in jobs if job.second is not None]
         self._pending: list[tuple[list[Tensor], list[Tensor]]] = []
-        self.weight = self._matrix("weight", [job.weight for job in jobs], workspace, written=True)
-        self.grad = self._matrix("grad", [job.grad for job in jobs], workspace, written=False)
-        self.moment: Tensor | None = None
-        self.second: Tensor | None = None
-        if first.moment is not None:
-            moments = [cast(Tensor, job.moment) for job in jobs]
-            self.moment = self._matrix("moment", moments, workspace, written=True)
-        if first.second is not None:
-            seconds = [cast(Tensor, job.second) for job in jobs]
-            self.second = torch.cat(seconds).unsqueeze(1)
-            self._pending.append((seconds, list(torch.split(self.second.squeeze(1), [len(s) for s in seconds]))))
 
-    def _matrix(self, name: str, parts: list[Tensor], workspace: Workspace, *, written: bool) -> Tensor:
-        views = [job.layout.view(part) for job, part in zip(self.jobs, parts, strict=True)]
+    def load(self, grads: list[Tensor], workspace: Workspace) -> None:
+        """Bring weights, state and gradients together.
+
+        Args:
+            grads: Gradients of all parameters of the step; a job knows its index.
+            workspace: Where gathered matrices live.
+        """
+        self._pending = []
+        self.weight = self._gather("weight", self._weights, workspace, written=True)
+        views = [job.layout.view(grads[job.index]) for job in self.jobs]
+        self.grad = self._gather("grad", views, workspace, written=False)
+        if self._moments:
+            self.moment = self._gather("moment", self._moments, workspace, written=True)
+        if self._seconds:
+            column = torch.cat(self._seconds)
+            self.second = column.unsqueeze(1)
+            self._pending.append((self._seconds, list(torch.split(column, self._counts))))
+
+    def _gather(self, name: str, views: list[Tensor], workspace: Workspace, *, written: bool) -> Tensor:
         if len(views) == 1 and views[0].is_contiguous() and views[0].dtype == self.dtype:
             return views[0].view(self.rows, self.n)
         matrix = workspace.take(name, (self.rows, self.n), views[0], self.dtype)
-        parts = list(torch.split(matrix, [job.layout.rows for job in self.jobs]))
-        slots = [part.view(view.shape) for part, view in zip(parts, views, strict=True)]
+        slots = list(torch.split(matrix, self._counts))
+        slots = [s if s.ndim == v.ndim else s.view(v.shape) for s, v in zip(slots, views, strict=True)]
         torch._foreach_copy_(slots, views)
         if written:
             self._pending.append((views, slots))
@@ -203,45 +256,45 @@ class Tile:
         for targets, sources in self._pending:
             torch._foreach_copy_(targets, sources)
 
-    def split(self, column: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index of the parameter, its part) of a column ``(rows, 1)``."""
-        for job, part in zip(
-            self.jobs, torch.split(column.squeeze(1), [j.layout.rows for j in self.jobs]), strict=True
-        ):
-            yield job.index, part
+    def tell(self, observe: Callable[[int, Tensor, Tensor], None], theta: Tensor, norm: Tensor) -> None:
+        """Hand index, angle and tangent norm of every parameter to an observer; columns ``(rows, 1)`` for all rows."""
+        angles, norms = torch.split(theta.abs().squeeze(1), self._counts), torch.split(norm.squeeze(1), self._counts)
+        for job, a, n in zip(self.jobs, angles, norms, strict=True):
+            observe(job.index, a, n)
 
 
-def tiles(jobs: Iterable[Job], workspace: Workspace, budget: int, whole_blocks: bool) -> Iterator[Tile]:
-    """Pack parameters into tiles, loading each only when the one before is done with.
+def tiles(jobs: Iterable[Job], *, whole_blocks: bool) -> list[Tile]:
+    """Pack the parameters of one group into tiles.
 
     Args:
-        jobs: The parameters of one group; empty ones are dropped.
-        workspace: Where gathered tiles live.
-        budget: Number of elements up to which parameters are put together.
+        jobs: The parameters; empty ones are dropped.
         whole_blocks: Put only weights of equal block height together, so that the tile is a batch of equal matrices.
-
-    Yields:
-        Tiles; the caller works on each and calls its ``store``.
     """
     classes: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
         layout = job.layout
-        if layout.rows * layout.n == 0:
-            continue
-        height = layout.rows // layout.blocks if whole_blocks else 0
-        key = (layout.n, height, job.key, job.weight.device, compute_dtype(job.weight))
-        classes.setdefault(key, []).append(job)
+        if layout.rows * layout.n:
+            height = layout.rows // layout.blocks if whole_blocks else 0
+            key = (layout.n, height, job.key, job.weight.device, compute_dtype(job.weight))
+            classes.setdefault(key, []).append(job)
+    packed: list[Tile] = []
     for members in classes.values():
         batch: list[Job] = []
         size = 0
         for job in members:
             more = job.layout.rows * job.layout.n
-            if batch and size + more > budget:
-                yield Tile(batch, workspace)
+            if batch and size + more > chunk_size(job.weight.device):
+                packed.append(Tile(batch))
                 batch, size = [], 0
             batch.append(job)
             size += more
-        yield Tile(batch, workspace)
+        packed.append(Tile(batch))
+    return packed
+
+
+def chunk_size(device: torch.device) -> int:
+    """Elements worked on at a time: four matrices of that size fit the cache of a CPU; a GPU takes all it can get."""
+    return 1 << 18 if device.type == "cpu" else 1 << 26
 
 
 def row_chunks(rows: int, n: int, budget: int) -> Iterator[slice]:

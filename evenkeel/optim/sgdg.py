@@ -8,7 +8,7 @@ is not edited; the state survives changes of the learning rate; parameters of an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from evenkeel.optim.base import Params, SphereOptimizer, check_below_one, fresh_state, put_on_sphere
-from evenkeel.optim.kernels import CHUNK, regularized_gradient, walk_
+from evenkeel.optim.kernels import Walk, step_tile
 from evenkeel.optim.manifold import exp_map, norm_clip, orthogonality_gradient, project, row_norm, transport_along, unit
-from evenkeel.optim.rows import Job, RowLayout, Workspace, compute_dtype, from_rows, local_part, tiles, to_rows
+from evenkeel.optim.rows import Job, RowLayout, Tile, Workspace, compute_dtype, from_rows, local_parts, tiles, to_rows
 
 __all__ = ["SGDG", "sgdg"]
 
@@ -209,86 +209,90 @@ def sgdg(
         workspace: Buffers kept from step to step.
         observe: Called per parameter with its index, the angle walked and the tangent norm of its rows.
     """
-    kernel = _single_tensor_sgdg if foreach is False and not compile else _multi_tensor_sgdg
     whole = ortho != 0
-    jobs = []
-    for i, (p, g, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
-        p, g = local_part(p, row_dim, whole), local_part(g, row_dim, whole)
-        buffer = None if buffer is None else local_part(buffer, row_dim, whole)
-        jobs.append(Job(i, RowLayout.of(p, row_dim, row_groups), p, g, buffer))
+    params, grads = local_parts(params, row_dim, whole), local_parts(grads, row_dim, whole)
+    buffers = local_parts([b for b in momentum_buffers if b is not None], row_dim, whole)
+    kernel = _single_tensor_sgdg if foreach is False and not compile else _multi_tensor_sgdg
     kernel(
-        jobs,
+        params,
+        grads,
+        buffers,
         lr=lr,
         momentum=momentum,
         grad_clip=grad_clip,
         ortho=ortho,
         maximize=maximize,
+        row_dim=row_dim,
+        row_groups=row_groups,
+        compile=compile,
         workspace=workspace or Workspace(),
         observe=observe,
     )
 
 
 def _single_tensor_sgdg(
-    jobs: list[Job],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
     *,
     lr: float | Tensor,
     momentum: float,
     grad_clip: float | None,
     ortho: float,
     maximize: bool,
-    workspace: Workspace,  # noqa: ARG001  one signature for all kernels
+    row_dim: int,
+    row_groups: int,
+    compile: bool,  # noqa: ARG001  one signature for all kernels
+    workspace: Workspace,  # noqa: ARG001
     observe: Observe | None,
 ) -> None:
-    for job in jobs:
-        if job.weight.numel() == 0:
+    for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+        if p.numel() == 0:
             continue
-        dtype = compute_dtype(job.weight)
-        weight = to_rows(job.weight, job.layout).to(dtype)
-        y, g = unit(weight), to_rows(job.grad, job.layout).to(dtype)
+        layout, dtype = RowLayout.of(p, row_dim, row_groups), compute_dtype(p)
+        weight, g = to_rows(p, layout).to(dtype), to_rows(grad, layout).to(dtype)
+        y = unit(weight)
         g = -g if maximize else g
         if ortho:
-            g = g + orthogonality_gradient(y, ortho, job.layout.blocks)
+            g = g + orthogonality_gradient(y, ortho, row_groups)
         tangent = project(y, g)
         d = -lr * norm_clip(tangent, grad_clip)
-        if job.moment is not None:
-            d = momentum * to_rows(job.moment, job.layout) + d
+        if momentum:
+            d = momentum * to_rows(buffers[i], layout) + d
         d = torch.where(row_norm(weight) > 0, d, 0.0)
-        from_rows(exp_map(y, d).to(job.weight.dtype), job.weight, job.layout)
-        if job.moment is not None:
-            from_rows(transport_along(y, d), job.moment, job.layout)
+        from_rows(exp_map(y, d).to(p.dtype), p, layout)
+        if momentum:
+            from_rows(transport_along(y, d), buffers[i], layout)
         if observe is not None:
-            observe(job.index, row_norm(d).squeeze(1), row_norm(tangent).squeeze(1))
+            observe(i, row_norm(d).squeeze(1), row_norm(tangent).squeeze(1))
 
 
 def _multi_tensor_sgdg(
-    jobs: list[Job],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
     *,
     lr: float | Tensor,
     momentum: float,
     grad_clip: float | None,
     ortho: float,
     maximize: bool,
+    row_dim: int,
+    row_groups: int,
+    compile: bool,
     workspace: Workspace,
     observe: Observe | None,
 ) -> None:
-    def coefficients(clip: Tensor, _norm: Tensor, _rows: slice) -> tuple[Any, Any]:
-        return (clip * (-lr / momentum), momentum) if momentum else (None, clip * -lr)
+    def make() -> list[Tile]:
+        moments: Sequence[Tensor | None] = buffers or [None] * len(params)
+        layouts = [RowLayout.of(p, row_dim, row_groups) for p in params]
+        jobs = [Job(i, *job) for i, job in enumerate(zip(layouts, params, moments, strict=True))]
+        return tiles(jobs, whole_blocks=ortho != 0)
 
-    budget = CHUNK if jobs and jobs[0].weight.device.type == "cpu" else 1 << 24
-    for tile in tiles(jobs, workspace, budget, whole_blocks=ortho != 0):
-        grad = tile.grad.neg() if maximize else tile.grad
-        if ortho:
-            grad = regularized_gradient(tile, grad, ortho, workspace)
-        angle, norm = walk_(
-            tile,
-            grad,
-            grad_clip=grad_clip,
-            coefficients=coefficients,
-            keep=momentum,
-            workspace=workspace,
-            budget=budget,
-        )
-        tile.store()
-        if observe is not None:
-            for (index, a), (_, n) in zip(tile.split(angle), tile.split(norm), strict=True):
-                observe(index, a, n)
+    addresses = [t.data_ptr() for t in (*params, *buffers)]
+    # d = momentum * tau - lr * h; without momentum the walk has no e but h itself.
+    push, scale = (-lr / momentum, momentum) if momentum else (0.0, -lr)
+    walk = Walk(grad_clip, push=push, scale=scale, keep=momentum)
+    for tile in workspace.plan((row_dim, row_groups, ortho != 0, *addresses), make):
+        tile.load(grads, workspace)
+        step_tile(tile, walk, ortho, maximize, compile, workspace, observe)
