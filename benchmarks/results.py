@@ -1,0 +1,109 @@
+"""Run recipes and keep what they gave: results/NAME.json, and for the demo the README's table and picture.
+
+    python -m benchmarks.results demo
+    python -m benchmarks.results unitization_cifar10 --scale small --data path/to/cifar10.npz
+
+Interrupted, the same command resumes. The environment, the seeds and the command are part of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evenkeel.report import picture
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results of the demo -->", "<!-- end of the results -->"
+
+
+def run(name: str, scale: str | None, data: str | None) -> Path:
+    """Run one recipe in its folder and return that."""
+    folder = ROOT / "runs" / (f"{name}-{scale}" if scale else name)
+    command = [sys.executable, "-m", "evenkeel", "recipe", "run", name, "--out", str(folder)]
+    command += ["--scale", scale] if scale else []
+    command += ["--data", data] if data else []
+    subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def condense(name: str, scale: str | None, folder: Path) -> dict[str, Any]:
+    """Return the result of a run without what depends on where it was run."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    config = results["config"]
+    config["data"] = Path(str(config["data"])).name
+    command = f"evenkeel recipe run {name}" + (f" --scale {scale} --data {config['data']}" if scale else "")
+    return {
+        "recipe": name,
+        "scale": scale,
+        "paper": recipe["paper"],
+        "figure": recipe["figure"],
+        "published": recipe["published"],
+        "command": command,
+        "environment": results["environment"],
+        "total_seconds": results["total_seconds"],
+        "config": config,
+        "table": results["table"],
+    }
+
+
+def _cell(value: dict[str, Any] | None, scale: float = 1.0, digits: int = 2, sign: str = "") -> str:
+    if value is None or value.get("mean") is None:
+        return "–"
+    spread = value.get("std")
+    text = f"{scale * value['mean']:{sign}.{digits}f}"
+    return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table of a result."""
+    lines = [
+        "| norm | optimizer | test accuracy % | against batch | shift W1 per step | relative shift | step time / batch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["table"]:
+        ratio = row["step_ratio"]
+        cells = [
+            row["norm"],
+            row["optim"],
+            _cell(row["test_accuracy"], 100),
+            _cell(row["difference"], 100, sign="+"),
+            _cell(row["shift_w1"], digits=3),
+            _cell(row["shift_relative"], digits=4),
+            "–" if ratio is None else f"{ratio:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = len(result["config"]["seeds"])
+    lines += ["", f"Mean ± standard deviation over {seeds} seeds; differences are paired by seed and optimizer."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--scale")
+    parser.add_argument("--data")
+    options = parser.parse_args()
+    folder = run(options.name, options.scale, options.data)
+    result = condense(options.name, options.scale, folder)
+    target = ROOT / "results" / f"{options.name}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {target}")
+    if options.name == "demo":
+        picture(folder, ROOT / "docs" / "demo.svg")
+        readme = ROOT / "README.md"
+        before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        readme.write_text(f"{before}{BEGIN}\n{markdown(result)}\n{END}{after}", encoding="utf-8")
+        print("README.md: table and picture renewed")
+
+
+if __name__ == "__main__":
+    main()
