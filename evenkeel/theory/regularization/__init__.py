@@ -12,6 +12,7 @@ from evenkeel.theory.regularization.strength import LayerStrength, joint_strengt
 from evenkeel.theory.regularization.zeta import (
     CURVATURES,
     Curvature,
+    PreactivationLoss,
     StatisticsNoise,
     curvature,
     own_batch_term,
@@ -33,6 +34,7 @@ __all__ = [
     "ImageTables",
     "LayerAdvice",
     "LayerStrength",
+    "PreactivationLoss",
     "StatisticsNoise",
     "advise",
     "batch_norm_layers",

@@ -25,6 +25,7 @@ from evenkeel._messages import unknown_name
 __all__ = [
     "CURVATURES",
     "Curvature",
+    "PreactivationLoss",
     "StatisticsNoise",
     "curvature",
     "own_batch_term",
