@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from evenkeel.optim.rows import RowLayout, Workspace, compute_dtype
+from evenkeel.optim.manifold import unit
+from evenkeel.optim.rows import RowLayout, Workspace, compute_dtype, from_rows, local_part, to_rows
 
 __all__ = ["Observer", "SphereOptimizer", "StepView"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
+@dataclass(frozen=True)
 class StepView:
     """What an observer is told about one parameter in one step.
 
@@ -25,16 +28,16 @@ class StepView:
         angle: Angle walked by every row, radians, ``(rows,)``.
         tangent_norm: Norm of the Riemannian gradient of every row before clipping, ``(rows,)``.
         grad_clip: The bound in force, or None.
+        row_dim: Axis of the output units.
         blocks: Groups of the convolution.
     """
 
-    __slots__ = ("angle", "blocks", "grad_clip", "param", "tangent_norm")
-
-    def __init__(
-        self, param: Tensor, angle: Tensor, tangent_norm: Tensor, grad_clip: float | None, blocks: int
-    ) -> None:
-        self.param, self.angle, self.tangent_norm = param, angle, tangent_norm
-        self.grad_clip, self.blocks = grad_clip, blocks
+    param: Tensor
+    angle: Tensor
+    tangent_norm: Tensor
+    grad_clip: float | None
+    row_dim: int
+    blocks: int
 
 
 Observer = Callable[[StepView], None]
@@ -148,7 +151,7 @@ class SphereOptimizer(Optimizer):
             return None
 
         def tell(index: int, angle: Tensor, norm: Tensor) -> None:
-            observer(StepView(params[index], angle, norm, group["grad_clip"], group["row_groups"]))
+            observer(StepView(params[index], angle, norm, group["grad_clip"], group["row_dim"], group["row_groups"]))
 
         return tell
 
@@ -195,9 +198,6 @@ def fresh_state(p: Tensor) -> Tensor:
 @torch.no_grad()
 def put_on_sphere(p: Tensor, row_dim: int, blocks: int) -> None:
     """Bring the rows of a weight to unit length, in place, whatever their length is."""
-    from evenkeel.optim.manifold import unit
-    from evenkeel.optim.rows import from_rows, local_part, to_rows
-
     p = local_part(p, row_dim, needs_whole=False)
     if p.numel():
         layout = RowLayout.of(p, row_dim, blocks)

@@ -19,6 +19,7 @@ number per row and keeps them on the sphere for good.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -166,7 +167,13 @@ def _run_compiled_(
 ) -> tuple[Tensor, Tensor]:
     numbers = (walk.grad_clip or 0.0, walk.push, walk.scale, walk.keep, walk.beta2 or 0.0, walk.eps)
     scalars = torch.stack([torch.as_tensor(number, dtype=p.dtype, device=p.device) for number in numbers])
-    return _compiled()(p, g, moment, second, scalars, walk.grad_clip is not None)
+    try:
+        return _compiled()(p, g, moment, second, scalars, walk.grad_clip is not None)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        # Nothing has been written yet: the failure is in generating code, not in running it.
+        warnings.warn(f"the compiled step is not available here, going on without: {error}", RuntimeWarning)
+        _compiled.cache_clear()
+        return _walk_chunk_(p, g, moment, second, walk)
 
 
 def _walk_fused(
