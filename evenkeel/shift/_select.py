@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 from evenkeel._messages import unknown_name
@@ -28,6 +29,22 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module  # type: ignore[assignment]
         else:
             return model
+
+
+def check_watchable(model: nn.Module) -> None:
+    """Refuse models whose modules cannot be called without a trace.
+
+    Raises:
+        ValueError: A lazy module has not seen its first input.
+        TypeError: A module is scripted; its attributes are out of reach of Python.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"module {name!r} is scripted (torch.jit) and cannot be watched; watch the module it was made of"
+            )
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            raise ValueError(f"module {name!r} is lazy and has no parameters yet: call the model once, then watch it")
 
 
 def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:

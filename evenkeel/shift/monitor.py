@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evenkeel._messages import unknown_name
 from evenkeel.shift._points import Samples, channel_axis, choose_rows, count_points, first_tensor, take_points
 from evenkeel.shift._probe import Mode, call, detached, side_forward
-from evenkeel.shift._select import Layers, select_layers, unwrap
+from evenkeel.shift._select import Layers, check_watchable, select_layers, unwrap
 from evenkeel.shift._stepping import Reference, Snapshot, Stepper, check_count
 from evenkeel.shift.metrics import Metric, Seen, as_metrics
 from evenkeel.shift.records import ShiftRecord, measure_shift, record_from_dict
@@ -103,6 +103,7 @@ class ShiftMonitor(Stepper[ShiftRecord]):
             if value not in valid:
                 raise ValueError(unknown_name(name, value, valid))
         self._model = unwrap(model)
+        check_watchable(self._model)
         self._layers = select_layers(self._model, layers)
         self._probe = detached(probe)
         self._metrics = as_metrics(metrics)

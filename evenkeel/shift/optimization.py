@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evenkeel.shift._isolate import isolated
 from evenkeel.shift._probe import detached, side_forward
-from evenkeel.shift._select import Layers, select_layers, unwrap
+from evenkeel.shift._select import Layers, check_watchable, select_layers, unwrap
 from evenkeel.shift._stepping import Reference, Snapshot, Stepper
 from evenkeel.shift.schedules import Schedule
 
@@ -99,6 +99,7 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
     ) -> None:
         super().__init__(every, lag, reference, sinks)
         self._model = unwrap(model)
+        check_watchable(self._model)
         self._loss = loss
         self._batch = detached(batch)
         self._seed = seed

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel._messages import unknown_name
-from evenkeel.optim.manifold import angle
-from evenkeel.optim.rows import RowLayout, to_rows
 from evenkeel.shift._select import unwrap
 from evenkeel.shift._stepping import Reference, Snapshot, Stepper
 from evenkeel.shift.schedules import Schedule
@@ -97,6 +95,9 @@ class WeightMonitor(Stepper[WeightRecord]):
         reference: Reference = "previous",
         sinks: Iterable[Any] = (),
     ) -> None:
+        # Here and below, not above: optimizers bring in the compiler, which would double the time to import this room.
+        from evenkeel.optim.rows import RowLayout
+
         super().__init__(every, lag, reference, sinks)
         self._optimizer = optimizer
         self._parameters = _matching(unwrap(model), weights)
@@ -115,6 +116,9 @@ class WeightMonitor(Stepper[WeightRecord]):
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[WeightRecord]:
+        from evenkeel.optim.manifold import angle
+        from evenkeel.optim.rows import to_rows
+
         records = []
         for name, weight in now.items():
             old, new = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -514,6 +516,7 @@ class Odd(nn.Module):
         (ValueError, "not part of the model", lambda: ShiftMonitor(convnet(), IMAGES, nn.Linear(1, 1))),
         (TypeError, "names, patterns or modules", lambda: ShiftMonitor(convnet(), IMAGES, [3])),
         (TypeError, "every must be", lambda: ShiftMonitor(convnet(), IMAGES, every=True)),
+        (ValueError, "lazy and has no parameters", lambda: ShiftMonitor(nn.LazyBatchNorm1d(), IMAGES)),
         (RuntimeError, "call start", lambda: ShiftMonitor(convnet(), IMAGES).step()),
         (RuntimeError, "called none of the layers unused", lambda: ShiftMonitor(Residual(), IMAGES, "unused").look()),
         (ValueError, "no floating-point tensor", lambda: ShiftMonitor(Odd(), IMAGES, lambda *_: True).look()),
@@ -527,3 +530,15 @@ def test_errors(error: type[Exception], message: str, call: Callable[[], object]
 def test_schedules_that_are_functions_or_objects_are_taken_as_they_are() -> None:
     monitor = ShiftMonitor(convnet(), IMAGES, every=EverySteps(2))
     assert monitor._schedule == EverySteps(2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_refused() -> None:
+    with pytest.raises(TypeError, match="scripted"):
+        ShiftMonitor(nn.Sequential(torch.jit.trace(nn.BatchNorm1d(3).eval(), torch.randn(4, 3))), IMAGES)
+
+
+def test_import_brings_in_nothing_heavy() -> None:
+    heavy = ("scipy", "ot", "tensorboard", "torch.utils.tensorboard", "torch._dynamo")
+    code = f"import sys, evenkeel.shift; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
