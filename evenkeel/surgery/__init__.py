@@ -1,1 +1,24 @@
 """On any model: convert normalizations, fold for inference, freeze, re-estimate population statistics."""
+
+from evenkeel.surgery.accumulate import Accumulation, accumulate
+from evenkeel.surgery.convert import ConversionPlan, ConversionRow, conversion_plan, convert
+from evenkeel.surgery.fold import FoldPlan, FoldRow, fold, fold_plan
+from evenkeel.surgery.frozen import freeze, is_frozen, unfreeze
+from evenkeel.surgery.recalibrate import recalibrate
+
+__all__ = [
+    "Accumulation",
+    "ConversionPlan",
+    "ConversionRow",
+    "FoldPlan",
+    "FoldRow",
+    "accumulate",
+    "conversion_plan",
+    "convert",
+    "fold",
+    "fold_plan",
+    "freeze",
+    "is_frozen",
+    "recalibrate",
+    "unfreeze",
+]
