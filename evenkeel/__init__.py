@@ -14,30 +14,41 @@ from evenkeel.flexnorm import FlexNorm, Moments, flex_norm
 
 if TYPE_CHECKING:
     from evenkeel import data, experiment, integrations, models, nn, optim, report, shift, surgery, theory
+    from evenkeel.surgery import accumulate, conversion_plan, convert, fold, freeze, recalibrate, unfreeze
 
 _ROOMS = ("data", "experiment", "integrations", "models", "nn", "optim", "report", "shift", "surgery", "theory")
+_SURGERY = ("accumulate", "conversion_plan", "convert", "fold", "freeze", "recalibrate", "unfreeze")
 
 __all__ = [
     "FlexNorm",
     "Moments",
     "__version__",
+    "accumulate",
+    "conversion_plan",
+    "convert",
     "data",
     "experiment",
     "flex_norm",
+    "fold",
+    "freeze",
     "integrations",
     "models",
     "nn",
     "optim",
+    "recalibrate",
     "report",
     "shift",
     "surgery",
     "theory",
+    "unfreeze",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"evenkeel.{name}")
+    if name in _SURGERY:
+        return getattr(importlib.import_module("evenkeel.surgery"), name)
     raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")
 
 
