@@ -146,8 +146,8 @@ def solve(
 
     Example:
         >>> path = solve("bn", "relu", lr=0.5, zeta=0.125, times=200.0)
-        >>> abs(path.gamma[-1] - 1 / (1 + 2 * 0.125)) < 0.01
-        True
+        >>> round(float(path.gamma[-1]), 2)  # 1 / (1 + 2 zeta)
+        0.8
     """
     from scipy.integrate import solve_ivp
 

@@ -74,7 +74,7 @@ class GammaDecay:
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
         >>> decay = GammaDecay(model, batch_size=128, coefficient=0.01)
-        >>> round(float(decay.penalty()), 6)  # 8 channels, gamma = 1
+        >>> round(decay.penalty().item(), 6)  # 8 channels, gamma = 1
         0.08
     """
 

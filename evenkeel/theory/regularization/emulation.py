@@ -41,7 +41,7 @@ def inverse_std_bias(batch_size: float, kurtosis: float = 0.0) -> float:
 
     Example:
         >>> round(inverse_std_bias(32), 4)
-        0.0241
+        0.0242
     """
     return float(_mean_inverse(torch.tensor(_shape(batch_size, kurtosis + 2.0), dtype=torch.float64))) - 1.0
 

@@ -113,9 +113,9 @@ def layer_strength(tables: ImageTables) -> LayerStrength:
     m, q, shift, scale = _standardized(tables)
     n = len(m)
     square = q - 1.0
-    v_m = m.square().sum(0) / (n - 1)
-    v_q = square.square().sum(0) / (n - 1)
-    c_mq = (m * square).sum(0) / (n - 1)
+    v_m = m.square().mean(0)
+    v_q = square.square().mean(0)
+    c_mq = (m * square).mean(0)
     return LayerStrength(
         tables.name,
         n,
@@ -149,4 +149,4 @@ def joint_strength(tables: ImageTables, gamma: Tensor) -> float:
     pull = torch.cat([gamma * shift, gamma * scale], dim=1)
     noise = torch.cat([m, 0.5 * (q - 1.0)], dim=1)
     n = len(m)
-    return float((pull @ noise.T).square().sum() / (2.0 * n * (n - 1)))
+    return float((pull @ noise.T).square().sum() / (2.0 * n * n))

@@ -107,7 +107,7 @@ def zeta(curvature: Curvature, noise: StatisticsNoise, *, mean: bool = True, var
     """Return zeta, the strength of the gamma decay that the noise of the batch statistics amounts to.
 
     Args:
-        curvature: Of the loss, see `curvature` for a perceptron and `layer_strengths` for a network.
+        curvature: Of the loss, see `curvature` for a perceptron and `layer_strength` for a network.
         noise: Of the statistics.
         mean: Whether the batch mean is used (False for variance-only BN).
         variance: Whether the batch variance is used (False for mean-only BN).
@@ -116,8 +116,8 @@ def zeta(curvature: Curvature, noise: StatisticsNoise, *, mean: bool = True, var
         The factor of ``gamma^2`` in the expected loss.
 
     Example:
-        >>> zeta(Curvature(1.0, 1.0), statistics_noise(32), mean=False)  # the paper's linear student, for half the
-        square 0.0078125
+        >>> zeta(Curvature(1.0, 1.0), statistics_noise(32), mean=False)  # linear student, half the square
+        0.0078125
     """
     total = 0.0
     if mean:
