@@ -46,8 +46,11 @@ class Sample:
 
     @property
     def std(self) -> float:
-        """Their sample standard deviation (n - 1); NaN for fewer than two."""
-        return statistics.stdev(self.values) if self.n > 1 and self._finite else math.nan
+        """Their sample standard deviation (n - 1), zero where only rounding sets them apart; NaN for fewer than two."""
+        if self.n < 2 or not self._finite:
+            return math.nan
+        std = statistics.stdev(self.values)
+        return std if std > 1e-12 * max(abs(self.low), abs(self.high)) else 0.0
 
     @property
     def median(self) -> float:
@@ -66,16 +69,20 @@ class Sample:
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95 % confidence interval of the mean, by Student's t; NaN for fewer than two."""
-        if not self.n > 1:
+        """Half the width of the 95 % confidence interval of the mean, by Student's t.
+
+        NaN for fewer than two numbers, and for numbers that are all the same (accuracies are multiples of one image):
+        a few equal results do not show that there is no spread.
+        """
+        if not self.n > 1 or not self.std > 0:
             return math.nan
         quantile = _T95[self.n - 2] if self.n - 2 < len(_T95) else 1.96 + 2.6 / (self.n - 1)
         return quantile * self.std / math.sqrt(self.n)
 
     @property
     def separated(self) -> bool:
-        """Whether zero lies outside the 95 % confidence interval of the mean. With one number: never."""
-        return self.n > 1 and self._finite and abs(self.mean) > self.margin
+        """Whether zero lies outside the 95 % confidence interval of the mean; never where there is no such interval."""
+        return abs(self.mean) > self.margin
 
     @property
     def _finite(self) -> bool:

@@ -10,9 +10,9 @@ from evenkeel.report.frame import Frame
 from evenkeel.report.markup import Markup, join
 from evenkeel.report.numbers import fixed, percent, significant
 from evenkeel.report.palette import marker_shape
-from evenkeel.report.scale import accuracy, log_or_linear
+from evenkeel.report.scale import accuracy, linear, logarithmic
 from evenkeel.report.study import Run, Study
-from evenkeel.report.svg import drawing, fit, group, line, marker, text, text_width
+from evenkeel.report.svg import Point, drawing, fit, group, line, marker, text, text_width
 
 
 def scatter(study: Study, rows: Sequence[Cell], key: str, *, width: float, height: float) -> Markup | None:
@@ -28,10 +28,13 @@ def scatter(study: Study, rows: Sequence[Cell], key: str, *, width: float, heigh
     runs = plotted(study)
     if not runs:
         return None
-    x = log_or_linear([run.shift_relative for run in runs], ratio=5.0, count=5)
+    shifts = [run.shift_relative for run in runs]
+    spans = min(shifts) > 0 and max(shifts) / min(shifts) > 4
+    x = logarithmic(shifts, count=5) if spans else linear(shifts, count=5)
     y = accuracy([run.test_accuracy for run in runs])
     frame = Frame.fitting(width, height, x, y)
-    labels = _Labels(frame)
+    # All marks take their place before the first name looks for one.
+    labels = _Labels(frame, [frame.point(*_center(study, cell)) for cell in rows if _runs(study, cell)])
     groups = []
     for index, norm in enumerate(study.norms):
         parts = [_cell(frame, study, cell, labels) for cell in rows if cell.norm == norm]
@@ -45,7 +48,9 @@ def scatter(study: Study, rows: Sequence[Cell], key: str, *, width: float, heigh
         key,
         width,
         height,
-        frame.grid(x_label="relative shift: W₁ per step ÷ spread of the layer", heading="Test accuracy", vertical=True),
+        frame.grid(
+            x_label=f"relative shift: W₁ {study.per} ÷ spread of the layer", heading="Test accuracy", vertical=True
+        ),
         join(groups),
         title="Test accuracy against relative internal covariate shift",
         desc=f"{said}.",
@@ -77,13 +82,13 @@ def correlation_note(study: Study) -> str:
 class _Labels:
     """Places for names that do not lie on each other: a name is written where it fits, else not at all."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, marks: Sequence[Point]) -> None:
         self.frame = frame
-        self.taken: list[tuple[float, float, float, float]] = []
+        self.taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
 
     def place(self, x: float, y: float, content: str) -> Markup | None:
         wide = text_width(content, 11.5)
-        for dx, dy in ((8, 4), (-8 - wide, 4), (-wide / 2, -9), (-wide / 2, 18)):
+        for dx, dy in ((9, 4), (-9 - wide, 4), (-wide / 2, -10), (-wide / 2, 19)):
             box = (x + dx, y + dy - 10, x + dx + wide, y + dy + 2)
             inside = box[0] > self.frame.left and box[2] < self.frame.width - 2 and box[1] > 22
             if inside and not any(
@@ -96,11 +101,10 @@ class _Labels:
 
 def _cell(frame: Frame, study: Study, cell: Cell, labels: _Labels) -> Markup:
     shape = marker_shape(study.optims.index(cell.optim))
-    runs = [r for r in plotted(study) if r.norm == cell.norm and r.optim == cell.optim]
+    runs = _runs(study, cell)
     if not runs:
         return Markup("")
-    mean_x = math.fsum(r.shift_relative for r in runs) / len(runs)
-    mean_y = math.fsum(r.test_accuracy for r in runs) / len(runs)
+    mean_x, mean_y = _center(study, cell)
     at = frame.point(mean_x, mean_y)
     parts: list[Markup | None] = []
     for run in runs if len(runs) > 1 else ():
@@ -112,9 +116,17 @@ def _cell(frame: Frame, study: Study, cell: Cell, labels: _Labels) -> Markup:
             ),
         ]
     parts.append(marker(shape, *at, 5.0, tip=_tip(cell.norm, cell.optim, mean_x, mean_y)))
-    labels.taken.append((at[0] - 5, at[1] - 5, at[0] + 5, at[1] + 5))
     parts.append(labels.place(*at, fit(cell.norm, 110, 11.5)))
     return group(*parts)
+
+
+def _runs(study: Study, cell: Cell) -> list[Run]:
+    return [r for r in plotted(study) if r.norm == cell.norm and r.optim == cell.optim]
+
+
+def _center(study: Study, cell: Cell) -> Point:
+    runs = _runs(study, cell)
+    return math.fsum(r.shift_relative for r in runs) / len(runs), math.fsum(r.test_accuracy for r in runs) / len(runs)
 
 
 def _tip(norm: str, optim: str, shift: float, accuracy_: float) -> str:

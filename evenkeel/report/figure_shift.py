@@ -56,7 +56,7 @@ def shift_scale(study: Study, relative: bool) -> Scale:
     """
     rows = [row.value(relative) for run in study.complete for row in run.shifts]
     middles = [m for _, m, _ in rows if math.isfinite(m) and m > 0]
-    floor = min(middles, default=0.0) / 3
+    floor = min(middles, default=0.0) / 1.5
     return log_or_linear(
         [max(low, floor) if math.isfinite(low) else math.nan for low, _, _ in rows]
         + [v for _, middle, high in rows for v in (middle, high)]
@@ -77,7 +77,7 @@ def time_panels(study: Study, optim: str, chosen: Sequence[Depth], relative: boo
             title=f"{kind.capitalize()} shift of {depth.label} over training with {optim}",
             heading=depth.label,
             x_label="step",
-            y_label="W₁ per step ÷ spread" if relative else "W₁ per step",
+            y_label=f"W₁ {study.per} ÷ spread" if relative else f"W₁ {study.per}",
             write=significant,
             height=230.0,
         )
@@ -127,7 +127,7 @@ def depth_panels(study: Study, relative: bool, y: Scale) -> list[Markup]:
                     title=f"{kind.capitalize()} shift over the depth of the network with {optim}",
                     heading=optim,
                     x_label="layer",
-                    y_label="W₁ per step ÷ spread" if relative else "W₁ per step",
+                    y_label=f"W₁ {study.per} ÷ spread" if relative else f"W₁ {study.per}",
                     write=significant,
                 )
             )

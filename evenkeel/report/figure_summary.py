@@ -59,7 +59,7 @@ def summary_panels(
             log_or_linear(shifts, count=4),
             significant,
             heading="Internal covariate shift, relative",
-            x_label="W₁ per step ÷ spread of the layer",
+            x_label=f"W₁ {study.per} ÷ spread of the layer",
         ),
         panel(
             "time",

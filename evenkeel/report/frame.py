@@ -33,7 +33,7 @@ class Frame:
     y: Scale
     left: float
     right: float = 14.0
-    top: float = 40.0
+    top: float = 44.0
     bottom: float = 38.0
 
     @classmethod
@@ -78,7 +78,7 @@ class Frame:
                 line(x, self.top if vertical else y0, x, y0 + (0 if vertical else 4), "grid" if vertical else "stem")
             )
             # A label that would touch its neighbour is left out rather than printed over it.
-            if x - half > free + 4 and x + half < self.width + 4:
+            if x - half > free + 4 and x + half < self.width + 10:
                 parts.append(text(x, y0 + 16, tick.label, anchor="middle", class_="tick"))
                 free = x + half
         parts.append(line(x0, y0, x1, y0, "base"))

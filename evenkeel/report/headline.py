@@ -33,7 +33,13 @@ def headline(study: Study, rows: Sequence[Cell]) -> Headline:
         return Headline(_nothing(study), tuple(filter(None, [_ended(study)])), _tiles(study, rows, None))
     best = ranked[0]
     rival, difference = _rival(study, best, ranked)
-    details = [_accuracy(best), _versus(rival, difference), _luck(best, ranked), _shift(study, rows), _ended(study)]
+    details = [
+        _accuracy(best, alone=len(ranked) == 1),
+        _versus(rival, difference),
+        _luck(best, ranked),
+        _shift(study, rows),
+        _ended(study),
+    ]
     return Headline(_claim(study, best, rival, difference), tuple(filter(None, details)), _tiles(study, rows, best))
 
 
@@ -66,15 +72,27 @@ def _claim(study: Study, best: Cell, rival: Cell | None, difference: Sample) -> 
         return f"{_name(best)} and {who} are level"
     if difference.n < 2:
         return f"{_name(best)} {ahead} of {who} by {_points(difference)} points, on a single seed"
+    if difference.std == 0:
+        points = fixed(100 * difference.mean, 2)
+        return f"{_name(best)} {ahead} of {who} by {points} points, on each of {difference.n} seeds"
     if not difference.separated:
-        return f"{_name(best)} {ahead}, but not by more than seeds differ"
+        return f"{_name(best)} {ahead}, but the seeds do not tell it from {who}"
     return f"{_name(best)} {ahead} of {who} by {_points(difference)} points"
 
 
-def _accuracy(best: Cell) -> str:
+def _accuracy(best: Cell, *, alone: bool) -> str:
     sample = best.test_accuracy
+    if alone and sample.n < 2:
+        return "There is one seed, hence no spread, and nothing to compare with."
+    if alone:
+        seeds = f"over {plural(sample.n, 'seed')}"
+        return f"Mean ± standard deviation {seeds}, which reach {percent(sample.low, 2)} to {percent(sample.high, 2)}."
     if sample.n < 2:
         return f"{_name(best)} has the highest test accuracy: {_percent(sample)}. One seed alone has no spread."
+    if sample.low == sample.high:
+        return (
+            f"{_name(best)} has the highest mean test accuracy: {percent(sample.mean, 2)}, on each of {sample.n} seeds."
+        )
     return (
         f"{_name(best)} has the highest mean test accuracy: {_percent(sample)} "
         f"(mean ± standard deviation over {plural(sample.n, 'seed')}; "
@@ -89,6 +107,10 @@ def _versus(rival: Cell | None, difference: Sample) -> str:
     text = f"Seed by seed, that is {_points(difference)} points {side} {_name(rival)}"
     if difference.n < 2:
         return f"{text}; with one seed nobody can say whether that would happen again."
+    if difference.std == 0 and difference.mean == 0:
+        return f"Seed by seed, that is exactly what {_name(rival)} has, too."
+    if difference.std == 0:
+        return f"{text}, the same on every seed, so that the spread of this difference cannot be told."
     low, high = (100 * (difference.mean + sign * difference.margin) for sign in (-1, 1))
     interval = f"the 95 % interval of the difference runs from {signed(low, 2)} to {signed(high, 2)}"
     if difference.separated:

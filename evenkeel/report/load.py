@@ -22,7 +22,7 @@ from evenkeel.report.study import (
     Study,
 )
 
-_SEED = re.compile(r"seed(-?\d+)$")
+_RUN = re.compile(r"runs/(?P<norm>[^/]+)/(?P<optim>[^/]+)/seed(?P<seed>-?\d+)")
 
 
 def load(out_dir: str | Path) -> Study:
@@ -50,11 +50,14 @@ def load(out_dir: str | Path) -> Study:
     recorded = {str(r.get("path", "")): r for r in listed if isinstance(r, dict)} if isinstance(listed, list) else {}
     folders = sorted({p.parent.relative_to(out).as_posix() for p in out.glob("runs/*/*/seed*/*") if p.is_file()})
     for path in dict.fromkeys([*recorded, *folders]):
+        place = _RUN.fullmatch(path)
+        if place is None or ".." in path.split("/"):
+            continue
         summary = _json(out, f"{path}/summary.json", notes)
-        run = _run(out, path, {**recorded.get(path, {}), **summary}, notes)
-        if run is not None:
-            runs[run.norm, run.optim, run.seed] = run
-            environment = environment or _mapping(summary.get("environment"))
+        named = {"norm": place["norm"], "optim": place["optim"], "seed": int(place["seed"])}
+        run = _run(out, path, {**named, **recorded.get(path, {}), **summary}, notes)
+        runs[run.norm, run.optim, run.seed] = run
+        environment = environment or _mapping(summary.get("environment"))
     if not runs and not results:
         raise FileNotFoundError(
             f"{str(out)!r} holds neither a results.json nor a run (runs/NORM/OPTIM/seedK); "
@@ -88,17 +91,9 @@ def load(out_dir: str | Path) -> Study:
     )
 
 
-def _run(out: Path, path: str, summary: Mapping[str, object], notes: list[str]) -> Run | None:
-    """Return one run from its summary and its two tables; None where not even its name can be told."""
-    parts = Path(path).parts
-    seed = summary.get("seed")
-    if not isinstance(seed, int):
-        match = _SEED.search(parts[-1]) if parts else None
-        if match is None or len(parts) < 3:
-            return None
-        seed = int(match.group(1))
-    norm = str(summary.get("norm", parts[-3] if len(parts) >= 3 else "?"))
-    optim = str(summary.get("optim", parts[-2] if len(parts) >= 2 else "?"))
+def _run(out: Path, path: str, summary: Mapping[str, object], notes: list[str]) -> Run:
+    """Return one run from its summary and its two tables."""
+    seed = summary["seed"]
     epochs = tuple(_epoch_row(row) for row in _csv(out, f"{path}/metrics.csv", notes))
     shifts = tuple(_shift_row(row) for row in _csv(out, f"{path}/shift.csv", notes))
     status = str(summary.get("status", UNFINISHED))
@@ -108,9 +103,9 @@ def _run(out: Path, path: str, summary: Mapping[str, object], notes: list[str]) 
     said = summary.get("notes")
     layers = [_mapping(layer) for layer in _mapping(result.get("shift")).values()]
     run = Run(
-        norm=norm,
-        optim=optim,
-        seed=seed,
+        norm=str(summary["norm"]),
+        optim=str(summary["optim"]),
+        seed=seed if isinstance(seed, int) else 0,
         status=status,
         reason=str(summary.get("reason") or ""),
         path=path,

@@ -40,10 +40,11 @@ def significant(value: float, digits: int = 3) -> str:
     """
     if math.isnan(value) or math.isinf(value) or value == 0:
         return "0" if value == 0 else fixed(value, 0)
-    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    # By way of the decimal text, because it has rounded already: 0.09996 is 0.100, not 0.1000.
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(power)
     if not -4 <= exponent < 6:
-        mantissa = fixed(value / 10.0**exponent, digits - 1)
-        return f"{mantissa}×{power_of_ten(exponent)}"
+        return f"{fixed(float(mantissa), digits - 1)}×{power_of_ten(exponent)}"
     return fixed(value, max(0, digits - 1 - exponent))
 
 

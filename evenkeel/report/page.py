@@ -17,8 +17,8 @@ from evenkeel.report.glossary import glossary
 from evenkeel.report.headline import Headline, headline
 from evenkeel.report.lines import legend_line
 from evenkeel.report.markup import Child, Markup, element, join
-from evenkeel.report.numbers import duration, plural
-from evenkeel.report.study import Study
+from evenkeel.report.numbers import duration, listing, plural
+from evenkeel.report.study import MISSING_RUN, Study
 from evenkeel.report.table import results_table
 from evenkeel.report.theme import asset, variables
 
@@ -46,7 +46,7 @@ def page(study: Study) -> str:
         ),
         element("script", Markup(script)),
     )
-    title = f"{_subject(study)}: {head.claim}"
+    title = f"{study.subject}: {head.claim}"
     document = element(
         "html",
         element(
@@ -69,13 +69,6 @@ def _digest(content: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
-def _subject(study: Study) -> str:
-    """Return what was trained on what, as far as the configuration says so."""
-    model, data = study.config.get("model"), study.config.get("data")
-    parts = [str(part) for part in (model, data) if isinstance(part, str) and part]
-    return " on ".join(parts) if parts else study.name
-
-
 def _header(study: Study, head: Headline, contents: Sequence[tuple[str, str]]) -> Markup:
     tiles = [
         element("div", element("dt", what), element("dd", value, class_="value"), element("dd", more, class_="who"))
@@ -85,7 +78,7 @@ def _header(study: Study, head: Headline, contents: Sequence[tuple[str, str]]) -
     size = f"{plural(len(study.norms), 'normalizer')} × {plural(len(study.optims), 'optimizer')}"
     return element(
         "header",
-        element("p", element("b", _subject(study)), f" · {size} · evenkeel {__version__}", class_="eyebrow"),
+        element("p", element("b", study.subject), f" · {size} · evenkeel {__version__}", class_="eyebrow"),
         element("h1", head.claim),
         element("div", [element("p", sentence) for sentence in head.details], class_="lede"),
         element("dl", tiles, class_="tiles"),
@@ -122,41 +115,20 @@ def _sections(study: Study, rows: Sequence[Cell]) -> Iterator[tuple[str, str, Ch
     if any(c.complete for c in rows):
         yield "overview", "At a glance", _overview(study, rows)
     yield "results", "Results", results_table(study, rows) if rows else element("p", "There is no run to report on.")
-    if ended := [r for r in study.runs if not r.complete]:
-        table = element(
-            "table",
-            element(
-                "thead", element("tr", [element("th", h, scope="col") for h in ("Run", "Seed", "What happened", "Why")])
-            ),
-            element(
-                "tbody",
-                [
-                    element(
-                        "tr",
-                        element("th", f"{r.norm}, {r.optim}", scope="row"),
-                        element("td", r.seed, class_="num"),
-                        element("td", element("span", r.status, class_=f"badge {r.status}")),
-                        element("td", r.reason or "no reason recorded" if r.status != "missing" else f"no {r.path}"),
-                        class_=f"n{study.norms.index(r.norm)}",
-                    )
-                    for r in ended
-                ],
-            ),
-            class_="plain",
-        )
-        yield "ended", "Runs without a result", element("div", table, class_="scroll")
+    if any(not run.complete for run in study.runs):
+        yield "ended", "Runs without a result", _ended(study)
     losses, accuracies = loss_panels(study), accuracy_panels(study)
     if losses or accuracies:
         yield "curves", "Learning curves", _curves(losses, accuracies)
     if any(run.shifts for run in study.complete):
         yield "shift", "Internal covariate shift", _shift(study)
-    if (large := scatter(study, rows, "scatter", width=860, height=470)) is not None:
+    if (large := scatter(study, rows, "scatter", width=960, height=500)) is not None:
         small = scatter(study, rows, "scatter-narrow", width=360, height=400)
         caption = _caption(
             "Large marks are means, small ones single seeds, joined by a line. ", correlation_note(study)
         )
         yield "tradeoff", "Accuracy against shift", element("figure", _two(large, small), caption)
-    if (large := steps(study, rows, "steps", width=860)) is not None:
+    if (large := steps(study, rows, "steps", width=960)) is not None:
         small = steps(study, rows, "steps-narrow", width=360)
         caption = _caption(
             "The median time of an update, and of that the median over seeds; dots are single seeds. "
@@ -165,6 +137,28 @@ def _sections(study: Study, rows: Sequence[Cell]) -> Iterator[tuple[str, str, Ch
         yield "speed", "Step time", element("figure", _two(large, small), caption)
     yield "glossary", "What the numbers mean", glossary()
     yield "repeat", "How to repeat this", _repeat(study)
+
+
+def _ended(study: Study) -> Markup:
+    """Return the table of what happened to the runs that are not complete, like ones in one line."""
+    alike: dict[tuple[str, str, str, str], list[str]] = {}
+    for run in study.runs:
+        if not run.complete:
+            why = run.reason or ("its folder is not there yet" if run.status == MISSING_RUN else "no reason recorded")
+            alike.setdefault((run.norm, run.optim, run.status, why), []).append(str(run.seed))
+    head = element("tr", [element("th", name, scope="col") for name in ("Run", "What happened", "Why")])
+    rows = [
+        element(
+            "tr",
+            element("th", f"{norm}, {optim}", element("small", f"seed {listing(seeds)}"), scope="row"),
+            element("td", element("span", status, class_=f"badge {status}")),
+            element("td", why),
+        )
+        for (norm, optim, status, why), seeds in alike.items()
+    ]
+    return element(
+        "div", element("table", element("thead", head), element("tbody", rows), class_="plain"), class_="scroll"
+    )
 
 
 def _two(large: Markup, small: Markup | None) -> Markup:
@@ -177,7 +171,7 @@ def _caption(*content: Child) -> Markup:
 
 
 def _panels(panels: Sequence[Markup]) -> Markup:
-    return element("div", panels, class_="panels few" if len(panels) == 2 else "panels")
+    return element("div", panels, class_="panels")
 
 
 def _overview(study: Study, rows: Sequence[Cell]) -> Markup:
@@ -225,7 +219,22 @@ def _shift(study: Study) -> Markup:
         "How far one update of the weights moves the distribution of a layer’s output on the probe images. Lines are "
         "means over the complete runs; the band is the certified interval, in which the true distance lies.",
     )
-    return join([intro, element("div", choice, views, class_="views")])
+    return join([intro, _modules(study, every), element("div", choice, views, class_="views")])
+
+
+def _modules(study: Study, every: Sequence[Depth]) -> Markup | None:
+    """Return which modules a numbered layer stands for, where networks name theirs differently."""
+    if all(len(set(depth.names.values())) == 1 for depth in every):
+        return None
+    listed = []
+    for depth in every:
+        owners: dict[str, list[str]] = {}
+        for norm in study.norms:
+            if norm in depth.names:
+                owners.setdefault(depth.names[norm], []).append(norm)
+        named = "; ".join(f"{name} ({listing(norms)})" for name, norms in owners.items())
+        listed.append(element("li", element("b", depth.label), f": {named}"))
+    return element("details", element("summary", "Which modules these layers are"), element("ul", listed))
 
 
 _KINDS = ((True, "relative"), (False, "absolute"))
@@ -253,11 +262,10 @@ def _repeat(study: Study) -> Iterator[Markup]:
         yield element("div", element("pre", study.command), class_="code")
     if study.config:
         yield element("h3", "Configuration")
-        yield element(
-            "p", "Saved as config.yaml, it runs again with `evenkeel compare --config config.yaml`.", class_="note"
-        )
+        again, name = element("code", "evenkeel compare --config config.yaml"), element("code", "config.yaml")
+        yield element("p", "Saved as ", name, ", it runs again with ", again, ".", class_="note")
         yield element("div", element("pre", _yaml(study.config)), class_="code")
-    facts = {**study.environment}
+    facts = {**({"data": study.data} if study.data else {}), **study.environment}
     if study.total_seconds == study.total_seconds:
         facts["total time"] = duration(study.total_seconds)
     if facts:
@@ -275,7 +283,9 @@ def _plain(value: object) -> str:
 def _yaml(config: Mapping[str, object]) -> str:
     import yaml
 
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100).rstrip()
+    return yaml.safe_dump(
+        dict(config), sort_keys=False, default_flow_style=None, allow_unicode=True, width=100
+    ).rstrip()
 
 
 def _footer(study: Study) -> Markup:

@@ -23,17 +23,17 @@ class Hue:
     dark: str
 
 
-INK = Hue("#2f3640", "#dfe3e8")
+INK = Hue("#1d262f", "#f2f4f6")
 """The baseline's colour."""
 
 HUES = (
-    Hue("#0a66b5", "#5aa9f0"),  # blue
-    Hue("#c8500a", "#f08a4b"),  # vermilion
-    Hue("#0d9276", "#3ecfae"),  # bluish green
-    Hue("#8e3f9e", "#cf8be0"),  # purple
-    Hue("#b98a00", "#ecc94b"),  # amber
-    Hue("#45a6d9", "#a3def7"),  # sky
-    Hue("#b3264f", "#f2718f"),  # crimson
+    Hue("#1a60ab", "#4496e6"),  # blue
+    Hue("#c04a08", "#e08332"),  # vermilion
+    Hue("#12a08a", "#55c9a9"),  # bluish green
+    Hue("#7b2a80", "#cf8cd6"),  # purple
+    Hue("#bd8a08", "#eddc62"),  # amber
+    Hue("#2fa0e0", "#a3d8ff"),  # sky
+    Hue("#a8305a", "#ee5c7b"),  # crimson
     Hue("#6b7280", "#98a1ae"),  # grey
     Hue("#7a4a21", "#c29a72"),  # brown
 )

@@ -71,5 +71,7 @@ def _optims(study: Study) -> Markup:
         name = fit(optim, 200, 12)
         parts += [marker(marker_shape(index), x, 62, 4.4, class_="key"), text(x + 11, 66, name, class_="name")]
         x += text_width(name, 12) + 36.0
-    parts.append(text(x, 66, "marks: means over seeds, whiskers: one standard deviation, dots: single seeds"))
+    parts.append(
+        text(x, 66, f"{study.subject}; marks: means over seeds, whiskers: one standard deviation, dots: single seeds")
+    )
     return group(parts, fill="var(--muted)")

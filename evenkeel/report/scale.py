@@ -6,8 +6,9 @@ the mistakes by the same factor everywhere, while the axis still reads as accura
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from evenkeel.report.numbers import fixed, power_of_ten, significant
@@ -61,6 +62,10 @@ _WARPS: dict[str, Callable[[float], float]] = {
 }
 
 
+_HUGE = 1e100
+"""Beyond this, and below its inverse, numbers no longer stretch an axis: their ratio would overflow."""
+
+
 def nice_step(span: float, count: int) -> float:
     """Return the smallest step (1, 2, 2.5 or 5 times a power of ten) that cuts a span into at most count parts."""
     raw = span / max(count, 1)
@@ -73,7 +78,7 @@ def linear(
     *,
     count: int = 5,
     zero: bool = False,
-    label: Callable[[float], str] | None = None,
+    percent: bool = False,
     bounds: tuple[float, float] = (-math.inf, math.inf),
     integer: bool = False,
     tight: bool = False,
@@ -84,12 +89,12 @@ def linear(
         values: The data; non-finite values are passed over, none at all gives [0, 1].
         count: At most about this many intervals between ticks.
         zero: Begin at zero.
-        label: How to write a tick (default: the decimals that the step needs).
+        percent: Write ticks as per cent.
         bounds: Limits that the scale never exceeds, however round.
         integer: Ticks at whole numbers only (epochs, steps).
         tight: End at the data instead of at the next round number (time axes).
     """
-    data = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    data = [0.0 if abs(v) < 1 / _HUGE else v for v in values if abs(v) <= _HUGE] or [0.0, 1.0]
     low, high = min(data), max(data)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -106,7 +111,12 @@ def linear(
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if abs(step * 10.0**decimals - round(step * 10.0**decimals)) > 1e-6:
         decimals += 1
-    write = label or (significant if max(abs(start), abs(end)) >= 1e6 or decimals > 5 else lambda v: fixed(v, decimals))
+
+    def write(value: float) -> str:
+        if percent:
+            return f"{fixed(100 * value, max(0, decimals - 2))}\u202f%"
+        return significant(value) if max(abs(start), abs(end)) >= 1e6 or decimals > 5 else fixed(value, decimals)
+
     first, last = math.ceil(start / step - 1e-6), math.floor(end / step + 1e-6)
     marks = tuple(Tick(k * step, write(k * step)) for k in range(first, last + 1))
     return Scale("linear", start, end, marks)
@@ -120,8 +130,8 @@ def logarithmic(values: Iterable[float], *, label: Callable[[float], str] | None
         label: How to write a tick (default: plain numbers from 0.001 to 100 000, powers of ten outside).
         count: At most about this many labelled ticks.
     """
-    data = [v for v in values if math.isfinite(v)]
-    positive = [v for v in data if v > 0] or [1.0]
+    data = [v for v in values if abs(v) <= _HUGE]
+    positive = [v for v in data if v > 1 / _HUGE] or [1.0]
     low, high = min(positive), max(positive)
     has_zero = any(v == 0 for v in data)
     if high / low < 1.5:
@@ -132,11 +142,18 @@ def logarithmic(values: Iterable[float], *, label: Callable[[float], str] | None
     bottom, top = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
         marks = [m * 10.0**e for e in range(bottom, top) for m in mantissas if low <= m * 10.0**e <= high]
-        if len(marks) <= count:
+        if len(marks) <= count and _apart(marks, math.log10, low, high):
             break
     stride = math.ceil(len(marks) / count)
     ticks = tuple(Tick(v, write(v)) for v in marks[::stride])
     return Scale("log", low, high, ticks, has_zero)
+
+
+def _apart(marks: Sequence[float], warp: Callable[[float], float], low: float, high: float) -> bool:
+    """Return whether no two marks are so close on a warped axis that their labels would touch."""
+    places = [warp(v) for v in marks]
+    least = 0.085 * (warp(high) - warp(low))
+    return all(b - a >= least for a, b in itertools.pairwise(places))
 
 
 def log_label(value: float) -> str:
@@ -150,14 +167,11 @@ def log_label(value: float) -> str:
 
 def log_or_linear(values: Iterable[float], *, ratio: float = 12.0, count: int = 5) -> Scale:
     """Return a logarithmic scale where the positive values span more than ``ratio``, else a linear one from zero."""
-    data = [v for v in values if math.isfinite(v)]
-    positive = [v for v in data if v > 0]
+    data = [v for v in values if abs(v) <= _HUGE]
+    positive = [v for v in data if v > 1 / _HUGE]
     if positive and min(data) >= 0 and max(positive) / min(positive) > ratio:
         return logarithmic(data, count=count)
     return linear(data, zero=True, count=count)
-
-
-_ACCURACY_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 
 
 def accuracy(values: Iterable[float], *, count: int = 5) -> Scale:
@@ -165,18 +179,22 @@ def accuracy(values: Iterable[float], *, count: int = 5) -> Scale:
 
     Values of exactly 1 are drawn at the upper edge, half of the smallest error seen.
     """
-    data = [min(max(v, 0.0), 1.0) for v in values if math.isfinite(v)]
+    # An error below one in a billion is none: so many images nobody has tested.
+    data = [1.0 if v > 1.0 - 1e-9 else max(v, 0.0) for v in values if math.isfinite(v)]
 
     def write(value: float) -> str:
-        return f"{significant(100 * value, 4 if value > 0.99 else 3).rstrip('0').rstrip('.') or '0'}\u202f%"
+        return f"{100 * round(value, 12):.10g}\u202f%"
 
     errors = [1.0 - v for v in data if v < 1.0]
     if not errors or max(data) < 0.9 or max(errors) / min(errors) < 3:
-        decimals = 0 if not data or max(data) - min(data) > 0.05 else 1
-        return linear(data, count=count, label=lambda v: f"{fixed(100 * v, decimals)}\u202f%", bounds=(0.0, 1.0))
+        return linear(data, count=count, percent=True, bounds=(0.0, 1.0))
     low = max(0.0, 1.0 - 1.15 * max(errors))
     high = 1.0 - min(errors) / (2.0 if max(data) == 1.0 else 1.15)
-    marks = [v for v in _ACCURACY_TICKS if low <= v <= high]
-    while len(marks) > count + 1:
-        marks = marks[::-1][::2][::-1]
+    decades = range(math.floor(math.log10(1.0 - high)), 1)
+    for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        marks = sorted({round(1.0 - m * 10.0**e, 12) for e in decades for m in mantissas})
+        marks = [v for v in marks if low <= v <= high]
+        if len(marks) <= count + 1 and _apart(marks, _WARPS["accuracy"], low, high):
+            break
+    marks = marks[:: math.ceil(len(marks) / (count + 1)) or 1]
     return Scale("accuracy", low, high, tuple(Tick(v, write(v)) for v in marks))

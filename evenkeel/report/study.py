@@ -159,6 +159,18 @@ class Study:
         """Whether at least one run of the baseline is complete."""
         return any(run.norm == self.baseline for run in self.complete)
 
+    @property
+    def subject(self) -> str:
+        """What was trained on what, as far as the configuration says so."""
+        parts = [self.config.get(key) for key in ("model", "data")]
+        return " on ".join(part for part in parts if isinstance(part, str) and part) or self.name
+
+    @property
+    def per(self) -> str:
+        """Over how many updates a shift is measured: ``per step``, or ``over 5 steps``."""
+        lag = self.config.get("shift_lag", 1)
+        return f"over {lag} steps" if isinstance(lag, int) and lag > 1 else "per step"
+
     def of(self, norm: str | None = None, optim: str | None = None) -> tuple[Run, ...]:
         """Return the runs of one normalizer, of one optimizer, or of both."""
         return tuple(r for r in self.runs if norm in (None, r.norm) and optim in (None, r.optim))

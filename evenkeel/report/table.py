@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from evenkeel.report.aggregate import Cell, Sample
 from evenkeel.report.frame import Frame
-from evenkeel.report.markup import Child, Markup, element, number
-from evenkeel.report.numbers import MISSING, decimals_for, fixed, percent, signed, significant
+from evenkeel.report.markup import Child, Markup, element, join, number
+from evenkeel.report.numbers import MISSING, decimals_for, fixed, listing, percent, power_of_ten, signed, significant
 from evenkeel.report.palette import marker_shape
 from evenkeel.report.scale import Scale, accuracy
 from evenkeel.report.study import Study
@@ -30,32 +30,48 @@ def results_table(study: Study, rows: Sequence[Cell]) -> Markup:
         ("Normalizer", "", "name"),
         ("Optimizer", "", "name"),
         ("Test accuracy", "%, mean ± sd", "num"),
-        (f"Difference to {study.baseline}", "points, paired by seed", "num"),
+        ("Runs", "complete", "num"),
+        ("Difference", f"to {study.baseline}, in points", "num"),
         ("Training loss", "nats", "num"),
         ("Shift W₁", "[lower, upper]", "num"),
         ("Relative shift", "W₁ ÷ spread", "num"),
         ("Step time", f"ratio to {study.baseline}", "num"),
-        ("Runs", "complete", "num"),
     ]
     head = [
         element(
-            "th", element("span", name, class_="th"), element("small", unit) if unit else None, scope="col", class_=kind
+            "th",
+            element("span", name, class_="th"),
+            element("small", unit) if unit else None,
+            scope="col",
+            class_=kind,
+            aria_sort="descending" if name == "Test accuracy" else None,
         )
         for name, unit, kind in columns
     ]
-    caption = (
+    note = (
         "Means over the complete runs of each row; ± is the standard deviation over seeds. "
         "In brackets: the 95 % confidence interval of a difference, the certified interval of a shift."
     )
     body = [_row(study, cell, strip, places) for cell in ranked]
     table = element(
         "table",
-        element("caption", caption),
+        element("caption", "Results per normalizer and optimizer", class_="unseen"),
         element("thead", element("tr", head)),
         element("tbody", body),
         class_="results",
     )
-    return element("div", table, class_="scroll", tabindex="0", role="region", aria_label="Table of results")
+    scroll = element("div", table, class_="scroll", tabindex="0", role="region", aria_label="Table of results")
+    return join([scroll, element("p", note, class_="under"), _notes(rows)])
+
+
+def _notes(rows: Sequence[Cell]) -> Markup | None:
+    """Return what runs have to say about themselves, each remark once, with the rows it is about."""
+    about: dict[str, list[str]] = {}
+    for cell in rows:
+        for note in dict.fromkeys(note for run in cell.runs for note in run.notes):
+            about.setdefault(note, []).append(f"{cell.norm} with {cell.optim}")
+    items = [element("li", element("b", listing(names)), f": {note}") for note, names in about.items()]
+    return element("ul", items, class_="under") if items else None
 
 
 class _Places(tuple[int, int]):
@@ -82,6 +98,7 @@ def _row(study: Study, cell: Cell, strip: Scale, places: _Places) -> Markup:
         element("th", swatch, element("span", cell.norm), scope="row", class_="name", data_v=cell.norm),
         element("td", cell.optim, class_="name", data_v=cell.optim),
         _cell(cell.test_accuracy.mean, _mean(cell.test_accuracy, places[0], 100), _strip(cell, strip, optim)),
+        _runs(cell),
         _difference(cell, places[1], base),
         _cell(cell.train_loss.mean, _significant(cell.train_loss), None),
         _cell(cell.shift_w1.mean, significant(cell.shift_w1.mean), _interval(cell)),
@@ -91,7 +108,6 @@ def _row(study: Study, cell: Cell, strip: Scale, places: _Places) -> Markup:
             f"{significant(cell.step_ratio.median)}×" if cell.step_ratio else MISSING,
             f"{significant(cell.step_ms.median)}\u202fms" if cell.step_ms else None,
         ),
-        _runs(cell),
     ]
     return element("tr", cells, class_=f"n{norm}{' base' if base else ''}", data_n=norm)
 
@@ -108,11 +124,14 @@ def _mean(sample: Sample, places: int, factor: float = 1.0) -> str:
 
 
 def _significant(sample: Sample) -> str:
-    """Return mean ± std, the mean with as many decimals as two digits of the spread need."""
-    if not math.isfinite(sample.std) or sample.std == 0 or not 1e-4 <= abs(sample.mean) < 1e6:
-        spread = f" ± {significant(sample.std, 2)}" if math.isfinite(sample.std) else ""
-        return f"{significant(sample.mean)}{spread}"
-    return _mean(sample, decimals_for([sample.std], least=0, most=6, default=3))
+    """Return mean ± std, both with the decimals that give the mean three digits."""
+    size = max(abs(sample.mean), sample.std if math.isfinite(sample.std) else 0.0)
+    if not math.isfinite(size) or size == 0 or (not 1e-3 <= size < 1e6 and not math.isfinite(sample.std)):
+        return significant(sample.mean)
+    if not 1e-3 <= size < 1e6:
+        exponent = math.floor(math.log10(size))
+        return f"({_mean(sample, 2, 10.0**-exponent)})×{power_of_ten(exponent)}"
+    return _mean(sample, max(0, 2 - math.floor(math.log10(size))))
 
 
 def _difference(cell: Cell, places: int, base: bool) -> Markup:
@@ -125,6 +144,7 @@ def _difference(cell: Cell, places: int, base: bool) -> Markup:
     below = None
     if math.isfinite(sample.std):
         text += f" ± {fixed(100 * sample.std, places)}"
+    if math.isfinite(sample.margin):
         low, high = (signed(100 * (sample.mean + s * sample.margin), places) for s in (-1, 1))
         below = f"[{low}, {high}]"
     return element(
