@@ -46,7 +46,11 @@ OPTIMS: dict[str, dict[str, Any]] = {
 
 ``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
 0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+The learning rates are for batches of 64 images and more. For smaller batches these defaults, and only these, are scaled
+down: linearly with the batch size, Adam-G's ``lr_manifold`` and AdamW's ``lr`` with its root.
 """
+
+REFERENCE_BATCH = 64
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 AUGMENTATIONS = ("flip", "shift", "crop")
@@ -76,7 +80,8 @@ class Config:
         augment: Any of ``flip`` (half of the images), ``shift`` (zero fill) and ``crop`` (reflected border).
         augment_pixels: Largest displacement of ``shift`` and ``crop``, in pixels.
         probe: Images in the fixed batch that the internal covariate shift is measured on.
-        shift_every: Updates between two measurements; 0 measures nothing.
+        shift_every: Updates between two measurements; 0 measures nothing; by default once an epoch, or more often in
+            a short run, so that there are at least twenty.
         shift_lag: Updates between the two moments that one measurement compares.
         shift_samples: Largest number of activation vectors per layer that enter a measurement.
         threads: CPU threads; 0 means one for small images (up to 1024 numbers), where more only get in each other's
@@ -106,7 +111,7 @@ class Config:
     augment: tuple[str, ...] = ()
     augment_pixels: int = 4
     probe: int = 64
-    shift_every: int = 20
+    shift_every: int | None = None
     shift_lag: int = 1
     shift_samples: int = 128
     threads: int = 0
@@ -159,6 +164,11 @@ class Config:
     def optim_settings(self, norm: str, optim: str) -> dict[str, Any]:
         """Return the complete settings of one cell: defaults, then ``lr``, then ``optims``, then ``overrides``."""
         settings = dict(OPTIMS[optim])
+        share = min(1.0, self.batch_size / REFERENCE_BATCH)
+        for key in ("lr", "lr_manifold"):
+            if key in settings:
+                adaptive = (optim, key) in (("adamw", "lr"), ("adamg", "lr_manifold"))
+                settings[key] *= share**0.5 if adaptive else share
         if self.lr is not None:
             settings["lr"] = self.lr
         for layer in (

@@ -143,8 +143,11 @@ class _Run:
         self.config, self.folder, self.identity, self.fabric = config, folder, identity, fabric
         self.norm, self.seed = config.norms[0], config.seeds[0]
         (self.optim,) = config.optims
-        self.measure = monitor and config.shift_every > 0
         self.steps_per_epoch = max(1, len(data.x_train) // config.batch_size)
+        every = config.shift_every
+        if every is None:
+            every = max(1, min(self.steps_per_epoch, self.steps_per_epoch * config.epochs // 20))
+        self.shift_every = every if monitor else 0
         self.notes: list[str] = []
         atomic_write(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
 
@@ -174,12 +177,12 @@ class _Run:
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
             self.monitor: Any = None
-            if self.measure:
+            if self.shift_every:
                 self.monitor = stack.enter_context(
                     ShiftMonitor(
                         self.model,
                         self.probe,
-                        every=self.config.shift_every,
+                        every=self.shift_every,
                         lag=self.config.shift_lag,
                         max_samples=self.config.shift_samples,
                     )

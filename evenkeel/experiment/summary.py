@@ -35,7 +35,11 @@ def result(folder: Path) -> dict[str, Any]:
     last: Mapping[str, str] = metrics[-1] if metrics else {}
     layers: dict[str, list[dict[str, float]]] = {}
     for row in shifts:
-        layers.setdefault(row["layer"], []).append({column: float(row[column]) for column in SHIFT_COLUMNS})
+        values = {column: float(row[column]) for column in SHIFT_COLUMNS}
+        layers.setdefault(row["layer"], [])
+        # A network that diverges has no distribution to measure any more; what was measured before stands.
+        if math.isfinite(values["w1"]):
+            layers[row["layer"]].append(values)
     shift = {
         layer: {column: mean([row[column] for row in rows]) for column in _REPORTED} for layer, rows in layers.items()
     }
@@ -48,8 +52,10 @@ def result(folder: Path) -> dict[str, Any]:
         "shift": shift,
         "shift_w1": mean([layer["w1"] for layer in shift.values()]),
         "shift_relative": mean([layer["relative"] for layer in shift.values()]),
-        "shift_measurements": len(shifts),
-        "shift_holds": all(interval_holds(row) for rows in layers.values() for row in rows) if shifts else None,
+        "shift_measurements": sum(map(len, layers.values())),
+        "shift_holds": all(interval_holds(row) for rows in layers.values() for row in rows)
+        if any(layers.values())
+        else None,
     }
 
 

@@ -77,7 +77,7 @@ def test_another_experiment_is_refused_and_nothing_overwritten(small, images, tm
         compare(other, tmp_path, data=images)
     text = str(caught.value)
     assert "epochs: 2 there, 3 here" in text
-    assert "settings.batch/sgd.lr: 0.1 there, 0.05 here" in text
+    assert "settings.batch/sgd.lr: 0.025 there, 0.05 here" in text
     assert "evenkeel compare --epochs 2" in text
     assert "--out" in text
     other_data = dataclasses.replace(images, digest="other")

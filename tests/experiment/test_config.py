@@ -163,3 +163,15 @@ def test_files(tmp_path):
         load_config(path)
     with pytest.raises(FileNotFoundError, match="no config file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_default_learning_rates_shrink_with_small_batches_and_given_ones_do_not():
+    small = Config(batch_size=16, optims={name: {} for name in OPTIMS})
+    assert small.optim_settings("batch", "sgd")["lr"] == pytest.approx(OPTIMS["sgd"]["lr"] / 4)
+    assert small.optim_settings("batch", "sgdg")["lr_manifold"] == pytest.approx(OPTIMS["sgdg"]["lr_manifold"] / 4)
+    assert small.optim_settings("batch", "adamg")["lr_manifold"] == pytest.approx(OPTIMS["adamg"]["lr_manifold"] / 2)
+    assert small.optim_settings("batch", "adamg")["lr"] == pytest.approx(OPTIMS["adamg"]["lr"] / 4)
+    assert small.optim_settings("batch", "adamw")["lr"] == pytest.approx(OPTIMS["adamw"]["lr"] / 2)
+    assert Config(batch_size=512).optim_settings("batch", "sgd") == OPTIMS["sgd"]
+    assert dataclasses.replace(small, lr=0.3).optim_settings("batch", "sgd")["lr"] == 0.3
+    assert dataclasses.replace(small, optims={"sgd": {"lr": 0.1}}).optim_settings("batch", "sgd")["lr"] == 0.1

@@ -318,6 +318,14 @@ class TestSummary:
         (tmp_path / "shift.csv").write_text(f"{summary.SHIFT_HEADER}\n1,3,a,{values},1,1,1,1\n")
         assert summary.result(tmp_path)["shift_holds"] is False
 
+    def test_measurements_of_a_network_that_has_diverged_do_not_count(self, tmp_path):
+        rows = "1,3,a,0.1,0.2,0.3,1,0.1,0.2,0.3\n1,4,a,nan,nan,nan,nan,nan,nan,nan\n1,4,b,nan,nan,nan,nan,nan,nan,nan\n"
+        (tmp_path / "shift.csv").write_text(f"{summary.SHIFT_HEADER}\n{rows}")
+        result = summary.result(tmp_path)
+        assert result["shift"]["a"]["w1"] == 0.2
+        assert math.isnan(result["shift"]["b"]["w1"])
+        assert (result["shift_measurements"], result["shift_holds"]) == (1, True)
+
     def test_a_run_without_an_epoch_has_no_numbers(self, tmp_path):
         result = summary.result(tmp_path)
         assert math.isnan(result["train_loss"])

@@ -67,6 +67,14 @@ def test_the_shift_is_measured_on_every_layer_and_its_interval_holds(one, images
     assert summary["result"]["shift_w1"] > 0
 
 
+def test_by_default_a_short_run_is_measured_twenty_times_and_a_long_one_every_epoch(one, images, tmp_path):
+    for epochs, expected in ((20, 20), (30, 30)):
+        config = dataclasses.replace(one, epochs=epochs, shift_every=None, batch_size=32)
+        train_run(config, images, tmp_path / str(epochs))
+        steps = {row["step"] for row in files.read_rows(tmp_path / str(epochs) / "shift.csv")}
+        assert len(steps) == expected if epochs == 30 else len(steps) >= expected
+
+
 @pytest.mark.parametrize("norm", ["none", "batch", "population", "unitized", "normprop"])
 @pytest.mark.parametrize("optim", ["sgd", "sgdg"])
 def test_measuring_does_not_change_the_training_by_one_bit(small, images, tmp_path, norm, optim):
