@@ -42,7 +42,7 @@ def stratified(labels: npt.ArrayLike, count: int, seed: int = 0) -> npt.NDArray[
 
     Example:
         >>> stratified([0, 0, 1, 1, 1, 1], 3).tolist()
-        [0, 2, 4]
+        [1, 2, 4]
     """
     y = np.asarray(labels)
     if not 1 <= count <= len(y):

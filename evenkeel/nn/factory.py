@@ -128,7 +128,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def needs_batch(module: nn.Module) -> bool:
-    """Whether the layer mixes the samples of a training batch, so that it cannot learn from one sample at a time."""
+    """Whether ``module`` mixes the samples of a training batch, so that it cannot learn from one sample at a time."""
     mixing: tuple[type[nn.Module], ...] = (
         batch._BatchNorm,
         unitized._UnitizedBatchNorm,

@@ -1,0 +1,137 @@
+"""The documentation is true: its code runs, its rules are the package's, every public name is explained."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import evenkeel
+from evenkeel import flex_norm
+from evenkeel.nn import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = (
+    "data",
+    "experiment",
+    "flexnorm",
+    "models",
+    "nn",
+    "nn.normprop",
+    "optim",
+    "report",
+    "shift",
+    "surgery",
+    "theory",
+)
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def run(path: Path) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for block in blocks(path.read_text(encoding="utf-8")):
+        exec(compile(block, str(path), "exec"), names)
+    return names
+
+
+def test_rules_of_the_guide_are_those_of_the_package() -> None:
+    names = run(ROOT / "docs" / "rules.md")
+    x = torch.randn(8, 6, 5, 5)
+    w, b, a = (torch.rand(6) + 0.5 for _ in range(3))
+    pairs = {
+        "batch": ((w, b), reference.batch(x, w, b)),
+        "layer": ((w, b), reference.layer(x, w, b)),
+        "group": ((w, b), reference.group(x, w, b, groups=3)),
+        "instance": ((w, b), reference.instance(x, w, b)),
+        "rms": ((w,), reference.rms(x, w)),
+        "filter_response": ((w, b), reference.filter_response(x, w, b, eps=1e-5)),
+        "population": ((b, a, w, b), reference.population(x, b, a, w, b)),
+        "renormalization": ((b, a, w, b), reference.renorm(x, b, a, w, b, r_max=3.0, d_max=5.0)),
+        "switchable": ((torch.arange(3.0), w, b), reference.switchable(x, torch.arange(3.0), torch.arange(3.0), w, b)),
+        "unitized": ((w, b, a), reference.unitized(x, w, b, a)),
+        "mean_only": ((w, b), reference.mean_only(x, w, b)),
+        "variance_only": ((w, b), reference.variance_only(x, w, b)),
+        "gated": ((a, w, b), reference.batch_instance(x, a, w, b)),
+    }
+    for name, (params, expected) in pairs.items():
+        torch.testing.assert_close(flex_norm(x, names[name], *params), expected, rtol=1e-4, atol=1e-4, msg=name)
+    code = max(blocks((ROOT / "docs" / "rules.md").read_text(encoding="utf-8")), key=len)
+    bodies = re.split(r"^def ", code, flags=re.MULTILINE)[1:]
+    assert len(bodies) == len(pairs) + 1
+    assert all(len(body.strip().splitlines()) < 10 for body in bodies)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
+def test_code_of_the_pages_runs(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names: dict[str, Any] = {"FlexNorm": evenkeel.FlexNorm}
+    for block in blocks(text):
+        exec(compile(block, page, "exec"), names)
+    assert blocks(text)
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def public() -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for room in ("", *ROOMS):
+        module = importlib.import_module(f"evenkeel.{room}".rstrip("."))
+        found += [(f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__]
+    return found
+
+
+def test_every_public_name_is_documented() -> None:
+    missing = []
+    for name, value in public():
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        if not inspect.getdoc(value) or (inspect.isclass(value) and not value.__dict__.get("__doc__")):
+            missing.append(name)
+        if inspect.isclass(value) and value.__module__.startswith("evenkeel"):
+            for key, member in vars(value).items():
+                if not key.startswith("_") and inspect.isfunction(member) and not inspect.getdoc(member):
+                    missing.append(f"{name}.{key}")
+    assert missing == []
+
+
+def test_every_argument_of_a_public_function_is_explained() -> None:
+    missing = []
+    for name, value in public():
+        if not inspect.isfunction(value) or not value.__module__.startswith("evenkeel"):
+            continue
+        text = inspect.getdoc(value) or ""
+        parameters = inspect.signature(value).parameters
+        missing += [f"{name}({p})" for p in parameters if not re.search(rf"\b{p}\b", text)]
+    assert missing == []
+
+
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages(evenkeel.__path__, "evenkeel.")
+    if not info.name.endswith(("__main__", ".cli")) and ".integrations" not in info.name
+)
+
+
+def test_examples_in_docstrings() -> None:
+    attempted = 0
+    for name in MODULES:
+        module = importlib.import_module(name)
+        torch.manual_seed(0)
+        result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
+        assert result.failed == 0, name
+        attempted += result.attempted
+    assert attempted > 50
