@@ -202,7 +202,7 @@ def activation_gains(
     Example:
         >>> gains = activation_gains("relu")
         >>> round(float(gains.chi), 4), round(float(gains.jacobian), 4)
-        (1.0, 1.467)
+        (1.0, 1.4669)
     """
     act = _checked(activation)
     g, b = _pair(gamma, beta)

@@ -25,6 +25,8 @@ from evenkeel.nn.normprop.base import NormPropLayer
 from evenkeel.nn.normprop.coherence import canonical_error
 from evenkeel.nn.normprop.constants import GaussianMoments
 
+_SEED_OFFSET = 0x6B65656C
+
 
 @dataclass(frozen=True)
 class LayerPropagation:
@@ -241,7 +243,8 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
             for name, layer in named.items():
                 add(name, layer, {})
             return PropagationReport(tuple(rows))
-        generator = torch.Generator().manual_seed(seed)
+        # Shifted, so that the perturbation is not the very noise that a user made with the same small seed.
+        generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
         calls: dict[str, int] = {}
         names = {id(layer): name for name, layer in named.items()}
         inside = False

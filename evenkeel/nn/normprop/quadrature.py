@@ -5,13 +5,12 @@ Two rules, both spectrally accurate where they are used:
 - a smooth function: the trapezoidal rule on [-L, L]. For an integrand that is analytic in a strip of half-width d and
   decays like a Gaussian its error falls as exp(-2 pi d / h), which beats a Gauss-Hermite rule of equal size as soon
   as the activation's poles come near the real axis (``tanh(gamma z)`` has poles at distance pi / (2 gamma));
-- a function with kinks: Gauss-Legendre on every panel between them. The kinks move with gamma and beta, and so do the
+- a function with kinks: Fejer's rule on every panel between them. The kinks move with gamma and beta, and so do the
   nodes.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -23,16 +22,27 @@ LIMIT = 9.0
 DEFAULT_NODES = 128
 """Trapezoidal nodes of a function without kinks."""
 
-PANEL_NODES = 64
-"""Gauss-Legendre nodes of every panel of a function with kinks."""
+PANEL_NODES = 80
+"""Nodes of every panel of a function with kinks."""
 
 
-@functools.cache
-def _legendre(nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from numpy.polynomial.legendre import leggauss
+def fejer(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Fejer's first rule on [-1, 1]: Chebyshev nodes and weights, exact for polynomials of degree below ``nodes``.
 
-    x, w = leggauss(nodes)
-    return tuple(x.tolist()), tuple(w.tolist())
+    As accurate as Gauss-Legendre in practice, and unlike it made of cosines: no table that would have to be stored,
+    moved between devices or traced.
+
+    Args:
+        nodes: Number of nodes.
+        like: Tensor whose dtype and device the result has.
+
+    Returns:
+        Nodes and weights, ``(nodes,)`` each; the weights sum to 2.
+    """
+    theta = (torch.arange(nodes, dtype=like.dtype, device=like.device) + 0.5) * (math.pi / nodes)
+    j = torch.arange(1, nodes // 2 + 1, dtype=like.dtype, device=like.device)
+    terms = torch.cos(2.0 * theta.unsqueeze(1) * j) / (4.0 * j * j - 1.0)
+    return torch.cos(theta), (1.0 - 2.0 * terms.sum(1)) * (2.0 / nodes)
 
 
 def gaussian_nodes(
@@ -58,7 +68,7 @@ def gaussian_nodes(
     cuts = torch.stack([((kink - beta) / safe).clamp(-LIMIT, LIMIT) for kink in kinks], dim=-1).sort(dim=-1).values
     low, high = torch.full_like(cuts[..., :1], -LIMIT), torch.full_like(cuts[..., :1], LIMIT)
     left, right = torch.cat([low, cuts], -1).unsqueeze(-1), torch.cat([cuts, high], -1).unsqueeze(-1)
-    x, w = (torch.tensor(t, dtype=gamma.dtype, device=gamma.device) for t in _legendre(nodes or PANEL_NODES))
+    x, w = fejer(nodes or PANEL_NODES, gamma)
     half = 0.5 * (right - left)
     z = (0.5 * (right + left) + half * x).flatten(-2)
     weight = (half * w).flatten(-2) * torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)

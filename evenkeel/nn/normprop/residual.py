@@ -96,7 +96,8 @@ class NormPropResidual(nn.Module):
 
     def extra_repr(self) -> str:
         """The weights."""
-        return f"a={float(self.a):g}, b={float(self.b):g}, correlation={self.correlation:g}, trainable={self.trainable}"
+        a, b = (float(w.detach()) if isinstance(w, Tensor) else w for w in (self.a, self.b))
+        return f"a={a:g}, b={b:g}, correlation={self.correlation:g}, trainable={self.trainable}"
 
 
 class NormPropConcat(nn.Module):
