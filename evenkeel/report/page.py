@@ -259,12 +259,12 @@ def _shift_view(study: Study, relative: bool, chosen: Sequence[Depth], folded: S
 def _repeat(study: Study) -> Iterator[Markup]:
     if study.command:
         yield element("h3", "Command")
-        yield element("div", element("pre", study.command), class_="code")
+        yield element("div", element("pre", study.command, tabindex="0"), class_="code")
     if study.config:
         yield element("h3", "Configuration")
         again, name = element("code", "evenkeel compare --config config.yaml"), element("code", "config.yaml")
         yield element("p", "Saved as ", name, ", it runs again with ", again, ".", class_="note")
-        yield element("div", element("pre", _yaml(study.config)), class_="code")
+        yield element("div", element("pre", _yaml(study.config), tabindex="0"), class_="code")
     facts = {**({"data": study.data} if study.data else {}), **study.environment}
     if study.total_seconds == study.total_seconds:
         facts["total time"] = duration(study.total_seconds)
