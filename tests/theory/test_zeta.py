@@ -171,3 +171,18 @@ def test_loss_without_curvature():
 def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_printed_fixed_point_is_that_of_the_effective_gamma(size):
+    """ReLU in the right direction, own batches, known mean: gamma ends at s, and gamma s at the printed value."""
+    u = gaussian(1_600_000, torch.Generator().manual_seed(2)).reshape(-1, size)
+    sigma = u.square().mean(1, keepdim=True).sqrt()
+    teacher, student = torch.relu(u), torch.relu(u / sigma)
+    best = float((teacher * student).mean() / student.square().mean())
+    s = math.sqrt(2 / size) * math.exp(math.lgamma((size + 1) / 2) - math.lgamma(size / 2))
+    error = float((teacher * student).mean(1).std() / (len(u) ** 0.5 * 0.5))
+    assert abs(best - s) < 4 * error
+    printed = 1 / (2 * reg.special_zeta("relu", size) + 1)
+    assert abs(s * s - printed) < 0.5 / size**2
+    assert s - printed > 0.2 / size  # what is printed is not gamma itself
