@@ -140,26 +140,24 @@ def shift_bounds(
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         scaled, factor = _centred(samples)
         view = View(scaled, p, projections, seed)
-        slack = view.rounding * view.radius * factor
-        low = {
-            name: value for name, bound in LOWER.items() if wanted is None or name in wanted for value in bound(view)
-        }
-        high = {
-            name: value for name, bound in UPPER.items() if wanted is None or name in wanted for value in bound(view)
-        }
-    raised = {name: _raise(value, p, view.rounding, view.radius) for name, value in high.items()}
+        low = {k: value for k, bound in LOWER.items() if wanted is None or k in wanted for value in bound(view)}
+        high = {k: value for k, bound in UPPER.items() if wanted is None or k in wanted for value in bound(view)}
+        error, radius = view.rounding, view.radius
+    plain = len(samples.x) == len(samples.y) and samples.x_mass is None and samples.y_mass is None
+    low = {name: _sink(value, p, error, radius, plain) for name, value in low.items()}
+    high = {name: _raise(value, p, error, radius) for name, value in high.items()}
     # A distance that a caller rounds to the dtype of the samples must still lie inside.
     info = torch.finfo(samples.x.dtype)
     rounding, tiny = 2 * info.eps, info.tiny * info.eps
-    lower = {name: max(0.0, value * factor * (1 - rounding) - slack - tiny) for name, value in low.items()}
-    upper = {name: value * factor * (1 + rounding) + tiny for name, value in raised.items()}
+    lower = {name: max(0.0, value * factor * (1 - rounding) - tiny) for name, value in low.items()}
+    upper = {name: value * factor * (1 + rounding) + tiny for name, value in high.items()}
     return ShiftBounds(
         lower=max(lower.values(), default=0.0),
         upper=min(upper.values(), default=math.inf),
         lower_bounds=lower,
         upper_bounds=upper,
         p=p,
-        slack=slack,
+        slack=error * radius * factor,
     )
 
 
@@ -174,16 +172,24 @@ def _centred(samples: Pair) -> tuple[Pair, float]:
     return Pair(x - origin, y - origin, *(None if mass is None else mass.cpu() for mass in samples[2:])), factor
 
 
-def _raise(value: float, p: float, rounding: float, radius: float) -> float:
-    """An upper bound raised by the rounding error of the distance it bounds.
+def _raise(value: float, p: float, error: float, radius: float) -> float:
+    """An upper bound of W_p raised by the rounding error of the distance.
 
-    The solver of the exact distance errs in the p-th power: near 0 that is magnified by the root.
+    The solver of the exact distance errs in W_p^p, by ``error`` relative to radius^p; near 0 the root magnifies that.
     """
-    if p == 1:
-        return value + rounding * radius
-    return _power_sum(value, rounding ** (1 / p) * radius, p) + rounding * radius
+    if p > 1:
+        top = max(value, radius)
+        value = top * ((value / top) ** p + error * (radius / top) ** p) ** (1 / p) if top > 0 else 0.0
+    return value + error * radius
 
 
-def _power_sum(a: float, b: float, p: float) -> float:
-    largest = max(a, b)
-    return largest * ((a / largest) ** p + (b / largest) ** p) ** (1 / p) if largest > 0 else 0.0
+def _sink(value: float, p: float, error: float, radius: float, plain: bool) -> float:
+    """A lower bound of W_p sunk by its rounding error, at least 0.
+
+    A plan between points of unequal weight has masses that err by roundings of 1, so its cost errs in W_p^p as above.
+    An assignment (``plain``) has no such error.
+    """
+    if p > 1 and not plain:
+        top = max(value, radius)
+        value = top * max((value / top) ** p - error * (radius / top) ** p, 0.0) ** (1 / p) if top > 0 else 0.0
+    return max(value - error * radius, 0.0)
