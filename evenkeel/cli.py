@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -132,10 +133,12 @@ def train(
     data: Data = None,
     limit: Limit = None,
     model: Model = None,
-    norm: Annotated[str, typer.Option(help="Normalization.")] = "batch",
-    optim: Annotated[str, typer.Option(help="Optimizer: sgd, sgdg, adamg or adamw.")] = "sgd",
+    norm: Annotated[str | None, typer.Option(help="Normalization.  [default: batch]")] = None,
+    optim: Annotated[str | None, typer.Option(help="Optimizer: sgd, sgdg, adamg, adamw.  [default: sgd]")] = None,
     epochs: Epochs = None,
-    seed: Annotated[int, typer.Option(help="Weights, order of the images and augmentation follow from it.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Weights, order and augmentation follow from it.  [default: 0]")
+    ] = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
     schedule: Schedule = None,
@@ -157,7 +160,7 @@ def train(
             "norms": norm,
             "optims": optim,
             "epochs": epochs,
-            "seeds": [seed],
+            "seeds": None if seed is None else [seed],
             "batch_size": batch_size,
             "lr": lr,
             "schedule": schedule,
@@ -165,10 +168,8 @@ def train(
             "device": device,
             "precision": precision,
             "threads": threads,
-            "baseline": norm,
         }
-        name = f"{_stem(data or 'digits')}-{norm}-{optim}-seed{seed}"
-        _compare(given, config, scale, settings, out or Path("runs") / name, single=True)
+        _compare(given, config, scale, settings, out, single=True)
 
 
 @app.command()
@@ -260,8 +261,20 @@ def _compare(
         values[key] = value
     for text in settings or []:
         _assign(values, text)
+    if single:
+        values = {"norms": "batch", "optims": "sgd", "seeds": [0], **values}
     config = Config.from_dict(values)
     folder = out or Path("runs") / (_stem(str(file)) if file else _stem(config.data))
+    if single:
+        cells = (config.norms, tuple(config.optims), config.seeds)
+        for option, names in zip(("--norm", "--optim", "--seed"), cells, strict=True):
+            if len(names) > 1:
+                raise ValueError(
+                    f"train takes one of {', '.join(map(str, names))}: choose with {option}, or use compare"
+                )
+        (norm,), (optim,), (seed,) = cells
+        config = dataclasses.replace(config, baseline=norm)
+        folder = out or Path("runs") / f"{_stem(config.data)}-{norm}-{optim}-seed{seed}"
 
     from evenkeel.experiment import compare as run_comparison
     from evenkeel.experiment.terminal import Display, console, print_table

@@ -115,7 +115,13 @@ def test_train_shows_every_epoch(run, tmp_path):
     out = run("train", "--norm", "unitized", "--limit", "100", "--epochs", "2", "--seed", "5", *TINY).stdout
     assert "epoch   1/2" in out
     assert "epoch   2/2" in out
-    assert (tmp_path / "runs/digits-unitized-sgd-seed5/runs/unitized/sgd/seed5/summary.json").exists()
+    folder = tmp_path / "runs/digits-unitized-sgd-seed5/runs/unitized/sgd/seed5"
+    again = run("train", "--config", folder / "config.yaml", "--out", "again").stdout
+    assert [line.split("  ")[1:4] for line in out.splitlines() if line.startswith("epoch")] == [
+        line.split("  ")[1:4] for line in again.splitlines() if line.startswith("epoch")
+    ]
+    (tmp_path / "many.yaml").write_text("norms: [batch, group]")
+    assert "train takes one of batch, group: choose with --norm" in run("train", "--config", "many.yaml", code=2).stderr
 
 
 def test_data(run, tmp_path):
@@ -145,6 +151,18 @@ def test_recipes(run, tmp_path, monkeypatch):
     assert "unknown recipe 'tabel1'; did you mean 'table1'" in run("recipe", "show", "tabel1", code=2).stderr
     assert "report: runs/table1-small/report.html" in run("recipe", "run", "table1", "--scale", "small").stdout
     assert "unknown scale 'smal'" in run("recipe", "run", "table1", "--scale", "smal", code=2).stderr
+
+
+def test_every_recipe_of_the_house_is_a_valid_experiment_at_every_scale():
+    from evenkeel.experiment import Config, load_config
+
+    files = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        recipe = yaml.safe_load(file.read_text())
+        assert {"title", "paper", "figure", "published", "config"} <= recipe.keys(), file
+        for scale in (None, *recipe.get("scales", {})):
+            Config.from_dict(load_config(file, scale))
 
 
 @pytest.mark.parametrize(

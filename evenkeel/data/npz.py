@@ -29,7 +29,8 @@ def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
     _check_archive(path)
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because np.load leaves its own file open where the archive is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [key for key in KEYS if key not in archive.files]
             if missing:
                 raise ValueError(

@@ -141,6 +141,16 @@ def test_files_that_are_no_archive(tmp_path, content, message):
         load(str(path))
 
 
+def test_a_damaged_directory_of_the_archive_is_noticed(tmp_path):
+    path = tmp_path / "a.npz"
+    make_npz(path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"PK\x01\x02")] = 0  # the first entry of the central directory
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        load(str(path))
+
+
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_flipped_byte_is_noticed(tmp_path, compressed):
     path = tmp_path / "a.npz"
