@@ -30,6 +30,7 @@ from evenkeel.nn.normprop.constants import ActivationLike, Gains, GaussianMoment
 from evenkeel.nn.normprop.elementwise import UnitizeSamples, channel_affine, per_channel, unitize_samples
 from evenkeel.nn.normprop.folded import ChannelAffine, ChannelFloor, ChannelPReLU, activation_module
 from evenkeel.nn.normprop.initialization import initial_affine
+from evenkeel.nn.normprop.tables import rectifier_tables
 from evenkeel.nn.normprop.weights import safe_norm
 
 CONSTANTS = ("exact", "paper")
@@ -261,11 +262,16 @@ class NormPropLayer(nn.Module):
             return self._linear_part(x, None, None)
         if self.activation is None:
             return self._linear_part(x, self.gamma, self.bias)
+        a = self.activation.negative_slope
+        if a is not None and self.slope is None and self.constants == "exact":
+            scale, shift, offset = rectifier_tables(self.gamma, self.bias, a, self.eps)
+            u = self._linear_part(x, scale, shift)
+            return self._rectify(u, self.activation) - per_channel(offset, self.spatial, u)
         mean, var = self.standardization()
         inverse = var.rsqrt()
-        if self.activation.homogeneous:
+        if a is not None:
             u = self._linear_part(x, self.gamma * inverse, self.bias * inverse)
-            return self._rectify(u) - per_channel(mean * inverse, self.spatial, u)
+            return self._rectify(u, self.activation) - per_channel(mean * inverse, self.spatial, u)
         u = self._linear_part(x, self.gamma, self.bias)
         return channel_affine(self.activation(u), inverse, -mean * inverse, self.spatial)
 
@@ -279,16 +285,13 @@ class NormPropLayer(nn.Module):
         u = u * border.to(u.dtype)
         return u if shift is None else u + per_channel(shift, self.spatial, u)
 
-    def _rectify(self, u: Tensor) -> Tensor:
-        if self.activation is None:
-            return u
+    def _rectify(self, u: Tensor, activation: Activation) -> Tensor:
         if self.slope is not None:
-            slope = per_channel(self.slope.expand(self.out_channels), self.spatial, u)
-            return self.activation(u, slope)
-        if self.activation.negative_slope == 0.0:
+            return activation(u, per_channel(self.slope.expand(self.out_channels), self.spatial, u))
+        if activation.negative_slope == 0.0:
             # The linear map is ours and its backward does not need its output, so the rectifier may overwrite it.
             return F.relu_(u)
-        return self.activation(u)
+        return activation(u)
 
     # -- inference
 

@@ -247,20 +247,14 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
         generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
         calls: dict[str, int] = {}
         names = {id(layer): name for name, layer in named.items()}
-        inside = False
 
         def after(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-            nonlocal inside
-            if inside or not isinstance(module, NormPropLayer):
-                return
-            inside = True
-            try:
+            if isinstance(module, NormPropLayer):
                 name = names[id(module)]
                 calls[name] = calls.get(name, 0) + 1
                 label = name if calls[name] == 1 else f"{name}#{calls[name]}"
+                # The measurement calls layer.forward, not the layer: it does not come back here.
                 add(label, module, _measure(module, args[0], generator))
-            finally:
-                inside = False
 
         modes = [(module, module.training) for module in model.modules()]
         handles = [layer.register_forward_hook(after) for layer in named.values()]

@@ -16,6 +16,7 @@ from torch import nn
 from evenkeel.nn.normprop import ACTIVATIONS, Activation, activation_gains, activation_moments
 from evenkeel.nn.normprop.activations import resolve_activation
 from evenkeel.nn.normprop.quadrature import gaussian_nodes
+from evenkeel.nn.normprop.tables import plain_tables, rectifier_tables
 
 SMOOTH_AND_KINKED = sorted(ACTIVATIONS)
 POINTS = [(1.0, 0.0), (1.0, 0.5), (0.3, -0.8), (2.0, 1.0), (-1.5, 0.7), (0.01, 0.4)]
@@ -209,3 +210,24 @@ def test_bad_arguments():
         activation_moments(3.0)
     with pytest.raises(TypeError, match="parameters or buffers"):
         activation_moments(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("a", [0.0, 0.2])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_tables_of_a_rectifier_in_one_node_equal_the_plain_expression(a, eps):
+    gamma = torch.tensor([0.7, -1.2, 2.0, 1.0, 0.3], dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor([0.3, 0.4, -1.1, 0.0, -0.9], dtype=torch.float64, requires_grad=True)
+    for fast, plain in zip(rectifier_tables(gamma, beta, a, eps), plain_tables(gamma, beta, a, eps), strict=True):
+        assert torch.allclose(fast, plain, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda g, b: rectifier_tables(g, b, a, eps), (gamma, beta), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda g, b: rectifier_tables(g, b, a, eps), (gamma, beta))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tables_are_finite_at_the_extremes(dtype):
+    gamma = torch.tensor([0.0, 0.0, 1e-30, 1.0, 1.0, -50.0], dtype=dtype, requires_grad=True)
+    beta = torch.tensor([0.0, -1.0, 0.5, 1e4, -1e4, 3.0], dtype=dtype, requires_grad=True)
+    tables = rectifier_tables(gamma, beta, 0.0, 1e-5)
+    grads = torch.autograd.grad(sum(t.sum() for t in tables), (gamma, beta))
+    assert all(t.isfinite().all() for t in (*tables, *grads))
+    assert grads[0].dtype == dtype
