@@ -82,7 +82,7 @@ class _Projected(Optimizer):
             new, projected = projected_update(rows, g, u, group["delta"])
             update = torch.empty_like(update)
             from_rows(new, update, layout)
-            ratio = torch.where(projected, group["wd_ratio"], 1.0)
+            ratio = 1 - projected.to(rows.dtype) * (1 - group["wd_ratio"])
         if decay:
             p.mul_(1 - decay * ratio)
         p.sub_(size * update)

@@ -101,8 +101,8 @@ def compute_dtype(t: Tensor) -> torch.dtype:
 
 
 def local_parts(tensors: Sequence[Tensor], row_dim: int, needs_whole: bool) -> list[Tensor]:
-    """Apply :func:`local_part` to many tensors, at no cost where no DTensor can be."""
-    if "torch.distributed.tensor" not in sys.modules:
+    """Apply :func:`local_part` to many tensors, at no cost where there is no DTensor."""
+    if all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):
         return list(tensors)
     return [local_part(t, row_dim, needs_whole) for t in tensors]
 

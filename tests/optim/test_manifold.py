@@ -88,12 +88,9 @@ def test_rows_of_any_size_have_a_norm_and_a_direction(scale):
     x = torch.tensor([[0.6, 0.0, -0.8]], dtype=torch.float64).mul(scale).float()
     norm = x.double().norm(dim=1, keepdim=True)
     assert norm > 0
-    torch.testing.assert_close(
-        mf.row_norm(x).double(), norm, rtol=4 * EPS32, atol=1.5e-45
-    )  # subnormals are 1.4e-45 apart
-    torch.testing.assert_close(
-        mf.unit(x).double(), x.double() / norm, rtol=4 * EPS32, atol=1.5e-45
-    )  # subnormals are 1.4e-45 apart
+    near = {"rtol": 4 * EPS32, "atol": 1.5e-45}  # subnormal numbers are 1.4e-45 apart
+    torch.testing.assert_close(mf.row_norm(x).double(), norm, **near)
+    torch.testing.assert_close(mf.unit(x).double(), x.double() / norm, **near)
 
 
 def test_zero_and_empty_rows():

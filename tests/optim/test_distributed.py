@@ -1,0 +1,62 @@
+"""Two processes with gloo: DDP gives one process's result, sharded rows work, split rows are refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from sphere_worker import data, network, optimizer_for, train
+from torch import nn
+
+from evenkeel.optim import SGDG, AdamG, param_groups
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gloo")
+    script = Path(__file__).with_name("sphere_worker.py")
+    commands = [[sys.executable, str(script), str(rank), str(folder)] for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("cls", [SGDG, AdamG])
+def test_ddp_equals_one_process(result, cls):
+    model = network()
+    train(model, optimizer_for(cls, model), data())
+    torch.testing.assert_close(torch.tensor(result[cls.__name__], dtype=torch.float64), model[0].weight.detach())
+
+
+@pytest.mark.parametrize("cls", [SGDG, AdamG])
+def test_rows_sharded_between_processes_equal_one_process(result, cls):
+    full = torch.randn(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    p = nn.Parameter(full.clone())
+    optimizer = cls([p], lr=0.1, ortho=0.0)
+    for _ in range(3):
+        p.grad = full.flip(0)
+        optimizer.step()
+    torch.testing.assert_close(torch.tensor(result["sharded" + cls.__name__], dtype=torch.float64), p.detach())
+
+
+def test_what_cannot_be_done_on_shards_is_said(result):
+    split, together, replicated = result["errors"]
+    assert "splits single weight vectors" in split
+    assert "set ortho=0" in together
+    assert replicated == ""
+
+
+def test_groups_of_a_model_that_will_be_wrapped():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    assert param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 4), verbose=False)[0]["manifold"]

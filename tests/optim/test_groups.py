@@ -1,0 +1,148 @@
+"""Param groups: what goes where, and that the network stays the function it was."""
+
+import pytest
+import torch
+from sphere_networks import IMAGES, zoo
+from torch import nn
+
+from evenkeel.optim import SGDG, AdamG, param_groups
+from evenkeel.optim.rows import RowLayout, to_rows
+
+
+def trained():
+    """Return a network with a history: gains, biases and running statistics that are not their initial values."""
+    model = zoo()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    for _ in range(40):
+        model(torch.randn(32, 3, 10, 10, generator=generator))
+    return model
+
+
+def test_what_goes_where():
+    model = zoo()
+    groups = param_groups(model, 0.01, 0.2, 5e-4, IMAGES, verbose=False)
+    names = {p: name for name, p in model.named_parameters()}
+    placed = {names[p]: group for group in groups for p in group["params"]}
+    assert set(placed) == set(names.values())
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    for name, group in placed.items():
+        on = name in groups.report.selected
+        assert group["manifold"] == on
+        assert group["lr"] == (0.2 if on else 0.01)
+        weight = dict(model.named_parameters())[name].ndim >= 2
+        assert group["weight_decay"] == (5e-4 if weight and not on else 0.0)
+    assert (placed["up.weight"]["row_dim"], placed["up.weight"]["row_groups"]) == (1, 2)
+    assert placed["depthwise.weight"]["row_groups"] == 12
+    assert placed["stem.weight"]["ortho"] == 0.1
+
+
+def test_more_rows_than_inputs_get_no_regularizer():
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.BatchNorm1d(4))
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3), verbose=False)
+    assert {g["params"][0].shape: g["ortho"] for g in groups if g["manifold"]} == {(8, 3): 0.0, (4, 8): 0.1}
+
+
+def test_the_function_is_unchanged_in_training_and_in_evaluation():
+    model = trained()
+    x = torch.randn(16, 3, 10, 10)
+    model.dropout.p = 0.0
+    before_train, before_eval = model.train()(x), model.eval()(x)
+    state = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+    groups = param_groups(model, 0.01, 0.2, 5e-4, IMAGES, verbose=False)
+    torch.testing.assert_close(model.eval()(x), before_eval, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(model.train()(x), before_train, rtol=1e-3, atol=2e-4)
+    assert not torch.equal(model.stem_norm.running_var, state["stem_norm.running_var"])
+    assert torch.equal(model.block.norm1.running_var, state["block.norm1.running_var"]) is False  # the forward above
+    for group in groups:
+        if group["manifold"]:
+            for p in group["params"]:
+                rows = to_rows(p.detach(), RowLayout.of(p, group["row_dim"], group["row_groups"]))
+                torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+
+def test_fresh_running_statistics_stay_fresh():
+    model = zoo()
+    param_groups(model, 0.01, 0.2, 0.0, IMAGES, verbose=False)
+    assert (model.stem_norm.running_mean == 0).all()
+    assert (model.stem_norm.running_var == 1).all()
+
+
+def test_weights_that_are_not_normalized_right_behind_are_named():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Identity(), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    model[1].forward = lambda x: x + 0.0  # the statistics are not those of the very output of the layer
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    model(torch.randn(16, 5))
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 5), verbose=False)
+    assert "0.weight" in groups.notes[0]
+    assert "re-estimate" in groups.notes[0]
+    assert "note: 0.weight" in str(groups)
+
+
+def test_paper_rule_says_that_lengths_mattered():
+    model = zoo()
+    groups = param_groups(model, 0.01, 0.2, 0.0, select="paper", verbose=False)
+    assert any(note.startswith("block.conv2.weight: rows had lengths") for note in groups.notes)
+
+
+def test_zero_rows_stay_and_are_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3), verbose=False)
+    assert "1 rows are zero" in groups.notes[0]
+    assert (model[0].weight[1] == 0).all()
+
+
+def test_options():
+    model = zoo()
+    model.stem.weight.requires_grad_(False)
+    kept = model.up.weight.detach().clone()
+    groups = param_groups(
+        model,
+        0.01,
+        0.2,
+        0.1,
+        IMAGES,
+        exclude=["block.*", "linear.weight"],
+        normalize=False,
+        decay_vectors=True,
+        grad_clip=None,
+        ortho=0.3,
+        verbose=False,
+    )
+    on = [p for g in groups if g["manifold"] for p in g["params"]]
+    assert len(on) == 3
+    assert torch.equal(model.up.weight, kept)
+    assert not any(p is model.stem.weight for g in groups for p in g["params"])
+    assert all(g["weight_decay"] == 0.1 for g in groups if not g["manifold"])
+    assert groups[0]["grad_clip"] is None
+    assert {g["ortho"] for g in groups if g["manifold"]} == {0.3}
+    with pytest.raises(ValueError, match=r"no parameter of the model matches 'nothing\.\*'"):
+        param_groups(model, 0.1, 0.1, 0.0, IMAGES, exclude=["nothing.*"])
+
+
+def test_it_prints_what_went_where(capsys):
+    param_groups(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 0.1, 0.2, 0.0, torch.zeros(4, 3))
+    out = capsys.readouterr().out
+    assert "1 tensors, 12 numbers: lr=0.2" in out
+    assert "0.weight  (4, 3)  scale invariant" in out
+    assert "2.weight  (2, 4)  rescaling rows changes the output" in out
+
+
+@pytest.mark.parametrize("make", [SGDG, AdamG, lambda g: torch.optim.SGD(g, momentum=0.9)])
+def test_optimizers_take_the_groups_and_learn(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    x = torch.randn(64, 1, 8, 8)
+    y = (x[:, 0, :4].mean((1, 2)) > x[:, 0, 4:].mean((1, 2))).long()
+    optimizer = make(param_groups(model, 0.05, 0.1, 1e-4, x, verbose=False))
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2
