@@ -265,13 +265,14 @@ class NormPropLayer(nn.Module):
         a = self.activation.negative_slope
         if a is not None and self.slope is None and self.constants == "exact":
             scale, shift, offset = rectifier_tables(self.gamma, self.bias, a, self.eps)
+            # Add the negative table: the gradient of a subtraction would negate a whole activation before it is summed.
             u = self._linear_part(x, scale, shift)
-            return self._rectify(u, self.activation) - per_channel(offset, self.spatial, u)
+            return self._rectify(u, self.activation) + per_channel(-offset, self.spatial, u)
         mean, var = self.standardization()
         inverse = var.rsqrt()
         if a is not None:
             u = self._linear_part(x, self.gamma * inverse, self.bias * inverse)
-            return self._rectify(u, self.activation) - per_channel(mean * inverse, self.spatial, u)
+            return self._rectify(u, self.activation) + per_channel(-mean * inverse, self.spatial, u)
         u = self._linear_part(x, self.gamma, self.bias)
         return channel_affine(self.activation(u), inverse, -mean * inverse, self.spatial)
 
