@@ -2,8 +2,9 @@
 
 A NormProp layer divides every filter by its norm in the forward pass, and the paper also rescales the stored filters
 to unit norm after every update. The projection does not change the function; it keeps the effective learning rate
-(the step over the norm) from decaying. Weight decay on such filters is radial: after the projection all that is left of it is a step that is longer
-by 1 / (1 - rate * decay). What decay regularizes in a NormProp network is gamma and the bias.
+(the step over the norm) from decaying. Weight decay on such filters is radial: after the projection all that is left
+of it is a step that is longer by 1 / (1 - rate * decay). What decay regularizes in a NormProp network is gamma and
+the bias.
 """
 
 from __future__ import annotations
