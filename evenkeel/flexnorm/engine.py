@@ -53,19 +53,16 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         scale, ctx.edge.scale = ctx.edge.scale, None
         layout = ctx.layout
-        positions = max(layout.size[2], 1)
         if torch.is_grad_enabled():
             # Double backward: g is the finished part of the gradient, everything stays in the graph.
             return _composed_gradient(x, dmean, dvar, g), None, None
         if dmean is None and dvar is None:
             return (g if g is None or scale is None else passes.affine(g, scale, None, layout)), None, None
-        a = torch.zeros_like(mean) if dmean is None else dmean / positions
-        b = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / positions)
         if g is None:
-            return passes.affine(x, b, a - b * mean, layout), None, None
+            g = torch.zeros_like(x)
         if scale is None:
             scale = torch.ones((), dtype=mean.dtype, device=mean.device).expand(layout.size[:2])
-        return passes.combine(g, x, scale, a, b, mean, layout), None, None
+        return passes.combine(g, x, scale, dmean, dvar, mean, layout), None, None
 
 
 def _composed_gradient(x: Tensor, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> Tensor | None:
@@ -82,41 +79,46 @@ def _composed_gradient(x: Tensor, dmean: Tensor | None, dvar: Tensor | None, g: 
 
 
 class _Affine(torch.autograd.Function):
-    """``y = scale * x + shift`` with tables (N, C); ``center`` (N, C) conditions the sums of the backward."""
+    """``y = scale * x + shift``; tables broadcast to (N, C), ``center`` (N, C) conditions the sums of the backward."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor | None, layout: Layout, edge: _Edge | None
     ) -> Tensor:
         ctx.save_for_backward(x, scale, center)
-        ctx.layout, ctx.edge = layout, edge
-        return passes.affine(x, scale, shift, layout)
+        ctx.layout, ctx.edge, ctx.shift_shape = layout, edge, shift.shape
+        size = layout.size[:2]
+        return passes.affine(x, scale.expand(size), shift.expand(size), layout)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, scale, center = ctx.saved_tensors
         layout = ctx.layout
+        size = layout.size[:2]
         if ctx.edge is not None:
             ctx.edge.scale = None
         if torch.is_grad_enabled():
             values, gradient = x.to(scale.dtype), g.to(scale.dtype)
             axes = tuple(range(2, x.dim()))
-            product = values * gradient
-            dx = (gradient * passes.over_positions(scale, x)).to(x.dtype)
-            if not axes:
-                return dx, product, gradient, None, None, None
-            return dx, product.sum(axes), gradient.sum(axes), None, None, None
+            s1, s0 = values * gradient, gradient
+            if axes:
+                s1, s0 = s1.sum(axes), s0.sum(axes)
+            dx = (gradient * passes.over_positions(scale.expand(size), x)).to(x.dtype)
+            return dx, s1.sum_to_size(scale.shape), s0.sum_to_size(ctx.shift_shape), None, None, None
         g = _like(g, x, layout)
         dscale: Tensor | None = None
         dshift: Tensor | None = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            s1, dshift = passes.sums(g, x, center, layout)
-            dscale = s1 if center is None else torch.addcmul(s1, center, dshift)
+            dscale, dshift = passes.sums(g, x, center, layout)
+            if layout.kernels == "compiled" and scale.shape == ctx.shift_shape == (1, size[1]):
+                dscale, dshift = passes.kernels().fold(dscale, dshift)
+            else:
+                dscale, dshift = dscale.sum_to_size(scale.shape), dshift.sum_to_size(ctx.shift_shape)
         if not ctx.needs_input_grad[0]:
             return None, dscale, dshift, None, None, None
         if ctx.edge is None:
-            return passes.affine(g, scale, None, layout), dscale, dshift, None, None, None
-        ctx.edge.scale = scale
+            return passes.affine(g, scale.expand(size), None, layout), dscale, dshift, None, None, None
+        ctx.edge.scale = scale.expand(size)
         return g, dscale, dshift, None, None, None
 
 
@@ -151,16 +153,22 @@ def _validate(x: Tensor) -> None:
         )
 
 
-def _table(table: Tensor, name: str, x: Tensor) -> Tensor:
-    """The scale or shift of a rule as an (N, C) table (expanded, not copied) in the type of the tables."""
-    shape = (x.shape[0], x.shape[1])
-    try:
-        full = torch.as_tensor(table, device=x.device).expand(shape)
-    except RuntimeError:
+def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
+    """The scale or shift of a rule as a table of two axes that broadcast to (N, C), in the type of the tables."""
+    dtype = passes.table_dtype(x.dtype)
+    if not isinstance(table, Tensor):
+        table = torch.as_tensor(table, device=x.device)
+    if table.dtype != dtype:
+        table = table.to(dtype)
+    shape = table.shape
+    if table.dim() < 2:
+        table = table.reshape(1, -1)
+    if table.dim() != 2 or table.shape[0] not in (1, x.shape[0]) or table.shape[1] not in (1, x.shape[1]):
         raise ValueError(
-            f"the rule returned a {name} of shape {tuple(table.shape)}, which does not broadcast to (N, C) = {shape}"
-        ) from None
-    return full.to(passes.table_dtype(x.dtype))
+            f"the rule returned a {name} of shape {tuple(shape)}, "
+            f"which does not broadcast to (N, C) = {tuple(x.shape[:2])}"
+        )
+    return table
 
 
 def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,9 +230,11 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
         center = mean.detach()
         return mean, var
 
-    moments = Moments(count=count, process_group=process_group, _compute=compute)
+    native = passes.kernels() if layout.kernels == "compiled" else None
+    moments = Moments(count=count, process_group=process_group, _compute=compute, _native=native)
     scale, shift = _apply_rule(rule, moments, params, x)
     if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad or shift.requires_grad):
-        return passes.affine(x, scale, shift, layout)
+        size = layout.size[:2]
+        return passes.affine(x, scale.expand(size), shift.expand(size), layout)
     source, link = (x, None) if through is None else (through, edge)
     return cast("Tensor", _Affine.apply(source, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]

@@ -180,12 +180,17 @@ class FlexNorm(nn.Module):
         if isinstance(count, int) and count == 0:
             return
         tracked.add_(1)
+        native = pooled.native
+        if native is not None and isinstance(count, int) and mean.dtype == var.dtype == pooled.mean.dtype:
+            rate = self.momentum if self.momentum is not None else 1.0 / int(tracked)
+            native.track(pooled.mean, pooled.var, mean, var, rate, count / max(count - 1, 1))
+            return
         new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
         new_var = pooled.var.detach().reshape(-1).to(var.dtype) * _unbias(count)
-        rate = self.momentum if self.momentum is not None else 1.0 / tracked.to(mean.dtype)
+        share = self.momentum if self.momentum is not None else 1.0 / tracked.to(mean.dtype)
         usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
-        mean.copy_(torch.where(usable, mean + rate * (new_mean - mean), mean))
-        var.copy_(torch.where(usable, var + rate * (new_var - var), var))
+        mean.copy_(torch.where(usable, mean + share * (new_mean - mean), mean))
+        var.copy_(torch.where(usable, var + share * (new_var - var), var))
 
     def group(self) -> ProcessGroup | None:
         """Return the process group to synchronize over, or ``None`` where there is nothing to synchronize."""

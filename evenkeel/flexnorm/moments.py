@@ -7,7 +7,7 @@ the variances plus the variance of the means. ``E[x^2] - E[x]^2`` is never forme
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from evenkeel.flexnorm._distributed import gather_tables
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from evenkeel.flexnorm._native import CKernels
+
 __all__ = ["Moments"]
 
 
@@ -27,6 +29,33 @@ def _var_mean(table: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         zeros = table.sum(dim, keepdim=True)
         return zeros, zeros
     return torch.var_mean(table, dim, correction=0, keepdim=True)
+
+
+class _Pool(torch.autograd.Function):
+    """Pooling over the samples on the compiled kernels: one call each way instead of a dozen small operations."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, native: CKernels) -> tuple[Tensor, Tensor]:
+        m, v = native.pool(mean, var)
+        ctx.save_for_backward(mean, m)
+        ctx.set_materialize_grads(False)
+        ctx.native = native
+        return m, v
+
+    @staticmethod
+    def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        mean, m = ctx.saved_tensors
+        samples = mean.shape[0]
+        dvar = None if dv is None else (dv / samples).expand(mean.shape)
+        if not torch.is_grad_enabled():
+            if dm is None and dv is None:
+                return None, None, None
+            return ctx.native.unpool(*(None if d is None else d.contiguous() for d in (dm, dv)), mean, m), dvar, None
+        dmean = None if dm is None else (dm / samples).expand(mean.shape)
+        if dv is not None:
+            through = 2 * dv * (mean - m) / samples
+            dmean = through if dmean is None else dmean + through
+        return dmean, dvar, None
 
 
 class Moments:
@@ -47,6 +76,7 @@ class Moments:
         mean: Means of the entries.
         var: Biased variances of the entries.
         count: Number of values behind each entry.
+        native: The compiled kernels if they hold these tables, else ``None``. Not for rules.
     """
 
     def __init__(
@@ -57,12 +87,14 @@ class Moments:
         *,
         process_group: ProcessGroup | None = None,
         _compute: Callable[[bool], tuple[Tensor, Tensor]] | None = None,
+        _native: CKernels | None = None,
     ) -> None:
         if _compute is None and (mean is None or var is None):
             raise TypeError("Moments needs both mean and var")
         self._mean = mean
         self._var = var
         self._compute = _compute
+        self.native = _native
         self.count = count
         self.process_group = process_group
 
@@ -96,7 +128,7 @@ class Moments:
                 mean, var = self._compute(False)
         else:
             mean, var = self._mean.detach(), self._var.detach()
-        return Moments(mean, var, self.count, process_group=self.process_group)
+        return Moments(mean, var, self.count, process_group=self.process_group, _native=self.native)
 
     def pool(self, over: str, groups: int = 1) -> Moments:
         """Return the moments of larger groups of values, exactly.
@@ -154,6 +186,9 @@ class Moments:
             local = Moments(zero, zero, 0)
         elif samples == 1:
             local = Moments(mean, var, self.count)
+        elif self.native is not None and mean.is_contiguous() and var.is_contiguous():
+            pooled, pooled_var = _Pool.apply(mean, var, self.native)  # type: ignore[no-untyped-call]
+            local = Moments(pooled, pooled_var, self.count * samples, _native=self.native)
         else:
             spread, pooled = _var_mean(mean, 0)
             local = Moments(pooled, var.mean(0, keepdim=True) + spread, self.count * samples)

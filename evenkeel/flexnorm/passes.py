@@ -57,11 +57,16 @@ def positions_of(x: Tensor) -> int:
     return count
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _order(x: Tensor) -> str:
     """Return "rows" if (N, C, P) is contiguous, "cols" if (N, P, C) is, "none" for any other strides."""
     if x.is_contiguous():
         return "rows"
-    return "cols" if x.movedim(1, -1).is_contiguous() else "none"
+    last = _CHANNELS_LAST.get(x.dim())
+    dense = x.movedim(1, -1).is_contiguous() if last is None else x.is_contiguous(memory_format=last)
+    return "cols" if dense else "none"
 
 
 def layout_of(x: Tensor) -> Layout:
@@ -70,7 +75,7 @@ def layout_of(x: Tensor) -> Layout:
     order = _order(x)
     if x.device.type != "cpu" or order == "none" or size[2] < 2 or x.numel() == 0:
         return Layout("composed", order, size)
-    if x.numel() >= _SMALL and (kernels := _native.load()) is not None and x.dtype in kernels.dtypes:
+    if x.numel() >= _SMALL and (loaded := _native.load()) is not None and x.dtype in loaded.dtypes:
         return Layout("compiled", order, size)
     if order == "rows" and x.dtype in (torch.float32, torch.float64):
         return Layout("native", order, size)
@@ -110,16 +115,17 @@ def _reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     return reshaped
 
 
-def _kernels() -> _native.CKernels:
-    kernels = _native.load()
-    assert kernels is not None
-    return kernels
+def kernels() -> _native.CKernels:
+    """The compiled kernels, where the layout says that they are in use."""
+    loaded = _native.load()
+    assert loaded is not None
+    return loaded
 
 
 def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the positions, each (N, C)."""
     if layout.kernels == "compiled":
-        return _kernels().moments(x, layout.order, layout.size, table_dtype(x.dtype))
+        return kernels().moments(x, layout.order, layout.size, table_dtype(x.dtype))
     if layout.kernels == "native":
         mean, var = torch.ops.aten.batch_norm_update_stats(_as_rows(x, layout.size), None, None, 0.0)
         return _reshaped(mean, layout.size[:2]), _reshaped(var, layout.size[:2])
@@ -129,7 +135,7 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def affine(x: Tensor, scale: Tensor, shift: Tensor | None, layout: Layout) -> Tensor:
     """``scale * x + shift``; tables (N, C), possibly expanded; no shift means zero."""
     if layout.kernels == "compiled":
-        return _kernels().affine(x, scale, shift, layout.order, layout.size)
+        return kernels().affine(x, scale, shift, layout.order, layout.size)
     if layout.kernels == "native":
         return _native_affine(x, scale, shift, layout.size)
     if shift is None:
@@ -146,13 +152,13 @@ def _native_affine(x: Tensor, scale: Tensor, shift: Tensor | None, size: tuple[i
 
 
 def sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    """``sum g * (x - center)`` and ``sum g`` over the positions, each (N, C).
+    """``sum g * x`` and ``sum g`` over the positions, each (N, C).
 
-    Centering keeps the first sum small: ``sum g*x`` of an activation with a large mean loses all its digits when the
-    rule subtracts ``mean * sum g`` from it.
+    The first is taken about ``center``, ``sum g * (x - center) + center * sum g``: summed directly, that of an
+    activation with a large mean would lose its digits.
     """
     if layout.kernels == "compiled":
-        return _kernels().sums(g, x, center, layout.order, layout.size, table_dtype(x.dtype))
+        return kernels().sums(g, x, center, layout.order, layout.size, table_dtype(x.dtype))
     if layout.kernels == "native":
         rows = layout.size[0] * layout.size[1]
         mean = x.new_zeros(rows) if center is None else center.reshape(rows)
@@ -161,26 +167,34 @@ def sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[T
         _, s1, s0 = torch.ops.aten.native_batch_norm_backward(
             _as_rows(g, layout.size), _as_rows(x, layout.size), one, mean, one, None, None, False, 0.0, mask
         )
-        return _reshaped(s1, layout.size[:2]), _reshaped(s0, layout.size[:2])
+        s1, s0 = _reshaped(s1, layout.size[:2]), _reshaped(s0, layout.size[:2])
+        return (s1 if center is None else torch.addcmul(s1, center, s0)), s0
     values, gradient = x.to(table_dtype(x.dtype)), g.to(table_dtype(x.dtype))
-    if center is not None:
-        values = values - over_positions(center, x)
     axes = tuple(range(2, x.dim()))
     if not axes:
         return gradient * values, gradient
-    return (gradient * values).sum(axes), gradient.sum(axes)
+    s0 = gradient.sum(axes)
+    if center is None:
+        return (gradient * values).sum(axes), s0
+    s1 = (gradient * (values - over_positions(center, x))).sum(axes)
+    return torch.addcmul(s1, center, s0), s0
 
 
-def combine(g: Tensor, x: Tensor, scale: Tensor, a: Tensor, b: Tensor, center: Tensor, layout: Layout) -> Tensor:
-    """``scale * g + a + b * (x - center)``: the gradient with respect to ``x``."""
+def combine(
+    g: Tensor, x: Tensor, scale: Tensor, dmean: Tensor | None, dvar: Tensor | None, mean: Tensor, layout: Layout
+) -> Tensor:
+    """The gradient of ``x``: ``scale * g + dmean / P + 2 * dvar * (x - mean) / P``; tables may be expanded."""
+    positions = max(layout.size[2], 1)
     if layout.kernels == "compiled":
-        tables = (a.contiguous(), b.contiguous(), center.contiguous())
-        return _kernels().combine(g, x, scale, *tables, layout.order, layout.size)
+        factors = 1.0 / positions, 2.0 / positions
+        return kernels().combine(g, x, scale, dmean, factors[0], dvar, factors[1], mean, layout.order, layout.size)
+    a = torch.zeros_like(mean) if dmean is None else dmean / positions
+    b = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / positions)
     if layout.kernels == "native":
         # Two affine passes and one sum: torch has no fused kernel for all three.
-        dx = _native_affine(g, scale, a - b * center, layout.size)
+        dx = _native_affine(g, scale, a - b * mean, layout.size)
         return dx.add_(_native_affine(x, b, None, layout.size))
     dtype = table_dtype(x.dtype)
-    dx = over_positions(b, x) * (x.to(dtype) - over_positions(center, x))
+    dx = over_positions(b, x) * (x.to(dtype) - over_positions(mean, x))
     dx = torch.addcmul(dx + over_positions(a, x), g.to(dtype), over_positions(scale, x))
     return dx.to(x.dtype)

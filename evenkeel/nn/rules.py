@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.flexnorm import Moments
+from evenkeel.nn._fused import unitize_tables
 
 __all__ = [
     "batch",
@@ -51,8 +52,7 @@ def standardize(
     scale = (var + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
+    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
 
 
 def batch(
@@ -166,14 +166,8 @@ def unitize(
         eps: Added to the variance and to the squared norm.
         norm: ``"paper"`` or ``"rms"``.
     """
-    power = (var + eps).reciprocal()
-    square = ((moments.var + (moments.mean - mean).square()) * power).sum(1, keepdim=True)
-    square = square / (moments.count if norm == "paper" else moments.mean.shape[1])
-    scale = torch.addcmul(1 - alpha, alpha, (square + eps).rsqrt()) * power.sqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
+    divisor = moments.count if norm == "paper" else mean.shape[-1]
+    return unitize_tables(moments, mean, var, weight, bias, alpha, eps, divisor)
 
 
 def unitized(

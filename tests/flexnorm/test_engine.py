@@ -359,3 +359,41 @@ def test_top_level_names() -> None:
     assert evenkeel.nn.rules is rules
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         evenkeel.nope  # noqa: B018
+
+
+@pytest.mark.parametrize("norm", ["paper", "rms"])
+@pytest.mark.parametrize("shape", [(16, 40, 8, 8), (7, 300, 4, 4)], ids=str)
+def test_fused_tables_equal_the_composition(shape: tuple[int, ...], norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large activations take pooling, folding and unitization in compiled calls; EVENKEEL_NATIVE=0 takes none."""
+    if _native.load() is None:
+        pytest.skip("no C compiler on this machine")
+    monkeypatch.setattr(passes, "_SMALL", 1)
+    g = torch.randn(shape, dtype=torch.float64)
+    inputs = tensors(shape)
+    fused = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, norm=norm), *inputs[1:])
+    got = torch.autograd.grad(fused, inputs, g)
+    monkeypatch.setattr(_native, "load", lambda: None)
+    plain = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, norm=norm), *inputs[1:])
+    want = torch.autograd.grad(plain, inputs, g)
+    torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_compiled_running_statistics_equal_the_composed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _native.load() is None:
+        pytest.skip("no C compiler on this machine")
+    for momentum in (0.3, None):
+        compiled, composed = (evenkeel.nn.BatchNorm2d(8, momentum=momentum) for _ in range(2))
+        for step in range(3):
+            x = torch.randn(16, 8, 16, 16) * (step + 1) + step
+            if step == 1:
+                x[0, 3, 0, 0] = float("nan")
+            version = compiled.running_mean._version
+            compiled(x)
+            assert compiled.running_mean._version > version
+            with monkeypatch.context() as patch:
+                patch.setattr(_native, "load", lambda: None)
+                composed(x)
+        for a, b in zip(compiled.state_dict().values(), composed.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

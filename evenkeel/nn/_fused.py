@@ -1,0 +1,109 @@
+"""Unitization of tables: composed of torch operations, or in one compiled call each way where the engine has kernels.
+
+The rule is two dozen operations on small tables; for small activations their dispatch costs more than the passes. The
+compiled call computes the same, with its backward written out; a double backward goes through the composition.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from evenkeel.flexnorm import Moments
+
+__all__ = ["compose_unitize", "unitize_tables"]
+
+
+def compose_unitize(
+    own_mean: Tensor,
+    own_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    eps: float,
+    divisor: float,
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift (N, C) from the moments of each sample (N, C), statistics and parameters (C,)."""
+    power = (var + eps).reciprocal()
+    square = ((own_var + (own_mean - mean).square()) * power).sum(1, keepdim=True) / divisor
+    scale = torch.addcmul(1 - alpha, alpha, (square + eps).rsqrt()) * power.sqrt()
+    if weight is not None:
+        scale = scale * weight
+    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+
+
+class _Unitize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own_mean: Tensor,
+        own_var: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        alpha: Tensor,
+        eps: float,
+        divisor: float,
+        native: Any,
+    ) -> tuple[Tensor, Tensor]:
+        scale, shift, q = native.unitize(own_mean, own_var, mean, var, weight, bias, alpha, eps, divisor)
+        ctx.save_for_backward(own_mean, own_var, mean, var, weight, bias, alpha, q)
+        ctx.eps, ctx.divisor, ctx.native = eps, divisor, native
+        return scale, shift
+
+    @staticmethod
+    def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, q = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_recomputed(inputs, ds, dh, ctx), None, None, None)
+        own_mean, own_var, mean, var, weight, bias, alpha = inputs
+        dmean, dvar, rows = ctx.native.deunitize(
+            ds.contiguous(), dh.contiguous(), own_mean, own_var, mean, var, weight, alpha, q, ctx.eps, ctx.divisor
+        )
+        rows = rows.to(mean.dtype)
+        vectors = [
+            rows[k].view(t.shape) if t is not None and needed else None
+            for k, (t, needed) in enumerate(
+                zip((mean, var, weight, bias, alpha), ctx.needs_input_grad[2:7], strict=True)
+            )
+        ]
+        return (dmean, dvar, *vectors, None, None, None)
+
+
+def _recomputed(inputs: list[Tensor | None], ds: Tensor, dh: Tensor, ctx: Any) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, through the composition."""
+    # The pooled statistics depend on the moments of the samples: only aliases have partial derivatives.
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    own_mean, own_var, mean, var, weight, bias, alpha = aliases
+    scale, shift = compose_unitize(own_mean, own_var, mean, var, weight, bias, alpha, ctx.eps, ctx.divisor)
+    wanted = [t for t, needed in zip(aliases, ctx.needs_input_grad[:7], strict=True) if t is not None and needed]
+    found = iter(torch.autograd.grad((scale, shift), wanted, (ds, dh), create_graph=True, allow_unused=True))
+    pairs = zip(inputs, ctx.needs_input_grad[:7], strict=True)
+    return [next(found) if t is not None and needed else None for t, needed in pairs]
+
+
+def unitize_tables(
+    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    eps: float,
+    divisor: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of unitized batch normalization; see :func:`evenkeel.nn.rules.unitize`."""
+    own_mean, own_var = moments.mean, moments.var
+    tensors = [t for t in (mean, var, weight, bias, alpha) if t is not None]
+    alike = all(t.dtype == own_mean.dtype and t.is_contiguous() and t.numel() == own_mean.shape[1] for t in tensors)
+    if moments.native is None or not alike or isinstance(divisor, Tensor):
+        return compose_unitize(own_mean, own_var, mean, var, weight, bias, alpha, eps, cast("float", divisor))
+    result = _Unitize.apply(  # type: ignore[no-untyped-call]
+        own_mean, own_var, mean, var, weight, bias, alpha, eps, float(divisor), moments.native
+    )
+    return cast("tuple[Tensor, Tensor]", result)
