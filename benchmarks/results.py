@@ -65,7 +65,7 @@ def _cell(value: dict[str, Any] | None, scale: float = 1.0, digits: int = 2, sig
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of a result."""
     lines = [
-        "| norm | optimizer | test accuracy % | against batch | shift W1 per step | relative shift | step time / batch |",
+        "| norm | optimizer | test accuracy % | against batch | shift W1 a step | relative shift | step time / batch |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["table"]:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from evenkeel import nn as norms
@@ -57,11 +58,12 @@ class Bricks:
         return norms.make_norm(self._norm, channels, 2, **self._args)
 
     def _convolution(self, cin: int, cout: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:
-        # Only a network without normalization needs the bias: every normalization brings its own.
-        conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=self._norm == "none")
+        conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
+        if self._norm == "none":
+            # Only a network without normalization needs the bias. Added last, it draws no random number, so that equal
+            # seeds give equal weights under every normalization.
+            conv.bias = nn.Parameter(torch.zeros(cout))
         return conv
 
     def conv(self, cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int | None = None) -> nn.Module:

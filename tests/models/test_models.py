@@ -114,6 +114,17 @@ def test_custom_normalization_and_norm_args() -> None:
     assert {m.constants for m in net.modules() if isinstance(m, ek.NormPropConv2d)} == {"paper"}
 
 
+def test_equal_seeds_give_equal_weights_under_every_normalization() -> None:
+    nets = {}
+    for norm in ("none", "batch", "group", "unitized"):
+        torch.manual_seed(5)
+        net = models.build("resnet8", norm=norm)
+        nets[norm] = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for weights in nets.values():
+        for a, b in zip(weights, nets["batch"], strict=True):
+            assert torch.equal(a, b)
+
+
 def test_shortcut_input_survives_the_in_place_activation() -> None:
     """Without normalization, norm1 is the identity: an in-place ReLU on its output would change the shortcut."""
     net = models.build("resnet8", norm="none").eval()
