@@ -155,10 +155,17 @@ def _walk_chunk_(
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
     # Where e is so short that the division is off, e itself does not count beside p.
-    torch.mul(e, sin / speed.clamp(min=_TINY), out=h)
-    cos_p = cos / length
-    e.mul_(cos.mul_(walk.keep)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
-    p.mul_(cos_p).add_(h)
+    along = sin / speed.clamp(min=_TINY)
+    if p.device.type == "cpu" and bool(cos.amin() > 0.5):
+        # Through the new point, e cos - y |e| sin = e / cos - y' |e| tan: all in place. Not near a quarter circle, and
+        # not where looking at the cosine would mean to wait for the device.
+        p.mul_(cos / length).addcmul_(e, along)
+        e.mul_(walk.keep / cos).addcmul_(p, sin.div_(cos).mul_(speed).mul_(-walk.keep))
+    else:
+        torch.mul(e, along, out=h)
+        cos_p = cos / length
+        e.mul_(cos.mul_(walk.keep)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
+        p.mul_(cos_p).add_(h)
     return theta, norm
 
 

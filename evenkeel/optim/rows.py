@@ -294,7 +294,7 @@ def tiles(jobs: Iterable[Job], *, whole_blocks: bool) -> list[Tile]:
 
 def chunk_size(device: torch.device) -> int:
     """Elements worked on at a time: four matrices of that size fit the cache of a CPU; a GPU takes all it can get."""
-    return 1 << 18 if device.type == "cpu" else 1 << 26
+    return 1 << 19 if device.type == "cpu" else 1 << 26
 
 
 def row_chunks(rows: int, n: int, budget: int) -> Iterator[slice]:

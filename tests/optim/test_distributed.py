@@ -60,3 +60,26 @@ def test_what_cannot_be_done_on_shards_is_said(result):
 def test_groups_of_a_model_that_will_be_wrapped():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     assert param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 4), verbose=False)[0]["manifold"]
+
+
+def test_placements_in_one_process(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from evenkeel.optim.rows import local_part, local_parts
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = torch.ones(4, 3)
+        rows, split, whole = (distribute_tensor(plain, mesh, [p]) for p in (Shard(0), Shard(1), Replicate()))
+        for t in (*local_parts([rows, whole, plain], 0, False), local_part(whole, 1, True)):
+            assert type(t) is torch.Tensor
+            assert torch.equal(t, plain)
+        for t, row_dim in ((split, 0), (rows, 1)):
+            with pytest.raises(RuntimeError, match="splits single weight vectors"):
+                local_part(t, row_dim, needs_whole=False)
+        with pytest.raises(RuntimeError, match="set ortho=0"):
+            local_part(rows, 0, needs_whole=True)
+    finally:
+        dist.destroy_process_group()
