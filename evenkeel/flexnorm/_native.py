@@ -57,6 +57,10 @@ class CKernels:
         tables = {
             "pool": [pointer] * 4 + [integer] * 2,
             "unpool": [pointer] * 5 + [integer] * 2,
+            "poolc": [pointer] * 4 + [integer] * 2,
+            "unpoolc": [pointer] * 5 + [integer] * 2,
+            "guard": [pointer] * 4 + [real, real, pointer, pointer, integer],
+            "follow": [pointer] * 4 + [real, threads, integer],
             "fold": [pointer] * 4 + [integer] * 2,
             "track": [pointer] * 4 + [real, real, integer],
             "unitize": [pointer] * 7 + [real, real] + [pointer] * 3 + [integer] * 2,
@@ -72,7 +76,8 @@ class CKernels:
                         self._passes[pass_, layout, dtype] = function
             for operation, signature in tables.items():
                 if (function := getattr(library, f"{operation}_{name}", None)) is not None:
-                    function.argtypes, function.restype = signature, None
+                    function.argtypes = signature
+                    function.restype = integer if operation == "guard" else None
                     self._tables[operation, dtype] = function
         self.dtypes = frozenset(dtype for _, _, dtype in self._passes)
 
@@ -138,17 +143,18 @@ class CKernels:
         )
         return dx
 
-    def pool(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the moments over the samples of dense tables (N, C), each (1, C), by Chan's formula."""
-        samples, channels = mean.shape
-        m, v = (mean.new_empty((1, channels)) for _ in range(2))
-        self._tables["pool", mean.dtype](mean.data_ptr(), var.data_ptr(), m.data_ptr(), v.data_ptr(), samples, channels)
+    def pool(self, mean: Tensor, var: Tensor, channels: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the moments over the samples (1, C) or channels (N, 1) of dense tables (N, C), by Chan's formula."""
+        m, v = (mean.new_empty((len(mean), 1) if channels else (1, mean.shape[1])) for _ in range(2))
+        self._tables["poolc" if channels else "pool", mean.dtype](
+            mean.data_ptr(), var.data_ptr(), m.data_ptr(), v.data_ptr(), *mean.shape
+        )
         return m, v
 
-    def unpool(self, dm: Tensor | None, dv: Tensor | None, mean: Tensor, m: Tensor) -> Tensor:
+    def unpool(self, dm: Tensor | None, dv: Tensor | None, mean: Tensor, m: Tensor, channels: bool = False) -> Tensor:
         """Return the gradient of the means (N, C) for those of the pooled moments; that of the variances is dv / N."""
         dmean = torch.empty_like(mean)
-        self._tables["unpool", mean.dtype](
+        self._tables["unpoolc" if channels else "unpool", mean.dtype](
             _pointer(dm), _pointer(dv), mean.data_ptr(), m.data_ptr(), dmean.data_ptr(), *mean.shape
         )
         return dmean
@@ -166,6 +172,24 @@ class CKernels:
             m.data_ptr(), v.data_ptr(), mean.data_ptr(), var.data_ptr(), rate, correction, mean.numel()
         )
         torch.autograd.graph.increment_version([mean, var])
+
+    def follow(self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, rate: float, first: bool) -> None:
+        """Move weighted moments (C,) in place: those of the ``first`` batch replace, later ones enter with ``rate``."""
+        self._tables["follow", mean.dtype](
+            m.data_ptr(), v.data_ptr(), mean.data_ptr(), var.data_ptr(), rate, int(first), mean.numel()
+        )
+        torch.autograd.graph.increment_version([mean, var])
+
+    def guard(
+        self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, eps: float, ratio: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """Return the statistics (C,) within ``ratio`` of those of the batch, and the share of channels that moved."""
+        guarded_mean, guarded_var = torch.empty_like(mean), torch.empty_like(var)
+        inputs = [t.data_ptr() for t in (m, v, mean, var)]
+        acted = self._tables["guard", mean.dtype](
+            *inputs, eps, ratio, guarded_mean.data_ptr(), guarded_var.data_ptr(), mean.numel()
+        )
+        return guarded_mean, guarded_var, acted / max(mean.numel(), 1)
 
     def unitize(
         self,

@@ -207,6 +207,43 @@ void unpool_##NAME(const A *dm, const A *dv, const A *mean, const A *m, A *dmean
   for (i64 n = 0; n < N; n++) for (i64 c = 0; c < C; c++) \
     dmean[n * C + c] = inverse * ((dm ? dm[c] : 0) + (dv ? 2 * dv[c] * (mean[n * C + c] - m[c]) : 0)); \
 } \
+void poolc_##NAME(const A *mean, const A *var, A *m, A *v, i64 N, i64 C) { \
+  for (i64 n = 0; n < N; n++) { \
+    const A *a = mean + n * C, *b = var + n * C; double t = 0, u = 0, e = 0; \
+    _Pragma("omp simd reduction(+:t,u)") for (i64 c = 0; c < C; c++) { t += a[c]; u += b[c]; } \
+    t /= (double)C; \
+    _Pragma("omp simd reduction(+:e)") for (i64 c = 0; c < C; c++) { double d = a[c] - t; e += d * d; } \
+    m[n] = (A)t; v[n] = (A)((u + e) / (double)C); \
+  } \
+} \
+void unpoolc_##NAME(const A *dm, const A *dv, const A *mean, const A *m, A *dmean, i64 N, i64 C) { \
+  const A inverse = (A)1 / (A)C; \
+  for (i64 n = 0; n < N; n++) { \
+    const A a = dm ? dm[n] : 0, b = dv ? 2 * dv[n] : 0, k = m[n]; \
+    for (i64 c = 0; c < C; c++) dmean[n * C + c] = inverse * (a + b * (mean[n * C + c] - k)); \
+  } \
+} \
+/* Statistics within a factor of the batch's deviation and (ratio - 1) deviations of its mean; returns how many moved. */ \
+i64 guard_##NAME(const A *m, const A *v, const A *mean, const A *var, double eps, double ratio, A *gm, A *gv, i64 C) { \
+  i64 acted = 0; const double square = ratio * ratio; \
+  for (i64 c = 0; c < C; c++) { \
+    gm[c] = mean[c]; gv[c] = var[c]; \
+    if (!isfinite(m[c]) || !isfinite(v[c])) continue; \
+    double floor_ = v[c] + eps, own = var[c] + eps, reach = sqrt(floor_) * (ratio - 1), k = mean[c]; \
+    double w = own < floor_ / square ? floor_ / square : own > floor_ * square ? floor_ * square : own; \
+    double q = k < m[c] - reach ? m[c] - reach : k > m[c] + reach ? m[c] + reach : k; \
+    if (w != own || q != k) { acted++; gm[c] = (A)q; gv[c] = (A)(w - eps); } \
+  } \
+  return acted; \
+} \
+/* Exponentially weighted moments (C,) of the batches so far, the variance between them included. */ \
+void follow_##NAME(const A *m, const A *v, A *mean, A *var, double rate, int first, i64 C) { \
+  for (i64 c = 0; c < C; c++) { \
+    if (!isfinite(m[c]) || !isfinite(v[c])) continue; \
+    double gap = (double)m[c] - mean[c], between = first ? 0 : rate * (1 - rate) * gap * gap; \
+    var[c] = (A)((1 - rate) * var[c] + rate * v[c] + between); mean[c] += (A)(rate * gap); \
+  } \
+} \
 void fold_##NAME(const A *s1, const A *s0, A *f1, A *f0, i64 N, i64 C) { \
   for (i64 c0 = 0; c0 < C; c0 += CB) { \
     i64 w = C - c0 < CB ? C - c0 : CB; double t[CB], u[CB]; \

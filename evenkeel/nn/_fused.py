@@ -1,7 +1,7 @@
-"""Unitization of tables: composed of torch operations, or in one compiled call each way where the engine has kernels.
+"""Rules with their backward written out: what they do takes dozens of small operations otherwise.
 
-The rule is two dozen operations on small tables; for small activations their dispatch costs more than the passes. The
-compiled call computes the same, with its backward written out; a double backward goes through the composition.
+On small activations the dispatch of those operations costs more than the passes. Unitization runs in one compiled call
+each way where the engine has kernels. A double backward goes through the composition of torch operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evenkeel.flexnorm import Moments
 
-__all__ = ["compose_unitize", "unitize_tables"]
+__all__ = ["compose_unitize", "follow_statistics", "unitize_tables"]
 
 
 def compose_unitize(
@@ -106,4 +106,51 @@ def unitize_tables(
     result = _Unitize.apply(  # type: ignore[no-untyped-call]
         own_mean, own_var, mean, var, weight, bias, alpha, eps, float(divisor), moments.native
     )
+    return cast("tuple[Tensor, Tensor]", result)
+
+
+class _Follow(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        batch_mean: Tensor,
+        batch_var: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        inverse = (var + eps).rsqrt().view(1, -1)
+        scale = inverse if weight is None else inverse * weight
+        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+        ctx.save_for_backward(batch_mean, batch_var, mean, inverse, weight, bias)
+        ctx.eps = eps
+        return scale, shift
+
+    @staticmethod
+    def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        batch_mean, batch_var, mean, inverse, weight, bias = ctx.saved_tensors
+        # With r and d constant: scale = w r / sigma_B, shift = b + w d - mu_B scale.
+        gain = inverse if weight is None else inverse * weight
+        dmean = -gain * dh
+        dvar = -0.5 * gain * (ds - batch_mean * dh) / (batch_var + ctx.eps)
+        dweight = None if weight is None else (inverse * (ds - mean * dh)).view(-1)
+        return dmean, dvar, None, None, dweight, None if bias is None else dh.view(-1), None
+
+
+def follow_statistics(
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift (1, C) of given statistics (C,), with the derivatives of those of the batch (1, C).
+
+    The same as :func:`evenkeel.nn.rules.renormalize` without limits.
+    """
+    result = _Follow.apply(batch_mean, batch_var, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)

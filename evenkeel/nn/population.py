@@ -13,7 +13,7 @@ way:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ from evenkeel._messages import unknown_name
 from evenkeel.flexnorm import FlexNorm, Moments
 from evenkeel.flexnorm.module import _recomputing
 from evenkeel.nn import rules
+from evenkeel.nn._fused import follow_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from evenkeel.flexnorm._native import CKernels
 
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
 _FEW_VALUES = 16
@@ -123,6 +126,8 @@ class _PopulationNorm(FlexNorm):
         mean, var = self._population() if self.source == "estimated" else self._follow(pooled)
         if not through:
             return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        if pooled.native is not None and pooled.mean.dtype == mean.dtype:
+            return follow_statistics(pooled.mean, pooled.var, mean, var, self.weight, self.bias, self.eps)
         return rules.renormalize(
             pooled.mean,
             pooled.var,
@@ -149,6 +154,11 @@ class _PopulationNorm(FlexNorm):
     def _follow(self, pooled: Moments) -> tuple[Tensor, Tensor]:
         """Let the batch enter the statistics and return them as they are now, within the guard."""
         self.track(pooled)
+        native = self._native(pooled)
+        if self.max_ratio is not None and native is not None:
+            mean, var, share = native.guard(pooled.mean, pooled.var, *self._population(), self.eps, self.max_ratio)
+            self.clipped.fill_(share)
+            return mean, var
         if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
             mean, var = self._population()
             # Later batches change the buffers in place, before this one's backward has used its values.
@@ -177,18 +187,36 @@ class _PopulationNorm(FlexNorm):
         assert tracked is not None
         if self.frozen or _recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
+        native = self._native(pooled)
+        if native is not None:
+            seen = int(tracked.add_(1))
+            share = 1.0 / seen if seen == 1 or self.momentum is None else self._rate(self.momentum, seen)
+            native.follow(pooled.mean, pooled.var, mean, var, share, seen == 1)
+            return
+        tracked.add_(1)
         new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
         new_var = pooled.var.detach().reshape(-1).to(var.dtype)
         usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
-        tracked.add_(usable.any().long())
-        batches = tracked.clamp_min(1).to(mean.dtype)
-        # The first batch replaces the initial values; later the weights (1 - momentum)^age are made to sum to 1.
-        rate = 1.0 / batches if self.momentum is None else self.momentum / (1.0 - (1.0 - self.momentum) ** batches)
-        gap = new_mean - mean
+        batches = tracked.to(mean.dtype)
+        # The first batch replaces the initial values.
         first = (batches <= 1).to(mean.dtype)
+        later = 1.0 / batches if self.momentum is None else self._rate(self.momentum, batches)
+        rate = torch.maximum(later, first)
+        gap = new_mean - mean
         between = rate * (1 - rate) * gap.square() * (1 - first)
         var.copy_(torch.where(usable, (1 - rate) * var + rate * new_var + between, var))
         mean.copy_(torch.where(usable, mean + rate * gap, mean))
+
+    @staticmethod
+    def _rate(momentum: float, batches: Any) -> Any:
+        """Weight of the newest of so many batches, whose weights (1 - momentum)^age are made to sum to 1."""
+        return momentum / (1.0 - (1.0 - momentum) ** batches + 1e-30)
+
+    def _native(self, pooled: Moments) -> CKernels | None:
+        """The compiled kernels, if they hold the batch's moments and the statistics can be theirs."""
+        mean, var = self._population()
+        alike = mean.dtype == var.dtype == pooled.mean.dtype and mean.is_contiguous() and var.is_contiguous()
+        return pooled.native if alike and isinstance(pooled.count, int) and pooled.count > 1 else None
 
     def extra_repr(self) -> str:
         """Show the constructor arguments."""

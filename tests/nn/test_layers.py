@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel.nn as ek
-from evenkeel.flexnorm import FlexNorm, Moments
+from evenkeel.flexnorm import FlexNorm, Moments, _native
 from evenkeel.nn import reference
 
 
@@ -539,6 +539,33 @@ class TestPopulation:
         var = (weights * (variances + (means - mean) ** 2)).sum()
         torch.testing.assert_close(layer.running_mean[0], mean)
         torch.testing.assert_close(layer.running_var[0], var)
+
+    @pytest.mark.parametrize("momentum", [0.3, 0.0, None])
+    @pytest.mark.parametrize("gradient", ["batch", "none"])
+    def test_compiled_tables_equal_the_composed_ones(
+        self, gradient: str, momentum: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if _native.load() is None:
+            pytest.skip("no C compiler on this machine")
+        args = {"gradient": gradient, "momentum": momentum, "max_ratio": 1.5, "dtype": torch.float64}
+        compiled, composed = (randomized(ek.PopulationNorm2d(8, **args)) for _ in range(2))
+        composed.load_state_dict(compiled.state_dict())
+        for step in range(4):
+            x = (torch.randn(16, 8, 16, 16, dtype=torch.float64) * (step + 1) + 3 * step).requires_grad_()
+            g = torch.randn(x.shape, dtype=torch.float64)
+            results = []
+            for layer in (compiled, composed):
+                with monkeypatch.context() as patch:
+                    if layer is composed:
+                        patch.setattr(_native, "load", lambda: None)
+                    y = layer(x)
+                    results.append(
+                        [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], g), layer.clipped.clone()]
+                    )
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        for a, b in zip(compiled.state_dict().values(), composed.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
 
     def test_guard_bounds_the_statistics_and_reports(self) -> None:
         layer = ek.PopulationNorm2d(1, momentum=0.01, max_ratio=2.0)
