@@ -30,7 +30,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 results: $(STAMP)
-	$(BIN)/evenkeel recipe run demo --out runs/demo
+	$(BIN)/python -m benchmarks.results demo
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"

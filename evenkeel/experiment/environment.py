@@ -28,7 +28,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "evenkeel": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": on,
         "threads": torch.get_num_threads(),
     }

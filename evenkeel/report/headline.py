@@ -141,6 +141,8 @@ def _shift(study: Study, rows: Sequence[Cell]) -> str:
     base = [c for c in measured if c.norm == study.baseline and c.optim == least.optim and c is not least]
     if base and least.shift_relative.mean > 0:
         factor = base[0].shift_relative.mean / least.shift_relative.mean
+        if factor < 1.05:
+            return f"{text}, hardly less than {study.baseline} with the same optimizer."
         text += f", {significant(factor, 2)} times less than {study.baseline} with the same optimizer"
     return f"{text}."
 
