@@ -31,26 +31,26 @@ app.add_typer(recipes, name="recipe")
 BAD_INPUT, FAILED = 2, 1
 
 Data = Annotated[
-    str | None, typer.Option(help="digits (bundled), FILE.npz, an image folder or hf:NAME.  [default: digits]")
+    str | None, typer.Option(help="digits (bundled), FILE.npz, an image folder or hf:NAME. (default: digits)")
 ]
 Limit = Annotated[int | None, typer.Option(help="Use at most this many training and test images, stratified.")]
 Model = Annotated[
-    str | None, typer.Option(help="Network: convnet, resnet8, resnet20, vgg_small, nin, ...  [default: convnet]")
+    str | None, typer.Option(help="Network: convnet, resnet8, resnet20, vgg_small, nin, ... (default: convnet)")
 ]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per update.  [default: 64]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per update. (default: 64)")]
 Lr = Annotated[float | None, typer.Option(help="Learning rate in place of each optimizer's own default.")]
 Schedule = Annotated[str | None, typer.Option(help="constant, cosine, onecycle or step.")]
-Augment = Annotated[str | None, typer.Option(help="Any of flip,shift,crop.  [default: none]")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")]
-Precision = Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true.  [default: 32-true]")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 chooses by the size of the images.  [default: 0]")]
+Augment = Annotated[str | None, typer.Option(help="Any of flip,shift,crop. (default: none)")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. (default: auto)")]
+Precision = Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true. (default: 32-true)")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 chooses by the size of the images. (default: 0)")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML file or recipe; options given here win over it.")
 ]
 Scale = Annotated[str | None, typer.Option(help="Scale of the recipe (small, full).")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any other setting: --set optims.sgdg.lr_manifold=0.1")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the experiment.  [default: runs/DATA]")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the experiment. (default: runs/DATA)")]
 
 
 def main() -> None:
@@ -83,15 +83,13 @@ def compare(
     model: Model = None,
     norm: Annotated[
         str | None,
-        typer.Option(
-            help="Normalizations, e.g. batch,group.  [default: none,batch,group,unitized,population,normprop]"
-        ),
+        typer.Option(help="Normalizations, e.g. batch,group. (default: none,batch,group,unitized,population,normprop)"),
     ] = None,
     optim: Annotated[
-        str | None, typer.Option(help="Optimizers: sgd,sgdg,adamg,adamw.  [default: sgd,sgdg,adamg]")
+        str | None, typer.Option(help="Optimizers: sgd,sgdg,adamg,adamw. (default: sgd,sgdg,adamg)")
     ] = None,
     epochs: Epochs = None,
-    seeds: Annotated[str | None, typer.Option(help="How many seeds (3), or which (0,5,7).  [default: 3]")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds (3), or which (0,5,7). (default: 3)")] = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
     schedule: Schedule = None,
@@ -133,11 +131,11 @@ def train(
     data: Data = None,
     limit: Limit = None,
     model: Model = None,
-    norm: Annotated[str | None, typer.Option(help="Normalization.  [default: batch]")] = None,
-    optim: Annotated[str | None, typer.Option(help="Optimizer: sgd, sgdg, adamg, adamw.  [default: sgd]")] = None,
+    norm: Annotated[str | None, typer.Option(help="Normalization. (default: batch)")] = None,
+    optim: Annotated[str | None, typer.Option(help="Optimizer: sgd, sgdg, adamg, adamw. (default: sgd)")] = None,
     epochs: Epochs = None,
     seed: Annotated[
-        int | None, typer.Option(help="Weights, order and augmentation follow from it.  [default: 0]")
+        int | None, typer.Option(help="Weights, order and augmentation follow from it. (default: 0)")
     ] = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
@@ -228,7 +226,7 @@ def recipe_run(
     scale: Scale = None,
     data: Data = None,
     settings: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the experiment.  [default: runs/NAME-SCALE]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the experiment. (default: runs/NAME-SCALE)")] = None,
 ) -> None:
     """Run a recipe, like compare --config."""
     with friendly():
