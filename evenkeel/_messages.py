@@ -14,7 +14,7 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> str:
         name: The value that was given.
         valid: All names that would have been accepted.
 
-    Example:
+    Examples:
         >>> unknown_name("norm", "bacth", ["batch", "group"])
         "unknown norm 'bacth'; did you mean 'batch'? Valid: batch, group"
     """

@@ -39,7 +39,7 @@ def load(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
         FileNotFoundError: If the path does not exist.
         ImportError: If an optional dependency is missing.
 
-    Example:
+    Examples:
         >>> load("digits").describe()
         'digits: 1437 train + 360 test images, 1 channel, 8x8, 10 classes'
     """

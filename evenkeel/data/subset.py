@@ -40,7 +40,7 @@ def stratified(labels: npt.ArrayLike, count: int, seed: int = 0) -> npt.NDArray[
     Raises:
         ValueError: If `count` is not between 1 and the number of labels.
 
-    Example:
+    Examples:
         >>> stratified([0, 0, 1, 1, 1, 1], 3).tolist()
         [1, 2, 4]
     """

@@ -55,7 +55,7 @@ def factor(name: str, args: Mapping[str, Any], step: int, steps_per_epoch: int, 
         steps_per_epoch: Updates in one epoch.
         epochs: Length of the run.
 
-    Example:
+    Examples:
         >>> [factor("cosine", {"warmup": 0.0, "final": 0.0}, step, 10, 2) for step in (0, 10)]
         [1.0, 0.5]
     """

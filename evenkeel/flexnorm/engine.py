@@ -198,7 +198,7 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
         TypeError: If ``x`` is no floating-point tensor, or the rule returns no pair.
         ValueError: If ``x`` has fewer than 2 or more than 5 axes, or a table does not broadcast to (N, C).
 
-    Example:
+    Examples:
         >>> def rms(moments, weight):                       # root mean square normalization, in two lines
         ...     scale = weight * (moments.pool("channels").mean_square + 1e-6).rsqrt()
         ...     return scale, torch.zeros_like(scale)

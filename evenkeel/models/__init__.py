@@ -49,7 +49,7 @@ def build(name: str, norm: NormSpec = "batch", in_channels: int = 3, num_classes
     Raises:
         ValueError: For an unknown network or normalization, with the nearest valid name.
 
-    Example:
+    Examples:
         >>> import torch
         >>> build("resnet8", norm="unitized", in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])

@@ -99,7 +99,7 @@ def make_norm(name: str, num_features: int, ndim: int = 2, **kwargs: Any) -> nn.
     Raises:
         ValueError: For an unknown name or a wrong ``ndim``.
 
-    Example:
+    Examples:
         >>> make_norm("unitized", 16)
         UnitizedBatchNorm2d(16, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, norm='paper')
     """

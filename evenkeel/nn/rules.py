@@ -44,7 +44,7 @@ def standardize(
         bias: (C,), or ``None`` for 0.
         eps: Added to the variance.
 
-    Example:
+    Examples:
         >>> scale, shift = standardize(torch.tensor([2.0]), torch.tensor([4.0]), eps=0.0)
         >>> scale.item(), shift.item()
         (0.5, -1.0)

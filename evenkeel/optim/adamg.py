@@ -78,7 +78,12 @@ class AdamG(SphereOptimizer):
         off_manifold: ``"sgd"`` or ``"adamw"``: what moves the parameters outside the manifold.
         nesterov: Nesterov momentum for ``off_manifold="sgd"``.
         weight_decay: Outside the manifold only: an L2 penalty for ``"sgd"``, decoupled for ``"adamw"``.
-        manifold, maximize, row_dim, row_groups, foreach, compile: As in :class:`SGDG`.
+        manifold: Whether the parameters lie on the manifold; as in :class:`SGDG`, like all that follow.
+        maximize: Ascend instead of descend.
+        row_dim: Axis of a weight that counts its rows.
+        row_groups: Number of groups of a transposed convolution, whose rows lie along both first axes.
+        foreach: Move all weights together (``True``), one by one (``False``), or choose (``None``).
+        compile: Compile the step.
 
     All arguments but ``params`` are keys of the param groups. On the manifold ``weight_decay`` and ``nesterov`` of the
     constructor are ignored.

@@ -54,7 +54,7 @@ class SphereMonitor:
         TypeError: If the optimizer is none of the manifold optimizers.
         RuntimeError: On entering, if another monitor is listening already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from evenkeel.optim import SGDG
         >>> weight = torch.nn.Parameter(torch.eye(2, 3))

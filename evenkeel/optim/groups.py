@@ -90,7 +90,7 @@ def param_groups(
     Raises:
         ValueError: As :func:`scale_invariant_weights`, or if a pattern of ``exclude`` matches nothing.
 
-    Example:
+    Examples:
         >>> from evenkeel.optim import SGDG
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
         >>> groups = param_groups(model, 0.01, 0.2, 5e-4, torch.zeros(8, 1, 4, 4), verbose=False)

@@ -138,7 +138,7 @@ def scale_invariant_weights(
         ValueError: If ``select`` is unknown, no example is given, the model has no parameters or lazy ones, or its
             output is not finite or not the same twice.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
         >>> scale_invariant_weights(model, torch.zeros(8, 1, 4, 4)).selected
         ['0.weight']

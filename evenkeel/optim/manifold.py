@@ -50,7 +50,7 @@ def row_norm(x: Tensor) -> Tensor:
     Returns:
         The norms, ``(*, 1)``. Zero for a zero row.
 
-    Example:
+    Examples:
         >>> row_norm(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
         tensor([[5.0000e-30],
                 [0.0000e+00]])

@@ -64,7 +64,7 @@ class SGDG(SphereOptimizer):
     Raises:
         ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.randn(4, 9))
         >>> optimizer = SGDG([weight], lr=0.2)
         >>> weight[:, 0].sum().backward()

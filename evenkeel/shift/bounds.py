@@ -35,7 +35,7 @@ class ShiftBounds:
         p: Order of the distance that is bounded.
         slack: By how much, in the units of the samples, each bound was moved outwards at least, to cover rounding.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0], [1.0]])
         >>> bounds = shift_bounds(x, x + 2)
         >>> 2.0 in bounds

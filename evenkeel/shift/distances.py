@@ -81,7 +81,7 @@ def wasserstein(
             infinity for ``exact`` (the other methods pass NaN on).
         RuntimeError: The transport solver gave up.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
         >>> wasserstein(x, x + torch.tensor([3.0, 4.0]), "exact")
         tensor(5.)

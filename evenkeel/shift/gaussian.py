@@ -30,7 +30,7 @@ def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: T
     Raises:
         ValueError: Shapes that do not fit, or a covariance that is not symmetric positive semi-definite.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(2)
         >>> gaussian_wasserstein(zero, torch.eye(2), zero + 3, torch.eye(2))
         tensor(4.2426)

@@ -115,7 +115,7 @@ def layer_bound(
     Raises:
         TypeError: A layer of another kind, for which no such bound is known.
 
-    Example:
+    Examples:
         >>> layer_bound(nn.BatchNorm2d(64))
         16.0
     """

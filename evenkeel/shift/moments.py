@@ -45,7 +45,7 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
     Raises:
         ValueError: ``order`` below 1, or a limit that is not positive.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[-1.0], [1.0]])
         >>> moment_lower_bound(x, 2 * x, order=4, limit=2.0)
         tensor([0.4688])

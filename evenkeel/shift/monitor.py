@@ -61,7 +61,7 @@ class ShiftMonitor(Stepper[ShiftRecord]):
         ValueError: No layer matches, or an argument is out of range.
         TypeError: An argument is of the wrong kind.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> x = torch.randn(16, 4)

@@ -78,7 +78,7 @@ def measure_shift(before: Tensor, after: Tensor, *, include: Iterable[str] | Non
         TypeError: A sample is not a floating-point tensor.
         ValueError: Shapes that do not fit.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[-1.0], [1.0]])
         >>> shift = measure_shift(x, x + 0.5)
         >>> shift.w1, shift.spread, shift.relative

@@ -75,7 +75,7 @@ class WeightMonitor(Stepper[WeightRecord]):
     Raises:
         ValueError: A name matches no weight with two or more axes.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> with WeightMonitor(model, every=1) as monitor, torch.no_grad():
         ...     model.weight *= 3

@@ -105,7 +105,7 @@ class PopulationEstimator:
     Raises:
         ValueError: If the model has no PopulationNorm with estimated statistics, or an argument is not positive.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), PopulationNorm1d(8, statistics="estimated"))
         >>> estimate = PopulationEstimator(model, torch.randn(100, 4), every=10)
         >>> estimate(), estimate()  # renewed at the first step, not at the second

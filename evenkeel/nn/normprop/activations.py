@@ -31,7 +31,7 @@ class Activation:
             not of that kind.
         slopes: Number of trainable negative slopes (PReLU): 0 none, 1 shared, C one per channel.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Activation("softsign", torch.nn.functional.softsign, kinks=(0.0,)).name
         'softsign'

@@ -59,7 +59,7 @@ def border_variance(layer: NormPropLayer, size: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: If ``layer`` has no spatial axes, or ``size`` the wrong length.
 
-    Example:
+    Examples:
         >>> from evenkeel.nn.normprop import NormPropConv2d
         >>> float(border_variance(NormPropConv2d(4, 2, 3, padding=1), (8, 8))[:, 1:-1, 1:-1].mean())
         1.0

@@ -138,7 +138,7 @@ def activation_moments(
         TypeError: If gamma or beta is not floating point, or the activation is of no known kind.
         ValueError: If the activation's name is unknown.
 
-    Example:
+    Examples:
         >>> mean, var = activation_moments("relu")
         >>> round(float(mean), 6), round(float(var.sqrt()), 6)
         (0.398942, 0.583819)
@@ -199,7 +199,7 @@ def activation_gains(
         TypeError: As in :func:`activation_moments`.
         ValueError: As in :func:`activation_moments`.
 
-    Example:
+    Examples:
         >>> gains = activation_gains("relu")
         >>> round(float(gains.chi), 4), round(float(gains.jacobian), 4)
         (1.0, 1.4669)

@@ -189,7 +189,7 @@ _DOC = """{axes} convolution with unit filters, activation and standardization, 
         ValueError: For sizes out of range, channels not divisible by groups, or unknown names.
         TypeError: For an activation or dtype of the wrong kind.
 
-    Example:
+    Examples:
         >>> layer = NormPropConv{n}d(3, 8, 3, padding=1)
         >>> layer(torch.randn(2, 3, {example})).shape
         torch.Size([2, 8, {example}])

@@ -42,7 +42,7 @@ class NormPropInput(nn.Module):
             values per entry.
         RuntimeError: In global mode before :meth:`fit`.
 
-    Example:
+    Examples:
         >>> layer = NormPropInput((3, 8, 8)).fit(torch.rand(100, 3, 8, 8))
         >>> abs(float(layer(torch.rand(50, 3, 8, 8)).mean())) < 0.1
         True

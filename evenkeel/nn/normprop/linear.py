@@ -36,7 +36,7 @@ class NormPropLinear(NormPropLayer):
         ValueError: For sizes that are not positive integers, or unknown names.
         TypeError: For an activation or dtype of the wrong kind.
 
-    Example:
+    Examples:
         >>> layer = NormPropLinear(64, 32)
         >>> layer(torch.randn(8, 64)).shape
         torch.Size([8, 32])

@@ -60,7 +60,7 @@ def max_pool_moments(
     Raises:
         ValueError: For arguments out of range.
 
-    Example:
+    Examples:
         >>> mean, var = max_pool_moments(4)
         >>> round(mean, 3), round(var**0.5, 3)
         (1.029, 0.701)

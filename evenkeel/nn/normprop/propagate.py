@@ -223,7 +223,7 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
     Raises:
         ValueError: If the model has no NormProp layer.
 
-    Example:
+    Examples:
         >>> from evenkeel.nn.normprop import NormPropLinear
         >>> report = propagate(nn.Sequential(NormPropLinear(8, 8), NormPropLinear(8, 2, activation=None)))
         >>> round(report[0].chi, 2), report[1].activation

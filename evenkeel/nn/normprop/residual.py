@@ -52,7 +52,7 @@ class NormPropResidual(nn.Module):
     Shape:
         Any input that the branch accepts; the output has the branch's shape.
 
-    Example:
+    Examples:
         >>> from evenkeel.nn.normprop import NormPropLinear
         >>> block = NormPropResidual(NormPropLinear(16, 16))
         >>> block(torch.randn(4, 16)).shape
@@ -116,7 +116,7 @@ class NormPropConcat(nn.Module):
     Raises:
         ValueError: If there are no branches.
 
-    Example:
+    Examples:
         >>> from evenkeel.nn.normprop import NormPropLinear
         >>> NormPropConcat([nn.Identity(), NormPropLinear(8, 4)])(torch.randn(2, 8)).shape
         torch.Size([2, 12])

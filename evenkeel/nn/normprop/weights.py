@@ -40,7 +40,7 @@ def normalize_weights_(model: nn.Module) -> nn.Module:
     Call it after ``optimizer.step()``, or let :func:`register_unit_norm` do so. The network computes the same
     function before and after. Zero filters stay zero.
 
-    Example:
+    Examples:
         >>> from evenkeel.nn.normprop import NormPropLinear
         >>> layer = NormPropLinear(3, 2)
         >>> _ = layer.weight.data.mul_(7.0)

@@ -94,7 +94,7 @@ def averages(gamma: float, R: float, activation: Activation = "relu") -> Average
     Raises:
         ValueError: If the name of the activation is not known.
 
-    Example:
+    Examples:
         >>> round(averages(1.0, 1.0, "relu").i2, 12)
         0.0
     """

@@ -144,7 +144,7 @@ def solve(
     Raises:
         ValueError: For an argument out of its range.
 
-    Example:
+    Examples:
         >>> path = solve("bn", "relu", lr=0.5, zeta=0.125, times=200.0)
         >>> round(float(path.gamma[-1]), 2)  # 1 / (1 + 2 zeta)
         0.8

@@ -35,7 +35,7 @@ def sgd_linear(alpha: float, noise: float = 0.0) -> float:
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> sgd_linear(2.0, 0.25)
         0.25
     """

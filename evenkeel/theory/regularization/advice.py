@@ -149,7 +149,7 @@ def advise(
     Raises:
         ValueError: If there are no batches, fewer than 4 images, no such layers, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
         >>> advice = advise(model, [torch.randn(256, 4)], batch_size=32)
         >>> round(advice.layers[0].effective_batch_mean)

@@ -71,7 +71,7 @@ class GammaDecay:
         ValueError: If an argument is out of range, or no layer has a scale to decay.
         TypeError: If the coefficient is neither "adaptive" nor a number.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
         >>> decay = GammaDecay(model, batch_size=128, coefficient=0.01)
         >>> round(decay.penalty().item(), 6)  # 8 channels, gamma = 1

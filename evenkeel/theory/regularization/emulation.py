@@ -39,7 +39,7 @@ def inverse_std_bias(batch_size: float, kurtosis: float = 0.0) -> float:
     Raises:
         ValueError: If the batch is too small for the moments to exist.
 
-    Example:
+    Examples:
         >>> round(inverse_std_bias(32), 4)
         0.0242
     """

@@ -67,7 +67,7 @@ def bn_gap(
     Raises:
         ValueError: For an unknown mode or a batch size below 4.
 
-    Example:
+    Examples:
         >>> gaussian = lambda n, g: torch.randn(n, generator=g, dtype=torch.float64)
         >>> half_square = lambda h, u: h.square() / 2
         >>> gap = bn_gap(gaussian, half_square, 32, batches=4000, mode="independent")

@@ -92,7 +92,7 @@ def statistics_noise(batch_size: float, kurtosis: float = 0.0, skewness: float =
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> statistics_noise(32).std == 1 / 64
         True
     """
@@ -115,7 +115,7 @@ def zeta(curvature: Curvature, noise: StatisticsNoise, *, mean: bool = True, var
     Returns:
         The factor of ``gamma^2`` in the expected loss.
 
-    Example:
+    Examples:
         >>> zeta(Curvature(1.0, 1.0), statistics_noise(32), mean=False)  # linear student, half the square
         0.0078125
     """
