@@ -76,7 +76,7 @@ def element(tag: str, *children: Child, **attributes: object) -> Markup:
         **attributes: Its attributes; ``class_`` gives ``class``, ``stroke_width`` gives ``stroke-width``. None and
             False leave an attribute out, True writes it without a value, a float is written as a coordinate.
 
-    Example:
+    Examples:
         >>> element("td", "a < b", class_="name")
         '<td class="name">a &lt; b</td>'
     """

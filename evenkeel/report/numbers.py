@@ -34,7 +34,7 @@ def signed(value: float, decimals: int) -> str:
 def significant(value: float, digits: int = 3) -> str:
     """Return a number to ``digits`` significant digits, in powers of ten below 0.0001 and from a million on.
 
-    Example:
+    Examples:
         >>> significant(0.012345), significant(12.345), significant(0.0000123)
         ('0.0123', '12.3', '1.23×10⁻⁵')
     """

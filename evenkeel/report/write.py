@@ -28,7 +28,7 @@ def write_report(out_dir: str | Path) -> Path:
         FileNotFoundError: If the folder does not exist or holds nothing of a comparison.
         OSError: If the report cannot be written (a full or read-only disk); an older one stays as it was.
 
-    Example:
+    Examples:
         >>> write_report("runs/digits")  # doctest: +SKIP
         PosixPath('runs/digits/report.html')
     """
