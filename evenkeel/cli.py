@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from evenkeel._version import __version__
+from evenkeel.commands import theory
+from evenkeel.commands.friendly import friendly
 
 __all__ = ["app", "main"]
 
@@ -27,8 +26,7 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Experiments of the papers, ready to run.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
-
-BAD_INPUT, FAILED = 2, 1
+app.add_typer(theory.app, name="theory")
 
 Data = Annotated[
     str | None, typer.Option(help="digits (bundled), FILE.npz, an image folder or hf:NAME. (default: digits)")
@@ -352,41 +350,3 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
-
-
-@contextlib.contextmanager
-def friendly() -> Iterator[None]:
-    """Turn errors into one message on standard error and an exit code; with EVENKEEL_TRACEBACK=1 they pass through.
-
-    Exit codes: 2 for input that cannot be used, 1 for a disk that takes no more, 130 after Ctrl-C, 143 after SIGTERM.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail(130, "stopped. The same command resumes where this one ended.")
-    except Exception as error:
-        if os.environ.get("EVENKEEL_TRACEBACK"):
-            raise
-        from evenkeel.experiment.stop import Interrupted
-
-        if isinstance(error, Interrupted):
-            _fail(error.exit_code, "stopped. What was complete is kept; the same command resumes where this one ended.")
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            reason = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-            _fail(
-                FAILED,
-                f"error: {reason.split('] ', 1)[-1]}. What was written before is intact: make room or rights, or "
-                f"choose another --out, and run the same command again to go on.",
-            )
-        if (
-            isinstance(error, (ValueError, TypeError, FileNotFoundError, ImportError))
-            or type(error).__name__ == "BusyError"
-        ):
-            _fail(BAD_INPUT, f"error: {error}")
-        raise
-
-
-def _fail(code: int, message: str) -> None:
-    """Print a message to standard error and end with an exit code."""
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
