@@ -38,16 +38,17 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
         if isinstance(norm, NoNorm):
             raise RefusedError("is no normalization, only the place of one")
         return _from_running_statistics(norm, read(norm).family)
-    family = next((found[0] for base in type(norm).__mro__ if (found := our_family(base))), "")
-    if canonical(family, norm, norm.num_features) == "batch":
+    plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
+    family = (our_family(plain) or ("",))[0]
+    if family in ("unitized", "batch_instance") and canonical(family, norm, norm.num_features) == "batch":
         return _from_running_statistics(norm, family)
-    forward = next(base for base in type(norm).__mro__ if base is not ThenAct and "forward" in base.__dict__)
     exact = copy.deepcopy(norm).double()
     try:
         scale, shift = exact.rule(Moments(count=1, _compute=_unknown))
     except _NeedsMomentsError:
         why = "normalizes with the statistics of the batch in evaluation too" if _no_statistics(norm) else _SAMPLE
         raise RefusedError(why) from None
+    forward = next(base for base in type(norm).__mro__ if base is not ThenAct and "forward" in base.__dict__)
     if forward is not FlexNorm:
         raise RefusedError(f"{forward.__name__} has its own forward")
     channels = (1, norm.num_features)

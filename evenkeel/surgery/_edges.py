@@ -51,11 +51,11 @@ class Edges:
     axes: dict[int, set[int]] = field(default_factory=dict)
 
 
-class _Tracer(fx.Tracer):  # type: ignore[no-untyped-call]
+class _Tracer(fx.Tracer):
     """Keeps normalizations and the layers of this package in one piece."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if is_candidate(m) or isinstance(m, (FlexNorm, NormPropLayer)):
+        if is_candidate(m) or isinstance(m, (*LINEAR, FlexNorm, NormPropLayer)):
             return True
         return bool(super().is_leaf_module(m, qualified_name))
 
@@ -115,7 +115,7 @@ class _Output:
     used_elsewhere: bool = False
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation that reads the output of a linear map outside the normalization that it feeds."""
 
     def __init__(self) -> None:

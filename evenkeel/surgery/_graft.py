@@ -38,10 +38,15 @@ _KNOWN = frozenset(
 )
 
 
-def graft(source: Source, new: nn.Module) -> nn.Module:
+def graft(source: Source, new: nn.Module, *, restore: bool = False) -> nn.Module:
     """Give ``new`` the parameters, statistics, flags, hooks and extras of the layer read as ``source``.
 
     Parameters are the very same objects wherever the shapes agree, so that an optimizer built before keeps working.
+
+    Args:
+        source: The layer, read.
+        new: The layer that was built for it.
+        restore: Go back to the class of another package that the layer once had.
 
     Returns:
         ``new``, or a layer of another class in its place where the layer has an activation inside.
@@ -50,7 +55,7 @@ def graft(source: Source, new: nn.Module) -> nn.Module:
     training = old.__dict__.get("_training_when_thawed", old.training)
     _move_parameters(source, new)
     _move_buffers(old, new)
-    new = _restore_shape(source, new)
+    new = _restore_shape(source, new, final_class(source, new, restore=restore))
     _move_extras(source, new)
     graft_hooks(old, new)
     new.training = training
@@ -109,7 +114,7 @@ def _move_parameters(source: Source, new: nn.Module) -> None:
             new._parameters[name] = nn.Parameter(buffer, requires_grad=False)
         elif name == "bias" and present is None and old._parameters.get("weight") is not None:
             new._parameters[name] = None
-        elif trainable and not any(trainable):
+        elif (trainable or "weight" in old._buffers) and not any(trainable):
             # A frozen layer does not become trainable by what is new in it.
             parameter.requires_grad_(False)
 
@@ -131,10 +136,10 @@ def _move_buffers(old: nn.Module, new: nn.Module) -> None:
         new._buffers[name] = buffer
 
 
-def final_class(source: Source, new: nn.Module) -> type[nn.Module]:
+def final_class(source: Source, new: nn.Module, *, restore: bool) -> type[nn.Module]:
     """The class that ``new`` has in the end: with the activation of the old layer, or of another package."""
     origin, plain = source.origin, type(new)
-    if not isinstance(new, FlexNorm) and origin is not None:
+    if restore and origin is not None:
         if origin.__name__ in _BUFFERS_ONLY and source.frozen and plain is nn.BatchNorm2d:
             return origin
         if origin.__name__ in _WITH_ACT and issubclass(origin, plain):
@@ -146,8 +151,7 @@ def _has_act(source: Source) -> bool:
     return "act" in source.module._modules and (source.origin is not None or isinstance(source.module, ThenAct))
 
 
-def _restore_shape(source: Source, new: nn.Module) -> nn.Module:
-    cls = final_class(source, new)
+def _restore_shape(source: Source, new: nn.Module, cls: type[nn.Module]) -> nn.Module:
     if cls is source.origin and cls.__name__ in _BUFFERS_ONLY:
         new = _buffers_only(cls, new)
     elif cls is not type(new):

@@ -52,6 +52,11 @@ class Target:
     function: Callable[[nn.Module], nn.Module | None] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def restores(self) -> bool:
+        """Whether the way back is meant, to whatever class the layer once had."""
+        return self.native and self.family is None and self.cls is None
+
     def family_for(self, source: Source) -> str:
         """The family that this layer would become."""
         if self.family is not None:

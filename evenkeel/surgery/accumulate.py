@@ -215,9 +215,13 @@ class _Torchs(_Part):
     def update(self, pool: Pool) -> None:
         mean, var = (self.module.get_buffer(name) for name in self._names[:2])
         tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.__dict__["momentum"]
-        if tracked is not None:
-            tracked.add_(1)
-        rate = momentum if momentum is not None or tracked is None else 1.0 / tracked.to(mean.dtype)
+        if not self.between:
+            # torch's instance normalization does not count, and takes no momentum for no update.
+            rate = momentum or 0.0
+        else:
+            if tracked is not None:
+                tracked.add_(1)
+            rate = momentum if momentum is not None or tracked is None else 1.0 / tracked.to(mean.dtype)
         new_mean, new_var = pool.mean.to(mean.dtype), pool.unbiased.to(var.dtype)
         usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
         mean.copy_(torch.where(usable, mean + rate * (new_mean - mean), mean))

@@ -167,7 +167,7 @@ def conversion_plan(
     if example_input is None:
         return ConversionPlan(rows)
     other = copy.deepcopy(model)
-    other = _apply(other, _steps(other, target, *_by_name(steps), example_input, dry=False))
+    other = _apply(other, _steps(other, target, *_by_name(steps), example_input, dry=False), target)
     return ConversionPlan(
         rows,
         difference(model, other, example_input, training=False),
@@ -232,7 +232,7 @@ def convert(
         include, exclude = chosen
     steps = _steps(model, target, include, exclude, example_input, dry=False)
     _warn(steps)
-    return _apply(model, steps)
+    return _apply(model, steps, target)
 
 
 def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
@@ -292,7 +292,7 @@ def _step(
         if dry and type(new) is type(module) and new.__dict__.keys() == module.__dict__.keys():
             row = replace(row, notes=("same class",))
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
-    if target.native and target.family is None and not isinstance(module, (FlexNorm, NoNorm, NormPropLayer)):
+    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropLayer)):
         return _Step(place, replace(row, status="keep", reason="not a layer of this package"))
     source = read(module)
     ndim = _spatial_axes(source, target, seen, neighbours)
@@ -303,7 +303,7 @@ def _step(
     new = target.build(source, ndim, tensor.device, tensor.dtype)
     row = replace(
         row,
-        target=final_class(source, new).__name__,
+        target=final_class(source, new, restore=target.restores).__name__,
         effect=effect(source, new, target.family_for(source)),
         notes=(*source.notes, *notes(source, new, target.family_for(source) in BATCH_LIKE | {"sync"})),
     )
@@ -349,13 +349,13 @@ def _warn(steps: Sequence[_Step]) -> None:
         )
 
 
-def _apply(model: nn.Module, steps: Sequence[_Step]) -> nn.Module:
+def _apply(model: nn.Module, steps: Sequence[_Step], target: Target) -> nn.Module:
     for step in steps:
         if step.new is None:
             continue
         new, old = step.new, step.place.module
         if step.source is not None:
-            new = graft(step.source, new)
+            new = graft(step.source, new, restore=target.restores)
         elif all(module is not old for module in new.modules()):
             graft_hooks(old, new)
             new.train(old.training)

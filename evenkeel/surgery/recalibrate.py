@@ -166,7 +166,7 @@ class _Run:
             self._look_at(module, pool, calls.get(module, 0))
             if group is not None:
                 pool_processes([pool], group)
-            _put(module, pool.mean, pool.var)
+            _put(module, *_final(module, pool))
         return pools
 
     def _order(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, int]:
@@ -265,6 +265,11 @@ def _add(pool: Pool, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def _final(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
+    """What the layer shall keep: population normalization the biased variance, all others torch's unbiased one."""
+    return pool.mean, pool.var if isinstance(module, _PopulationNorm) else pool.unbiased
+
+
 def _put(module: nn.Module, mean: Tensor, var: Tensor) -> None:
     """Exchange the private buffers; the model's own are not touched before the end."""
     for name, value in (("running_mean", mean), ("running_var", var)):
@@ -292,9 +297,9 @@ def _refuse_non_finite(layers: Mapping[nn.Module, str], pools: Mapping[nn.Module
 def _write(module: nn.Module, pool: Pool) -> None:
     if not bool(pool.count > 0):
         return
-    module.get_buffer("running_mean").copy_(pool.mean)
-    # Population normalization keeps the biased variance, all others torch's unbiased one.
-    module.get_buffer("running_var").copy_(pool.var if isinstance(module, _PopulationNorm) else pool.unbiased)
+    mean, var = _final(module, pool)
+    module.get_buffer("running_mean").copy_(mean)
+    module.get_buffer("running_var").copy_(var)
     tracked = module._buffers.get("num_batches_tracked")
-    if tracked is not None:
+    if tracked is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
         tracked.copy_(torch.where(tracked == 0, pool.batches, tracked))
