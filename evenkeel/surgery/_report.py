@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -13,7 +14,7 @@ __all__ = ["Report"]
 Row = TypeVar("Row")
 
 
-class Report(Generic[Row]):
+class Report(ABC, Generic[Row]):
     """A list of rows with a heading per column and lines of summary below.
 
     Attributes:
@@ -40,17 +41,17 @@ class Report(Generic[Row]):
                 return row
         raise KeyError(key)
 
+    @abstractmethod
     def names(self, row: Row) -> list[str]:
         """All names under which the row can be looked up."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cells(self, row: Row) -> tuple[str, ...]:
         """One text per heading."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> list[str]:
         """Lines below the table."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         table = [self.headings, *(self.cells(row) for row in self.rows)]

@@ -9,6 +9,7 @@ the forward still uses each micro-batch's own statistics, as it has to, since th
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any
 
@@ -113,7 +114,7 @@ def accumulate(
     return Accumulation([place.module for place in places], optimizer)
 
 
-class _Part:
+class _Part(ABC):
     """One layer whose updates are held back."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -128,11 +129,13 @@ class _Part:
         """Whether the spread of the means enters the variance; not in instance normalization's averages."""
         return not isinstance(self.module, (_InstanceNorm, nn.modules.instancenorm._InstanceNorm))
 
+    @abstractmethod
     def update(self, pool: Pool) -> None:
-        raise NotImplementedError
+        """Let the pooled micro-batches enter the running statistics as one batch."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Give the layer back its ordinary updates."""
 
 
 class _Ours(_Part):
