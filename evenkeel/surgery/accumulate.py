@@ -102,7 +102,7 @@ def accumulate(
         The handle. It is active at once, with or without a ``with`` block. Leaving the block by an exception drops
         what was collected.
 
-    Example:
+    Examples:
         >>> model = nn.BatchNorm1d(1, momentum=1.0)
         >>> with accumulate(model):
         ...     for x in (torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])):

@@ -147,7 +147,7 @@ def conversion_plan(
         ValueError: As of :func:`convert`.
         TypeError: As of :func:`convert`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> plan = conversion_plan(model, "unitized", example_input=torch.randn(2, 3, 8, 8))
         >>> plan.preserved, plan["1"].target
@@ -215,9 +215,9 @@ def convert(
     Raises:
         ValueError: For an unknown name, a model without normalization layers, ``include`` or ``exclude`` that fit
             nothing, or constructor arguments that no layer accepts.
-        TypeError: For ``to`` of another kind, or unknown constructor arguments.
+        TypeError: For ``to`` of another kind, unknown constructor arguments, or a scripted model.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> unitized = convert(model, "unitized", norm="rms")
         >>> unitized[1]
@@ -250,6 +250,8 @@ def _steps(
     *,
     dry: bool,
 ) -> list[_Step]:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
     places = find(model, is_candidate)
     if not places:
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")

@@ -101,7 +101,7 @@ def fold_plan(
     Returns:
         A :class:`FoldPlan`; ``print`` it.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8))
         >>> print(fold_plan(model))
         layer  is           folded into  why not
@@ -157,7 +157,7 @@ def fold(
     Warns:
         UserWarning: Layers with a fixed scale and shift are left, with the reasons; :func:`fold_plan` lists all.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         >>> fold(model)
         Sequential(

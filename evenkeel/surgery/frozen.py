@@ -57,7 +57,7 @@ def _empty(thawed: type[nn.Module]) -> nn.Module:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether :func:`freeze` holds the statistics of this layer."""
+    """Whether :func:`freeze` holds the statistics of the layer ``module``."""
     return isinstance(module, Frozen) or (isinstance(module, FlexNorm) and module.frozen)
 
 
@@ -108,7 +108,7 @@ def freeze(
     Raises:
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> freeze(model).train()[1].training
         False

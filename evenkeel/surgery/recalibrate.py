@@ -78,7 +78,7 @@ def recalibrate(
             can be iterated only once although ``sequential`` needs more.
         RuntimeError: If a layer's input is not finite. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))
         >>> _ = recalibrate(model, [torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0]])])
         >>> model[0].running_mean, model[0].running_var
