@@ -166,12 +166,16 @@ def conversion_plan(
     rows = [step.row for step in steps]
     if example_input is None:
         return ConversionPlan(rows)
-    other = copy.deepcopy(model)
-    other = _apply(other, _steps(other, target, *_by_name(steps), example_input, dry=False), target)
+    chosen = _by_name(steps)
+
+    def change(copied: nn.Module, example: Any) -> nn.Module:
+        return _apply(copied, _steps(copied, target, *chosen, example, dry=False), target)
+
+    other = change(copy.deepcopy(model), example_input)
     return ConversionPlan(
         rows,
-        difference(model, other, example_input, training=False),
-        difference(model, other, example_input, training=True),
+        difference(model, other, example_input, change, training=False),
+        difference(model, other, example_input, change, training=True),
     )
 
 

@@ -113,7 +113,7 @@ def fold_plan(
     folded, rows = _fold(copy.deepcopy(model), example_input, include, exclude)
     if example_input is None:
         return FoldPlan(rows)
-    return FoldPlan(rows, difference(model, folded, example_input, training=False))
+    return FoldPlan(rows, _measured(model, folded, rows, example_input))
 
 
 def fold(
@@ -177,7 +177,7 @@ def fold(
             raise RuntimeError(text)
         warnings.warn(text, stacklevel=2)
     if example_input is not None:
-        measured = difference(reference, folded, example_input, training=False)
+        measured = _measured(reference, folded, rows, example_input)
         if not measured.preserved:
             raise RuntimeError(f"the folded model computes another function on example_input: {measured}")
     return folded
@@ -201,6 +201,15 @@ def _fold(
             row = _fold_one(place, row, edges, failure, names, owners)
         rows.append(row)
     return model, rows
+
+
+def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], example_input: Any) -> Difference:
+    names = {name for row in rows for name in row.names}
+
+    def change(copied: nn.Module, example: Any) -> nn.Module:
+        return _fold(copied, example, lambda name, _: name in names, None)[0]
+
+    return difference(model, folded, example_input, change, training=False)
 
 
 def _edges(model: nn.Module, example_input: Any) -> tuple[Edges, str]:

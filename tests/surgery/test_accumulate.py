@@ -148,3 +148,19 @@ def test_unbatched_instance_norm() -> None:
     with accumulate(layer):
         layer(x)
     torch.testing.assert_close(layer.running_mean, x.mean(1))
+
+
+def test_synchronized_layers_weigh_by_the_values_of_all_processes(tmp_path, monkeypatch) -> None:
+    """On one process, and with the forward of the plain layer, since torch synchronizes on accelerators only."""
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.modules.batchnorm._BatchNorm.forward)
+    monkeypatch.setattr(nn.SyncBatchNorm, "_check_input_dim", lambda *_: None)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer, large = nn.SyncBatchNorm(3).double(), nn.BatchNorm2d(3).double()
+        with accumulate(layer):
+            for x in micro(0):
+                layer(x)
+        large(torch.cat(micro(0)))
+        torch.testing.assert_close(layer.running_var, large.running_var)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -619,6 +619,11 @@ def test_wrong_arguments_say_what_is_right() -> None:
         convert(model, 3)
     with pytest.raises(ValueError, match="no normalization layer"):
         convert(nn.Linear(2, 2), "unitized")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(model)
+    with pytest.raises(TypeError, match="scripted"):
+        convert(scripted, "unitized")
     part = nn.Sequential(nn.BatchNorm2d(6), nn.BatchNorm2d(5))
     with pytest.warns(UserWarning, match="num_groups must divide"):
         assert isinstance(convert(part, "group", num_groups=3)[1], nn.BatchNorm2d)

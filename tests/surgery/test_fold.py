@@ -299,6 +299,31 @@ def test_the_comparison_catches_what_watching_cannot_see() -> None:
         fold(randomized(untraceable(Functional)()), example_input=torch.randn(2, 3, 4, 4))
 
 
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(5 * x)
+
+
+def test_amplified_rounding_is_told_from_another_function() -> None:
+    """Every layer enlarges a small difference about fivefold: too much for float32, not for float64."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        layers += [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Sine()]
+    model = randomized(nn.Sequential(*layers))
+    with torch.no_grad():
+        for layer in model[::3]:
+            layer.weight.copy_(torch.nn.init.orthogonal_(torch.empty(3, 3)).view(3, 3, 1, 1) * 1.5)
+    x = torch.randn(2, 3, 4, 4)
+    plan = fold_plan(model, example_input=x)
+    measured = plan.difference
+    assert measured.maximum > 1e-4 * measured.scale, "the case is not hard enough to test anything"
+    assert measured.preserved
+    assert measured.exact < 1e-9 * measured.scale
+    assert "in float64" in str(plan)
+    fold(model, example_input=x, strict=True)
+
+
 def test_untraceable_models_need_an_example() -> None:
     class Plain(Skip):
         def forward(self, x: Tensor) -> Tensor:

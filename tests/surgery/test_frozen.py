@@ -134,3 +134,5 @@ def test_gradients_flow_and_the_model_compiles(name: str) -> None:
     compiled(x).sum().backward()
     assert model[0].weight.grad is not None
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x))
