@@ -129,7 +129,9 @@ def layer_bound(
 def _radius(layer: Any, noise: Noise, positions: int) -> float:
     from evenkeel.nn import batch, population, unitized
 
-    standardizing = (batch._BatchNorm, population._PopulationNorm, nn.modules.batchnorm._BatchNorm)
+    # Not batch._BatchNorm: layers that are derived from it (mean only, renormalized, mixed) do not standardize.
+    ours = (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
+    standardizing = (*ours, population._PopulationNorm, nn.modules.batchnorm._BatchNorm)
     known: tuple[Any, ...] = (*standardizing, unitized._UnitizedBatchNorm)
     if not isinstance(layer, known):
         raise TypeError(

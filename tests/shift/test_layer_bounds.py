@@ -101,3 +101,11 @@ def test_errors() -> None:
         layer_bound(GroupNorm(1, 4))
     with pytest.raises(ValueError, match="at least -1"):
         batch_norm_radius(torch.ones(2), -2.0)
+
+
+@pytest.mark.parametrize(
+    "norm", ["mean_only", "variance_only", "renorm", "switchable", "batch_instance", "group", "none"]
+)
+def test_layers_that_do_not_standardize_have_no_bound(norm: str) -> None:
+    with pytest.raises(TypeError, match="no bound is known"):
+        layer_bound(make_norm(norm, 16))
