@@ -182,6 +182,7 @@ class _Run:
                     ShiftMonitor(
                         self.model,
                         self.probe,
+                        layers=models.watched_layers(self.model),
                         every=self.shift_every,
                         lag=self.config.shift_lag,
                         max_samples=self.config.shift_samples,

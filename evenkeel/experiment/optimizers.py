@@ -14,6 +14,15 @@ from evenkeel.optim import SGDG, AdamG, param_groups
 __all__ = ["make_optimizer"]
 
 
+def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters, those of unitization (alpha) without weight decay: it would pull the layer back to BatchNorm."""
+    alphas = {id(p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if name == "alpha"}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in alphas]}]
+    if alphas:
+        groups.append({"params": [p for p in model.parameters() if id(p) in alphas], "weight_decay": 0.0})
+    return groups
+
+
 def make_optimizer(
     model: nn.Module, optim: str, settings: Mapping[str, Any], example_input: Tensor
 ) -> tuple[torch.optim.Optimizer, list[str]]:
@@ -37,11 +46,11 @@ def make_optimizer(
         optimizer: torch.optim.Optimizer
         if optim == "sgd":
             optimizer = torch.optim.SGD(
-                model.parameters(), s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"], nesterov=nesterov
+                _decay_groups(model), s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"], nesterov=nesterov
             )
         else:
             betas = (s["beta1"], s["beta2"])
-            optimizer = torch.optim.AdamW(model.parameters(), s["lr"], betas=betas, weight_decay=s["weight_decay"])
+            optimizer = torch.optim.AdamW(_decay_groups(model), s["lr"], betas=betas, weight_decay=s["weight_decay"])
         normalize_weights_(model)
         register_unit_norm(optimizer, model)
         return optimizer, []

@@ -10,9 +10,9 @@ from torch import nn
 
 from evenkeel._messages import unknown_name
 from evenkeel.models.bricks import Bricks, NormSpec, norm_names
-from evenkeel.models.networks import convnet, nin, resnet, vgg
+from evenkeel.models.networks import convnet, nin, resnet, vgg, watched_layers
 
-__all__ = ["MODELS", "Bricks", "build", "convnet", "nin", "norm_names", "resnet", "vgg"]
+__all__ = ["MODELS", "Bricks", "build", "convnet", "nin", "norm_names", "resnet", "vgg", "watched_layers"]
 
 _VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 _VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)

@@ -99,16 +99,17 @@ class _PreActivationBlock(nn.Module):
     def __init__(self, bricks: Bricks, cin: int, cout: int, stride: int) -> None:
         super().__init__()
         self.norm1 = bricks.norm(cin)
+        # norm1 of a network without normalization is the identity: its ReLU must not overwrite the shortcut's input.
+        self.relu1 = nn.ReLU()
         self.conv1 = bricks._convolution(cin, cout, 3, stride, 1)
         self.norm2 = bricks.norm(cout)
+        self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = bricks._convolution(cout, cout, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
         changes = stride != 1 or cin != cout
         self.shortcut = bricks._convolution(cin, cout, 1, stride, 0) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for ``x`` (N, C, H, W)."""
-        # norm1 of a network without normalization is the identity: its ReLU must not overwrite the shortcut's input.
-        first = nn.functional.relu(self.norm1(x))
-        out: Tensor = self.conv2(self.relu(self.norm2(self.conv1(first)))) + self.shortcut(x)
+        first = self.conv1(self.relu1(self.norm1(x)))
+        out: Tensor = self.conv2(self.relu2(self.norm2(first))) + self.shortcut(x)
         return out

@@ -10,7 +10,7 @@ from torch import nn
 
 from evenkeel.models.bricks import Bricks, NormSpec
 
-__all__ = ["convnet", "nin", "resnet", "vgg"]
+__all__ = ["convnet", "nin", "resnet", "vgg", "watched_layers"]
 
 
 def _head(features: int, num_classes: int) -> nn.Linear:
@@ -20,11 +20,32 @@ def _head(features: int, num_classes: int) -> nn.Linear:
     return head
 
 
-def _network(layers: Sequence[tuple[str, nn.Module]], head: nn.Module) -> nn.Sequential:
+def _network(layers: Sequence[tuple[str, nn.Module]], head: nn.Module, watched: Sequence[str]) -> nn.Sequential:
     """The layers, then the mean over positions and the linear head."""
-    return nn.Sequential(
+    net = nn.Sequential(
         OrderedDict([*layers, ("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", head)])
     )
+    return _watching(net, watched)
+
+
+def _watching(net: nn.Sequential, names: Sequence[str]) -> nn.Sequential:
+    """Note on the network which layers' outputs to compare between normalizations; see :func:`watched_layers`."""
+    net.watched = tuple(names)  # type: ignore[assignment]
+    return net
+
+
+def watched_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers whose outputs the normalized linear maps of a reference network read.
+
+    A BatchNorm stands before its activation, a layer of Normalization Propagation ends after it, and a network without
+    normalization has neither: their outputs are no like quantities. What the next linear map reads is, so that is what
+    a comparison of normalizations watches. The networks of this room have equally many such places under every
+    normalization, in the same order.
+
+    Args:
+        model: A network of :func:`evenkeel.models.build`; any other has none.
+    """
+    return tuple(getattr(model, "watched", ()))
 
 
 def convnet(
@@ -55,7 +76,7 @@ def convnet(
     for index, width in enumerate(widths):
         layers.append((f"layer{index + 1}", bricks.conv(channels, width, stride=2 if index else 1)))
         channels = width
-    return _network(layers, _head(channels, num_classes))
+    return _network(layers, _head(channels, num_classes), [name for name, _ in layers])
 
 
 def resnet(
@@ -96,9 +117,13 @@ def resnet(
             stride = 2 if stage and block == 0 else 1
             layers.append((f"stage{stage + 1}_block{block + 1}", bricks.block(channels, out, stride)))
             channels = out
-    if not bricks.propagates:
+    blocks = [name for name, _ in layers[1:]]
+    if bricks.propagates:
+        watched = ["stem", *(name for block in blocks for name in (f"{block}.branch.conv1", block))]
+    else:
+        watched = [*(name for block in blocks for name in (f"{block}.relu1", f"{block}.relu2")), "relu"]
         layers += [("norm", bricks.norm(channels)), ("relu", nn.ReLU(inplace=True))]
-    return _network(layers, _head(channels, num_classes))
+    return _network(layers, _head(channels, num_classes), watched)
 
 
 def vgg(
@@ -128,7 +153,7 @@ def vgg(
             layers.append((f"stage{stage}_layer{index}", bricks.conv(channels, width)))
             channels = width
         layers.append((f"stage{stage}_pool", nn.MaxPool2d(2)))
-    return _network(layers, _head(channels, num_classes))
+    return _network(layers, _head(channels, num_classes), [name for name, _ in layers if "_layer" in name])
 
 
 def nin(
@@ -161,7 +186,7 @@ def nin(
     nn.init.normal_(last.weight, std=w192**-0.5)
     if last.bias is not None:
         nn.init.zeros_(last.bias)
-    return nn.Sequential(
+    net = nn.Sequential(
         OrderedDict(
             layer1=bricks.conv(in_channels, w192, 5),
             layer2=bricks.conv(w192, w160, 1),
@@ -178,3 +203,4 @@ def nin(
             flatten=nn.Flatten(),
         )
     )
+    return _watching(net, [f"layer{index}" for index in range(1, 9)])

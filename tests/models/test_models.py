@@ -125,6 +125,27 @@ def test_equal_seeds_give_equal_weights_under_every_normalization() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_watched_layers_are_alike_under_every_normalization(name: str) -> None:
+    """Equally many, of equal shapes, and none negative where the activation comes last in all of them."""
+    shapes = {}
+    for norm in ("none", "batch", "normprop"):
+        net = models.build(name, norm=norm, in_channels=1)
+        names = models.watched_layers(net)
+        assert len(set(names)) == len(names)
+        seen: dict[str, torch.Tensor] = {}
+        for layer in names:
+            net.get_submodule(layer).register_forward_hook(
+                lambda m, i, o, k=layer, seen=seen: seen.update({k: o.detach()})
+            )
+        net(_inputs(name, 1))
+        shapes[norm] = [seen[layer].shape for layer in names]
+        if norm != "normprop":
+            assert all(out.min() >= 0 for out in seen.values())
+    assert shapes["none"] == shapes["batch"] == shapes["normprop"]
+    assert models.watched_layers(nn.Linear(1, 1)) == ()
+
+
 def test_shortcut_input_survives_the_in_place_activation() -> None:
     """Without normalization, norm1 is the identity: an in-place ReLU on its output would change the shortcut."""
     net = models.build("resnet8", norm="none").eval()
