@@ -10,14 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from evenkeel._version import __version__
-from evenkeel.flexnorm import FlexNorm, Moments, flex_norm
 
 if TYPE_CHECKING:
     from evenkeel import data, experiment, integrations, models, nn, optim, report, shift, surgery, theory
+    from evenkeel.flexnorm import FlexNorm, Moments, flex_norm
     from evenkeel.surgery import accumulate, conversion_plan, convert, fold, freeze, recalibrate, unfreeze
 
+# Loaded when first used: the command line answers before torch is there, and rooms cost what they are used for.
 _ROOMS = ("data", "experiment", "integrations", "models", "nn", "optim", "report", "shift", "surgery", "theory")
-_SURGERY = ("accumulate", "conversion_plan", "convert", "fold", "freeze", "recalibrate", "unfreeze")
+_NAMES = {
+    **dict.fromkeys(("FlexNorm", "Moments", "flex_norm"), "flexnorm"),
+    **dict.fromkeys(
+        ("accumulate", "conversion_plan", "convert", "fold", "freeze", "recalibrate", "unfreeze"), "surgery"
+    ),
+}
 
 __all__ = [
     "FlexNorm",
@@ -47,8 +53,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"evenkeel.{name}")
-    if name in _SURGERY:
-        return getattr(importlib.import_module("evenkeel.surgery"), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"evenkeel.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")
 
 

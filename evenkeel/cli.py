@@ -12,7 +12,7 @@ import typer
 
 from evenkeel._version import __version__
 from evenkeel.commands import theory
-from evenkeel.commands.friendly import friendly
+from evenkeel.commands.friendly import FAILED, friendly
 
 __all__ = ["app", "main"]
 
@@ -35,10 +35,12 @@ Limit = Annotated[int | None, typer.Option(help="Use at most this many training 
 Model = Annotated[
     str | None, typer.Option(help="Network: convnet, resnet8, resnet20, vgg_small, nin, ... (default: convnet)")
 ]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images. (default: 10)")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per update. (default: 64)")]
-Lr = Annotated[float | None, typer.Option(help="Learning rate in place of each optimizer's own default.")]
-Schedule = Annotated[str | None, typer.Option(help="constant, cosine, onecycle or step.")]
+Lr = Annotated[
+    float | None, typer.Option(help="Learning rate in place of each optimizer's default; lr_manifold stays (--set).")
+]
+Schedule = Annotated[str | None, typer.Option(help="constant, cosine, onecycle or step. (default: onecycle)")]
 Augment = Annotated[str | None, typer.Option(help="Any of flip,shift,crop. (default: none)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps. (default: auto)")]
 Precision = Annotated[str | None, typer.Option(help="32-true, bf16-mixed, 16-mixed, 64-true. (default: 32-true)")]
@@ -189,9 +191,7 @@ def describe(
         images = load(spec, limit=limit)
         typer.echo(images.describe())
         for name, values in (("mean", images.mean), ("std", images.std)):
-            typer.echo(
-                f"{name:5s} {'  '.join(f'{v:.4f}' for v in values.tolist())}  (per channel, pixels scaled to [0, 1])"
-            )
+            typer.echo(f"{name:5s} {'  '.join(f'{v:.4f}' for v in values.tolist())}  (per channel; 8-bit as 0 to 1)")
         train_count = images.y_train.bincount(minlength=images.num_classes).tolist()
         test_count = images.y_test.bincount(minlength=images.num_classes).tolist()
         width = max(len(name) for name in images.classes)
@@ -222,13 +222,16 @@ def recipe_show(name: Annotated[str, typer.Argument(help="Name of a recipe.")]) 
 def recipe_run(
     name: Annotated[str, typer.Argument(help="Name of a recipe.")],
     scale: Scale = None,
-    data: Data = None,
+    data: Annotated[str | None, typer.Option(help="Where the data is. (default: the recipe's)")] = None,
     settings: Set = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment. (default: runs/NAME-SCALE)")] = None,
 ) -> None:
     """Run a recipe, like compare --config."""
     with friendly():
         folder = Path("runs") / (f"{name}-{scale}" if scale else name)
+        scales = _read_recipe(_recipe(name)).get("scales") or {}
+        if scale is None and scales:
+            typer.echo(f"running at the scale of the paper; --scale takes {', '.join(scales)}")
         _compare({"data": data}, _recipe(name), scale, settings, out or folder)
 
 
@@ -259,6 +262,8 @@ def _compare(
         _assign(values, text)
     if single:
         values = {"norms": "batch", "optims": "sgd", "seeds": [0], **values}
+    if isinstance(values.get("out"), str):
+        out = out or Path(values.pop("out"))
     config = Config.from_dict(values)
     folder = out or Path("runs") / (_stem(str(file)) if file else _stem(config.data))
     if single:
@@ -284,7 +289,10 @@ def _compare(
     from evenkeel.report import write_report
 
     path = write_report(folder)
-    screen.print(f"total {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
+    screen.print(f"all runs: {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
+    if not any(run["status"] == "complete" for run in results["runs"]):
+        typer.echo("no run was completed: see the reasons above", err=True)
+        raise typer.Exit(FAILED)
 
 
 def _seeds(text: str | None) -> int | list[int] | None:

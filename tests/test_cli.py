@@ -275,3 +275,19 @@ def test_a_full_disk_ends_with_one_message_and_can_be_resumed(run, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     run("compare", *FAST, *TINY, "--out", "out")
     assert len(list(Path("out").glob("runs/*/*/*/summary.json"))) == 2
+
+
+def test_a_config_may_name_its_folder(run, tmp_path):
+    (tmp_path / "c.yaml").write_text("out: here\nnorms: [none]\noptims: [sgd]\nseeds: 1\nepochs: 1\nlimit: 100\n")
+    run("compare", "--config", "c.yaml", "--set", "model_args.widths=[4]")
+    assert (tmp_path / "here" / "results.json").exists()
+
+
+def test_nothing_completed_is_a_failure(run):
+    result = run("compare", *FAST, *TINY, "--norm", "batch", "--batch-size", "1", code=1)
+    assert "no run was completed" in result.output
+
+
+def test_a_recipe_says_at_which_scale_it_runs(run):
+    result = run("recipe", "run", "unitization_cifar10", "--data", "missing.npz", code=2)
+    assert "running at the scale of the paper; --scale takes full, small" in result.output

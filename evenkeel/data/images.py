@@ -112,8 +112,19 @@ def from_arrays(
             raise ValueError(
                 f"{name}: {key} holds label {y.max()}, but there are {len(names)} classes (0 to {len(names) - 1})"
             )
-    if len(np.unique(y_train)) < 2:
+    present = np.unique(y_train)
+    if len(present) < 2:
         raise ValueError(f"{name}: all training images have label {y_train[0]}; training needs at least two classes")
+    if unseen := sorted(set(np.unique(y_test).tolist()) - set(present.tolist())):
+        raise ValueError(
+            f"{name}: y_test holds label {unseen[0]}, which no training image has; its labels are {present.min()} to "
+            f"{present.max()}"
+        )
+    if classes is None and (gaps := sorted(set(range(int(y_train.max()) + 1)) - set(present.tolist()))):
+        raise ValueError(
+            f"{name}: labels go up to {y_train.max()}, but no training image has label {gaps[0]} ({len(gaps)} such "
+            f"labels); number the classes from 0 without gaps, or give the names of all as `classes`"
+        )
     if limit is not None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1 image, not {limit}")

@@ -13,6 +13,7 @@ import torch
 
 from evenkeel._version import __version__
 from evenkeel.experiment.config import Config
+from evenkeel.flexnorm import kernels
 
 __all__ = ["describe", "settings"]
 
@@ -26,11 +27,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         on = f"{device} ({torch.cuda.get_device_name(device)})"
     return {
         "evenkeel": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": on,
         "threads": torch.get_num_threads(),
+        "kernels": "compiled" if kernels().startswith("compiled") else "torch",
     }
 
 

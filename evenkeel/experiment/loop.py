@@ -293,6 +293,12 @@ class _Run:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
+        before, now = state.get("environment", {}), environment.describe(self.fabric.device)
+        changed = [
+            f"{key} {before[key]!r} became {now[key]!r}" for key in now if key in before and before[key] != now[key]
+        ]
+        if changed:
+            self.notes.append(f"resumed after epoch {state['epoch']} in another environment: {'; '.join(changed)}")
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.step_times = state["step_times"].tolist()
 
@@ -308,6 +314,7 @@ class _Run:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
+            "environment": environment.describe(self.fabric.device),
             "step_times": torch.tensor(self.step_times, dtype=torch.float32),
             "metrics_bytes": self.metrics_bytes,
             "shift_bytes": self.shift_bytes,

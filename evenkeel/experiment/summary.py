@@ -60,9 +60,8 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def interval_holds(row: Mapping[str, float]) -> bool:
-    """Whether lower <= W1 <= upper, up to rounding."""
-    slack = 1e-7 * max(abs(row["w1"]), abs(row["upper"]))
-    return row["lower"] <= row["w1"] + slack and row["w1"] <= row["upper"] + slack
+    """Whether lower <= W1 <= upper."""
+    return row["lower"] <= row["w1"] <= row["upper"]
 
 
 def step_ms(times: Sequence[float]) -> float:

@@ -157,7 +157,9 @@ def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
     """The scale or shift of a rule as a table of two axes that broadcast to (N, C), in the type of the tables."""
     dtype = passes.table_dtype(x.dtype)
     if not isinstance(table, Tensor):
-        table = torch.as_tensor(table, device=x.device)
+        if not isinstance(table, (int, float)):
+            raise TypeError(f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)")
+        table = torch.as_tensor(float(table), device=x.device)
     if table.dtype != dtype:
         table = table.to(dtype)
     shape = table.shape

@@ -9,6 +9,12 @@ way:
 * Variances average by the exponentially weighted form of Chan's formula, which keeps the variance *between* batches. At
   batch size 1 that is most of the variance; averaging variances alone would lose it.
 * A guard bounds how far the statistics may be from those of the batch, for the batch where they are stale.
+* By default the derivative of the batch statistics stands for that of the population's (``gradient="batch"``): the
+  paper's statistics follow the weights, as those of weight normalization do, and constants do not.
+
+So with the defaults a training batch has a small influence on its own normalization, by the share ``momentum`` of the
+statistics. Strictly population normalization, each sample alike and training the same function as evaluation, is
+``statistics="estimated", gradient="none"``.
 """
 
 from __future__ import annotations
@@ -36,10 +42,11 @@ __all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d"]
 
 
 class _PopulationNorm(FlexNorm):
-    """Population normalization (Luo et al. 2019, sec. 2): fixed statistics in the forward and the backward.
+    """Population normalization (Luo et al. 2019, sec. 2): the statistics of the population in training too.
 
-    Every sample is normalized alike, whatever else is in its batch, so training works at batch size 1 and training and
-    evaluation are the same function.
+    Training works at any batch size, 1 included. With ``statistics="estimated"`` every sample is normalized alike,
+    whatever else is in its batch, and training and evaluation are the same function; the default ``"running"`` lets
+    each batch enter the statistics first, with the weight ``momentum``, and normalizes the very first batch by itself.
 
     Args:
         num_features: Number of channels C of the input.

@@ -32,8 +32,9 @@ class _UnitizedBatchNorm(FlexNorm):
 
     ``y = weight * xhat * (alpha / sqrt(s_n + eps) + 1 - alpha) + bias`` with xhat the standardized input and ``s_n``
     one squared norm per sample. ``alpha`` (C,) starts at 0, so that the layer starts as exact BatchNorm and learns how
-    far to unitize. At alpha = 1 the output of a sample has norm ``<= max|weight|`` times a constant, whatever the noise
-    of the batch statistics: the Earth Mover distance between two of its output distributions is at most twice that.
+    far to unitize. At alpha = 1, ``||y - bias||`` of a sample is at most ``max|weight|`` times P positions (times
+    ``sqrt(C P)`` for ``norm="rms"``), whatever the noise of the batch statistics: the Earth Mover distance between two
+    of its output distributions is at most the sum of the two bounds and of the distance of the biases.
 
     Args:
         num_features: Number of channels C of the input.

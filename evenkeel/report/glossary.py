@@ -31,8 +31,10 @@ _ENTRIES = (
         "Internal covariate shift, W₁",
         "How far the distribution of a layer’s output moves when the weights are updated: the Wasserstein distance of "
         "order 1 (the average way that mass has to travel) between the outputs before and after an update, for one "
-        "fixed batch of probe images in training mode. It is measured beside the training and does not change it. The "
-        "table has the mean over all measurements of a layer, then over the layers.",
+        "fixed batch of probe images in training mode, at up to 128 sampled positions. It is measured where the next "
+        "linear map reads it, after normalization and activation, so that networks with and without normalization are "
+        "compared at like places; and beside the training, which it does not change. The table has the mean over all "
+        "measurements of a layer, then over the layers.",
     ),
     (
         "Certified interval [lower, upper]",

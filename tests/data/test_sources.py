@@ -108,6 +108,14 @@ BAD_ARRAYS = {
     "one-hot labels": ({"y_test": np.zeros((12, 3), int)}, r"y_test has shape \(12, 3\); expected one integer label"),
     "negative label": ({"y_test": np.arange(12) - 1}, "y_test holds the negative label -1"),
     "one class": ({"y_train": np.full(24, 2)}, "all training images have label 2"),
+    "test label unseen in training": (
+        {"y_test": np.arange(12) % 3 + 1},
+        "y_test holds label 3, which no training image",
+    ),
+    "gaps": (
+        {"y_train": np.arange(24) % 3 * 1000, "y_test": np.arange(12) % 3 * 1000, "classes": None},
+        "labels go up to 2000, but no training image has label 1 ",
+    ),
     "label beyond classes": ({"classes": np.array(["a", "b"])}, "y_train holds label 2, but there are 2 classes"),
     "pickled classes": ({"classes": np.array([{}, "b", 3], dtype=object)}, "classes holds Python objects"),
 }

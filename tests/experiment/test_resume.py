@@ -176,3 +176,19 @@ def test_killed_at_random_moments_the_summaries_are_those_of_an_uninterrupted_ru
     assert summaries(tmp_path / "whole") == summaries(tmp_path / "parts")
     results = json.loads((tmp_path / "parts" / "results.json").read_text())
     assert len(results["runs"]) == 4
+
+
+def test_a_resume_in_another_environment_says_so(one, images, tmp_path, monkeypatch):
+    """Other kernels or thread counts round differently: such a run must not look like an uninterrupted one."""
+
+    def stop(_):
+        raise Crash
+
+    folder = tmp_path / "runs/batch/sgd/seed0"
+    monkeypatch.setattr("evenkeel.experiment.environment.kernels", lambda: "compiled kernels at /some/where")
+    with pytest.raises(Crash):
+        train_run(one, images, folder, on_epoch=stop)
+    monkeypatch.setattr("evenkeel.experiment.environment.kernels", lambda: "torch's own kernels")
+    summary = train_run(one, images, folder)
+    assert summary["status"] == "complete"
+    assert any("kernels 'compiled' became 'torch'" in note for note in summary["notes"])
