@@ -8,9 +8,10 @@ from typing import Any
 
 from evenkeel.profile.records import Finding, LayerProfile, Profile
 
-_MOST = 12
-"""Sentences about single layers that are printed unless all are asked for."""
+_MOST = 3
+"""Sentences of one kind that are printed unless all are asked for: those with the largest numbers."""
 
+_ORDER = ("act", "look", "fine")
 _STYLE = {"fine": "green", "look": "yellow", "act": "bold red"}
 
 
@@ -55,15 +56,21 @@ def print_profile(result: Profile, console: Any, *, everything: bool = False) ->
     for finding in result.findings:
         _print(finding, console)
     own = [finding for layer in result.layers for finding in layer.findings]
-    wanted = own if everything else [finding for finding in own if finding.level != "fine"]
-    wanted = sorted(wanted, key=lambda f: ("act", "look", "fine").index(f.level))
-    shown_of = len(wanted) if everything else _MOST
-    for finding in wanted[:shown_of]:
+    wanted = [finding for finding in own if everything or finding.level != "fine"]
+    shown_of = wanted if everything else _worst(wanted)
+    for finding in sorted(shown_of, key=lambda f: _ORDER.index(f.level)):
         _print(finding, console)
-    if len(wanted) > shown_of:
-        console.print(f"and {len(wanted) - shown_of} more, which the JSON file and --all show", markup=False)
+    if len(wanted) > len(shown_of):
+        rest = len(wanted) - len(shown_of)
+        console.print(f"and {rest} more of these kinds at other layers, which --all and the JSON show", markup=False)
     if not wanted and not result.diverged_at:
         console.print("no layer needs a change")
+
+
+def _worst(findings: list[Finding]) -> list[Finding]:
+    """The most urgent findings of every topic."""
+    ranked = sorted(findings, key=lambda f: (_ORDER.index(f.level), -f.value))
+    return [f for i, f in enumerate(ranked) if sum(g.topic == f.topic for g in ranked[:i]) < _MOST]
 
 
 def _print(finding: Finding, console: Any) -> None:

@@ -124,6 +124,8 @@ def _decay(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
             f"BatchNorm in place of {layer.layer} would act like a gamma decay of {_number(layer.zeta)} at batch "
             f"{result.batch_size}, {_percent(share)} of the loss; add it as evenkeel.theory.GammaDecay to have it here"
         )
+    if share >= 1:
+        text += " (so much that the expansion for small noise does not hold; take it for large)"
     if level != "fine":
         text += ": take back other regularization, or use a larger batch"
     yield Finding(level, "decay", layer.zeta, text)
