@@ -12,12 +12,24 @@ from typing import TYPE_CHECKING, Any
 from evenkeel._version import __version__
 
 if TYPE_CHECKING:
-    from evenkeel import data, experiment, integrations, models, nn, optim, report, shift, surgery, theory
+    from evenkeel import data, experiment, integrations, models, nn, optim, profile, report, shift, surgery, theory
     from evenkeel.flexnorm import FlexNorm, Moments, flex_norm
     from evenkeel.surgery import accumulate, conversion_plan, convert, fold, freeze, recalibrate, unfreeze
 
 # Loaded when first used: the command line answers before torch is there, and rooms cost what they are used for.
-_ROOMS = ("data", "experiment", "integrations", "models", "nn", "optim", "report", "shift", "surgery", "theory")
+_ROOMS = (
+    "data",
+    "experiment",
+    "integrations",
+    "models",
+    "nn",
+    "optim",
+    "profile",
+    "report",
+    "shift",
+    "surgery",
+    "theory",
+)
 _NAMES = {
     **dict.fromkeys(("FlexNorm", "Moments", "flex_norm"), "flexnorm"),
     **dict.fromkeys(
@@ -41,6 +53,7 @@ __all__ = [
     "models",
     "nn",
     "optim",
+    "profile",
     "recalibrate",
     "report",
     "shift",

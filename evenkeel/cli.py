@@ -13,6 +13,7 @@ import typer
 from evenkeel._version import __version__
 from evenkeel.commands import theory
 from evenkeel.commands.friendly import FAILED, friendly
+from evenkeel.commands.profile import profile
 
 __all__ = ["app", "main"]
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 recipes = typer.Typer(help="Experiments of the papers, ready to run.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 app.add_typer(theory.app, name="theory")
+app.command(epilog="Example:  evenkeel profile timm:resnet18 --data photos/ --batch-size 8")(profile)
 
 Data = Annotated[
     str | None, typer.Option(help="digits (bundled), FILE.npz, an image folder or hf:NAME. (default: digits)")

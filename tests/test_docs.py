@@ -26,6 +26,7 @@ ROOMS = (
     "nn",
     "nn.normprop",
     "optim",
+    "profile",
     "report",
     "shift",
     "surgery",
