@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -23,13 +24,18 @@ def _synchronize() -> None:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Return the seconds of every call, by contender, in rounds that each run all of them."""
+    """Return the seconds of every call, by contender, in rounds that each run all of them in a new order.
+
+    A contender that needs much memory leaves the next one to fault its pages in again; in a fixed order the same one
+    would always pay for it.
+    """
     for _ in range(warmup):
         for call in contenders.values():
             call()
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, call in contenders.items():
+        for name, call in order.sample(list(contenders.items()), len(contenders)):
             _synchronize()
             start = time.perf_counter()
             call()
