@@ -11,7 +11,8 @@ GUIDE = Path(__file__).parents[2] / "docs" / "shift.md"
 
 
 @pytest.mark.skipif(not GUIDE.exists(), reason="the guide is not part of this distribution")
-def test_guide(capsys: pytest.CaptureFixture[str]) -> None:
+def test_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 5
     space: dict[str, object] = {}
@@ -20,5 +21,7 @@ def test_guide(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(space["apart"]) > 8  # type: ignore[arg-type]
     assert float(space["moved"]) == pytest.approx(0.08, rel=1e-3)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
-    assert printed.count("of the spread") == 4
+    assert len(re.findall(r"W1 = .* % of the spread", printed)) == 3
+    assert (tmp_path / "shift.png").stat().st_size > 10_000
+    assert printed.count("statistics noise") >= 3
     assert re.search(r"256 32\.0+\d* 64\.0+\d* 2\.0", printed)
