@@ -72,7 +72,9 @@ def claims() -> None:
         axis.grid(alpha=0.25)
     axes[1, 0].set_yticks([4, 5, 6, 7, 8])
     axes[1, 0].minorticks_off()
-    figure.savefig(FOLDER / "claims.png", dpi=75)
+    axes[1, 2].set_yticks([4, 6, 8, 10, 12])
+    axes[1, 2].minorticks_off()
+    figure.savefig(FOLDER / "claims.png", dpi=70)
     plt.close(figure)
 
 
