@@ -77,7 +77,7 @@ class CKernels:
             for operation, signature in tables.items():
                 if (function := getattr(library, f"{operation}_{name}", None)) is not None:
                     function.argtypes = signature
-                    function.restype = integer if operation == "guard" else None
+                    function.restype = integer if operation in ("guard", "track", "follow") else None
                     self._tables[operation, dtype] = function
         self.dtypes = frozenset(dtype for _, _, dtype in self._passes)
 
@@ -166,19 +166,24 @@ class CKernels:
         self._tables["fold", s1.dtype](s1.data_ptr(), s0.data_ptr(), f1.data_ptr(), f0.data_ptr(), samples, channels)
         return f1, f0
 
-    def track(self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, rate: float, correction: float) -> None:
-        """Move running statistics (C,) in place towards pooled moments; channels with a non-finite batch stay."""
-        self._tables["track", mean.dtype](
+    def track(self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, rate: float, correction: float) -> bool:
+        """Move running statistics (C,) in place towards pooled moments, unless one is not finite; return whether."""
+        usable = self._tables["track", mean.dtype](
             m.data_ptr(), v.data_ptr(), mean.data_ptr(), var.data_ptr(), rate, correction, mean.numel()
         )
         torch.autograd.graph.increment_version([mean, var])
+        return bool(usable)
 
-    def follow(self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, rate: float, first: bool) -> None:
-        """Move weighted moments (C,) in place: those of the ``first`` batch replace, later ones enter with ``rate``."""
-        self._tables["follow", mean.dtype](
+    def follow(self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, rate: float, first: bool) -> bool:
+        """Move weighted moments (C,) in place: those of the ``first`` batch replace, later ones enter with ``rate``.
+
+        Returns whether the batch was finite; otherwise nothing moves.
+        """
+        usable = self._tables["follow", mean.dtype](
             m.data_ptr(), v.data_ptr(), mean.data_ptr(), var.data_ptr(), rate, int(first), mean.numel()
         )
         torch.autograd.graph.increment_version([mean, var])
+        return bool(usable)
 
     def guard(
         self, m: Tensor, v: Tensor, mean: Tensor, var: Tensor, eps: float, ratio: float
@@ -287,7 +292,7 @@ def load() -> CKernels | None:
         )
         target = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
         if not target.exists():
-            logger.info("evenkeel: compiling the normalization kernels once for this machine into %s", target)
+            logger.warning("evenkeel: compiling the normalization kernels once for this machine into %s", target)
             _build(compiler, target)
         return CKernels(ctypes.CDLL(str(target)), target)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:

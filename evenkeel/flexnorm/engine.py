@@ -53,7 +53,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         scale, ctx.edge.scale = ctx.edge.scale, None
         layout = ctx.layout
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or passes.transformed(dmean, dvar, g):
             # Double backward: g is the finished part of the gradient, everything stays in the graph.
             return _composed_gradient(x, dmean, dvar, g), None, None
         if dmean is None and dvar is None:
@@ -97,7 +97,7 @@ class _Affine(torch.autograd.Function):
         size = layout.size[:2]
         if ctx.edge is not None:
             ctx.edge.scale = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or passes.transformed(g):
             values, gradient = x.to(scale.dtype), g.to(scale.dtype)
             axes = tuple(range(2, x.dim()))
             s1, s0 = values * gradient, gradient
@@ -134,7 +134,7 @@ def _must_compose(x: Tensor) -> bool:
     """Where the plain composition has to run: traced, transformed or forward-mode code, and tensors without strides."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or passes.transformed()
         or torch.autograd.forward_ad._current_level >= 0
         or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)

@@ -7,7 +7,7 @@
  *   combine   dx = scale * g + ca * a + cb * b * (x - m)
  *   pool      mean[c], var[c]                over the samples, by Chan's formula; and its backward
  *   fold      sum over the samples           of two tables
- *   track     running statistics             of a pooled batch, channels with a non-finite batch left alone
+ *   track     running statistics             of a pooled batch; a batch with a non-finite channel is left out
  *   unitize   scale, shift                   of unitized batch normalization; and its backward
  *
  * Two layouts: "rows" (N, C, P contiguous: one row of P values per table entry) and "cols" (N, P, C contiguous:
@@ -237,12 +237,13 @@ i64 guard_##NAME(const A *m, const A *v, const A *mean, const A *var, double eps
   return acted; \
 } \
 /* Exponentially weighted moments (C,) of the batches so far, the variance between them included. */ \
-void follow_##NAME(const A *m, const A *v, A *mean, A *var, double rate, int first, i64 C) { \
+i64 follow_##NAME(const A *m, const A *v, A *mean, A *var, double rate, int first, i64 C) { \
+  for (i64 c = 0; c < C; c++) if (!isfinite(m[c]) || !isfinite(v[c])) return 0; \
   for (i64 c = 0; c < C; c++) { \
-    if (!isfinite(m[c]) || !isfinite(v[c])) continue; \
     double gap = (double)m[c] - mean[c], between = first ? 0 : rate * (1 - rate) * gap * gap; \
     var[c] = (A)((1 - rate) * var[c] + rate * v[c] + between); mean[c] += (A)(rate * gap); \
   } \
+  return 1; \
 } \
 void fold_##NAME(const A *s1, const A *s0, A *f1, A *f0, i64 N, i64 C) { \
   for (i64 c0 = 0; c0 < C; c0 += CB) { \
@@ -253,11 +254,12 @@ void fold_##NAME(const A *s1, const A *s0, A *f1, A *f0, i64 N, i64 C) { \
     for (i64 c = 0; c < w; c++) { f1[c0 + c] = (A)t[c]; f0[c0 + c] = (A)u[c]; } \
   } \
 } \
-void track_##NAME(const A *m, const A *v, A *mean, A *var, double rate, double correction, i64 C) { \
+i64 track_##NAME(const A *m, const A *v, A *mean, A *var, double rate, double correction, i64 C) { \
+  for (i64 c = 0; c < C; c++) if (!isfinite(m[c]) || !isfinite(v[c])) return 0; \
   for (i64 c = 0; c < C; c++) { \
-    double dm = m[c] - (double)mean[c], dv = correction * v[c] - (double)var[c]; \
-    if (isfinite(dm) && isfinite(dv)) { mean[c] += (A)(rate * dm); var[c] += (A)(rate * dv); } \
+    mean[c] += (A)(rate * ((double)m[c] - mean[c])); var[c] += (A)(rate * (correction * v[c] - (double)var[c])); \
   } \
+  return 1; \
 } \
 /* t = var_n + (mean_n - m)^2, s_n = sum_c t / (v + eps) / D, q_n = (s_n + eps)^-1/2, gain = 1 - alpha + alpha q_n, \
  * scale = weight gain (v + eps)^-1/2, shift = bias - m scale. */ \

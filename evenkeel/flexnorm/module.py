@@ -160,18 +160,26 @@ class FlexNorm(nn.Module):
         or while frozen: the running ones (those of the batch if none are tracked).
         """
         if self.running_mean is not None and self.running_var is not None and (self.frozen or not self.training):
-            return self.running_mean, self.running_var
+            return self.kept_statistics()
         pooled = moments.pool("batch")
         if self.training:
             self.track(pooled)
         return pooled.mean, pooled.var
 
+    def kept_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the running mean and variance (C,); copies if autograd may save them, since training changes them."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if torch.is_grad_enabled():
+            return self.running_mean.clone(), self.running_var.clone()
+        return self.running_mean, self.running_var
+
     @torch.no_grad()
     def track(self, pooled: Moments) -> None:
         """Let batch moments (1, C) enter the running statistics, unless the layer is frozen or tracks none.
 
-        A batch with a non-finite mean or variance in a channel leaves that channel's statistics as they were. The
-        recomputation of activation checkpointing does not count as a batch.
+        A batch with a non-finite mean or variance in any channel does not count, nor does the recomputation of
+        activation checkpointing.
         """
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or tracked is None or self.frozen or _recomputing():
@@ -179,16 +187,16 @@ class FlexNorm(nn.Module):
         count = pooled.count
         if isinstance(count, int) and count == 0:
             return
-        tracked.add_(1)
         native = pooled.native
         if native is not None and isinstance(count, int) and mean.dtype == var.dtype == pooled.mean.dtype:
-            rate = self.momentum if self.momentum is not None else 1.0 / int(tracked)
-            native.track(pooled.mean, pooled.var, mean, var, rate, count / max(count - 1, 1))
+            rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
+            tracked.add_(native.track(pooled.mean, pooled.var, mean, var, rate, count / max(count - 1, 1)))
             return
         new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
         new_var = pooled.var.detach().reshape(-1).to(var.dtype) * _unbias(count)
-        share = self.momentum if self.momentum is not None else 1.0 / tracked.to(mean.dtype)
-        usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
+        usable = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
+        tracked.add_(usable.to(tracked.dtype))
+        share = self.momentum if self.momentum is not None else 1.0 / tracked.clamp_min(1).to(mean.dtype)
         mean.copy_(torch.where(usable, mean + share * (new_mean - mean), mean))
         var.copy_(torch.where(usable, var + share * (new_var - var), var))
 
@@ -216,11 +224,14 @@ class FlexNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlexNorm:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep_precision()
+        return self
+
+    def _keep_precision(self) -> None:
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
                 # fn has already rounded; statistics restart from the rounded value but accumulate in float32.
                 self._buffers[name] = buffer.float()
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = f"{prefix}num_batches_tracked"
@@ -228,6 +239,7 @@ class FlexNorm(nn.Module):
             # Written by a torch before 0.4.1, or by a layer without the counter.
             state_dict[key] = torch.zeros((), dtype=torch.long)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._keep_precision()
 
     def extra_repr(self) -> str:
         """Show the constructor arguments, and ``frozen`` when it is set."""

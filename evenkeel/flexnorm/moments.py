@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evenkeel._messages import unknown_name
 from evenkeel.flexnorm._distributed import gather_tables
+from evenkeel.flexnorm.passes import transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,12 +49,12 @@ class _Pool(torch.autograd.Function):
         mean, m = ctx.saved_tensors
         pooled = mean.shape[1 if ctx.channels else 0]
         dvar = None if dv is None else (dv / pooled).expand(mean.shape)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not transformed(dm, dv):
             if dm is None and dv is None:
                 return None, None, None, None
             tables = (None if d is None else d.contiguous() for d in (dm, dv))
             return ctx.native.unpool(*tables, mean, m, ctx.channels), dvar, None, None
-        dmean = None if dm is None else (dm / pooled).expand(mean.shape)
+        dmean: Tensor | None = None if dm is None else (dm / pooled).expand(mean.shape)
         if dv is not None:
             through = 2 * dv * (mean - m) / pooled
             dmean = through if dmean is None else dmean + through

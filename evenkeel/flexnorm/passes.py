@@ -49,6 +49,13 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a torch.func transform is active or gradients come batched: such tensors have no memory of their own."""
+    functorch = torch._C._functorch
+    batched = any(t is not None and functorch.is_legacy_batchedtensor(t) for t in tensors)
+    return batched or functorch.peek_interpreter_stack() is not None
+
+
 def positions_of(x: Tensor) -> int:
     """Number of positions per channel: the product of the spatial axes (1 for (N, C))."""
     count = 1

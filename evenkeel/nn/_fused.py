@@ -6,12 +6,14 @@ each way where the engine has kernels. A double backward goes through the compos
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from evenkeel.flexnorm import Moments
+from evenkeel.flexnorm.passes import transformed
 
 __all__ = ["compose_unitize", "follow_statistics", "unitize_tables"]
 
@@ -59,7 +61,7 @@ class _Unitize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, q = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(ds, dh):
             return (*_recomputed(inputs, ds, dh, ctx), None, None, None)
         own_mean, own_var, mean, var, weight, bias, alpha = inputs
         dmean, dvar, rows = ctx.native.deunitize(
@@ -77,14 +79,29 @@ class _Unitize(torch.autograd.Function):
 
 def _recomputed(inputs: list[Tensor | None], ds: Tensor, dh: Tensor, ctx: Any) -> list[Tensor | None]:
     """Gradients that can be differentiated again, through the composition."""
-    # The pooled statistics depend on the moments of the samples: only aliases have partial derivatives.
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    own_mean, own_var, mean, var, weight, bias, alpha = aliases
-    scale, shift = compose_unitize(own_mean, own_var, mean, var, weight, bias, alpha, ctx.eps, ctx.divisor)
-    wanted = [t for t, needed in zip(aliases, ctx.needs_input_grad[:7], strict=True) if t is not None and needed]
-    found = iter(torch.autograd.grad((scale, shift), wanted, (ds, dh), create_graph=True, allow_unused=True))
-    pairs = zip(inputs, ctx.needs_input_grad[:7], strict=True)
-    return [next(found) if t is not None and needed else None for t, needed in pairs]
+
+    def composition(*tensors: Any) -> tuple[Tensor, Tensor]:
+        mean, var, batch_mean, batch_var, weight, bias, alpha = tensors
+        return compose_unitize(mean, var, batch_mean, batch_var, weight, bias, alpha, ctx.eps, ctx.divisor)
+
+    return _partial(composition, inputs, ctx.needs_input_grad[:7], (ds, dh))
+
+
+def _partial(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor | None],
+    needed: Sequence[bool],
+    grads: tuple[Tensor, Tensor],
+) -> list[Tensor | None]:
+    """Gradients of a composition, themselves differentiable if gradients are on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Some inputs are functions of others: only aliases have partial derivatives.
+        aliases = [None if t is None else t.view_as(t) if again else t.detach().requires_grad_() for t in inputs]
+        wanted = [t for t, need in zip(aliases, needed, strict=True) if t is not None and need]
+        outputs = function(*aliases)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=again, allow_unused=True))
+    return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=True)]
 
 
 def unitize_tables(
@@ -131,6 +148,18 @@ class _Follow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         batch_mean, batch_var, mean, inverse, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def composition(m: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+                own = (v + ctx.eps).rsqrt()
+                scale = own * (inverse / own).detach()
+                shift = ((m - mean) * inverse).detach() - m * scale
+                scale, shift = (scale, shift) if w is None else (scale * w, shift * w)
+                return scale, shift if b is None else shift + b
+
+            needed = [ctx.needs_input_grad[k] for k in (0, 1, 4, 5)]
+            parts = _partial(composition, [batch_mean, batch_var, weight, bias], needed, (ds, dh))
+            return parts[0], parts[1], None, None, parts[2], parts[3], None
         # With r and d constant: scale = w r / sigma_B, shift = b + w d - mu_B scale.
         gain = inverse if weight is None else inverse * weight
         dmean = -gain * dh

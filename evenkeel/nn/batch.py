@@ -216,9 +216,9 @@ class _InstanceNorm(FlexNorm):
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Standardize each channel of each sample with its own moments."""
         if self.running_mean is not None and self.running_var is not None and (self.frozen or not self.training):
-            return rules.standardize(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None:
-            own = moments.detach()
+            return rules.standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
+        own = moments.detach() if self.training and self.running_mean is not None else None
+        if own is not None and (own.mean.shape[0] or own.process_group is not None):
             averaged = Moments(own.mean, torch.zeros_like(own.mean), 1, process_group=own.process_group).pool("batch")
             spread = Moments(own.var, torch.zeros_like(own.var), 1, process_group=own.process_group).pool("batch")
             self.track(Moments(averaged.mean, spread.mean, own.count))

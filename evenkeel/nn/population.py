@@ -120,17 +120,17 @@ class _PopulationNorm(FlexNorm):
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Standardize with the population statistics, in training too."""
         if self.frozen or not self.training:
-            mean, var = self._population()
+            mean, var = self.kept_statistics()
             return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
         # With a process group the choice must not depend on the local batch: all processes communicate alike.
         alone = moments.process_group is None and isinstance(moments.count, int)
         few = alone and moments.count * self._samples < _FEW_VALUES
         through = self.gradient == "batch" and not few
         if not through and self.source == "estimated":
-            mean, var = self._population()
+            mean, var = self.kept_statistics()
             return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
         pooled = moments.pool("batch") if through else moments.detach().pool("batch")
-        mean, var = self._population() if self.source == "estimated" else self._follow(pooled)
+        mean, var = self.kept_statistics() if self.source == "estimated" else self._follow(pooled)
         if not through:
             return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
         if pooled.native is not None and pooled.mean.dtype == mean.dtype:
@@ -146,6 +146,12 @@ class _PopulationNorm(FlexNorm):
             d_max=float("inf"),
             eps=self.eps,
         )
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1, the counter and ``clipped`` to 0."""
+        super().reset_running_stats()
+        if self._buffers.get("clipped") is not None:
+            self.clipped.zero_()
 
     def check_input(self, x: Tensor) -> None:
         """Refuse wrong shapes; remember the number of samples, which decides how the gradient is taken."""
@@ -196,15 +202,15 @@ class _PopulationNorm(FlexNorm):
             return
         native = self._native(pooled)
         if native is not None:
-            seen = int(tracked.add_(1))
+            seen = int(tracked) + 1
             share = 1.0 / seen if seen == 1 or self.momentum is None else self._rate(self.momentum, seen)
-            native.follow(pooled.mean, pooled.var, mean, var, share, seen == 1)
+            tracked.add_(native.follow(pooled.mean, pooled.var, mean, var, share, seen == 1))
             return
-        tracked.add_(1)
         new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
         new_var = pooled.var.detach().reshape(-1).to(var.dtype)
-        usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
-        batches = tracked.to(mean.dtype)
+        usable = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
+        tracked.add_(usable.to(tracked.dtype))
+        batches = tracked.clamp_min(1).to(mean.dtype)
         # The first batch replaces the initial values.
         first = (batches <= 1).to(mean.dtype)
         later = 1.0 / batches if self.momentum is None else self._rate(self.momentum, batches)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evenkeel.flexnorm import Moments
+from evenkeel.flexnorm.module import _recomputing
 from evenkeel.nn import rules
 from evenkeel.nn.batch import _BatchNorm
 
@@ -55,6 +57,7 @@ class _BatchRenorm(_BatchNorm):
             )
         super().__init__(num_features, eps, momentum, affine, True, **kwargs)
         self.r_max, self.d_max, self.warmup, self.ramp = r_max, d_max, warmup, ramp
+        self._used: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """Return r_max and d_max at the present step, as scalar tensors."""
@@ -69,10 +72,16 @@ class _BatchRenorm(_BatchNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         if self.frozen or not self.training:
-            return rules.standardize(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        r_max, d_max = self.limits()
-        # The running statistics of before this batch, as in the paper; they are about to be updated in place.
-        mean, var = self.running_mean.clone(), self.running_var.clone()
+            return rules.standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
+        if _recomputing() and self._used is not None:
+            # Activation checkpointing repeats the last forward: by the statistics and limits that it had.
+            r_max, d_max, mean, var = self._used
+        else:
+            r_max, d_max = self.limits()
+            # The running statistics of before this batch, as in the paper; they are about to be updated in place.
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            if not torch.compiler.is_compiling():
+                self._used = (r_max, d_max, mean, var)
         self.track(moments.pool("batch"))
         return rules.renorm(moments, mean, var, self.weight, self.bias, r_max=r_max, d_max=d_max, eps=self.eps)
 

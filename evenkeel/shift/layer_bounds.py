@@ -63,7 +63,9 @@ def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
     Returns:
         A scalar tensor.
     """
-    return (weight.square() * (1 + _noise(noise, weight))).sum().sqrt()
+    # A channel of weight 0 is constant, however large the noise.
+    terms = weight.square() * (1 + _noise(noise, weight))
+    return torch.where(weight == 0, 0.0, terms).sum().sqrt()
 
 
 def unitized_radius(
@@ -92,7 +94,7 @@ def layer_bound(
     before: nn.Module,
     after: nn.Module | None = None,
     *,
-    noise: Noise = 0.0,
+    noise: Noise | None = None,
     noise_after: Noise | None = None,
     positions: int = 1,
     samples: Samples = "position",
@@ -103,8 +105,9 @@ def layer_bound(
         before: A layer as it was: BatchNorm, population normalization or unitized BatchNorm, of this package or
             torch's.
         after: The same layer later; ``None`` for unchanged parameters (the input may still have moved).
-        noise: Noise of the statistics before, one number or (C,): 0 in training, where a batch is standardized with its
-            own moments; see :func:`statistics_noise` for running and population statistics.
+        noise: Noise of the statistics before, one number or (C,); see :func:`statistics_noise`. By default 0 for a layer
+            in training that standardizes a batch with its own moments, and infinite for one that uses running or
+            population statistics (evaluation, frozen, population normalization): nothing is known of its input.
         noise_after: Noise after; ``None`` for the same.
         positions: Number of spatial positions (1 for (N, C) input); only for unitized layers and ``samples="image"``.
         samples: Whether a point is a ``"position"`` in R^C or an ``"image"`` in R^(C P).
@@ -120,10 +123,22 @@ def layer_bound(
         16.0
     """
     after = before if after is None else after
-    radii = _radius(before, noise, positions) + _radius(after, noise if noise_after is None else noise_after, positions)
+    then = noise if noise_after is None else noise_after
+    first_noise = _default_noise(before) if noise is None else noise
+    radii = _radius(before, first_noise, positions)
+    radii += _radius(after, _default_noise(after) if then is None else then, positions)
     first, second = (getattr(layer, "bias", None) for layer in (before, after))
     gap = 0.0 if first is None or second is None else float((first.detach() - second.detach()).double().norm())
     return (radii + gap) * (math.sqrt(positions) if samples == "image" else 1.0)
+
+
+def _default_noise(layer: nn.Module) -> float:
+    """0 where a batch is standardized with its own moments, else infinity."""
+    from evenkeel.nn import population
+
+    tracked = getattr(layer, "running_mean", None) is not None
+    foreign = not layer.training or getattr(layer, "frozen", False) or isinstance(layer, population._PopulationNorm)
+    return float("inf") if tracked and foreign else 0.0
 
 
 def _radius(layer: Any, noise: Noise, positions: int) -> float:

@@ -137,7 +137,9 @@ class WeightMonitor(Stepper[WeightRecord]):
                     angle=float(angles.mean()),
                     largest_angle=float(angles.max()),
                     learning_rate=rate,
-                    effective_rate=rate * float(square.reciprocal().mean()),
+                    effective_rate=rate * float(square[square > 0].reciprocal().mean())
+                    if bool((square > 0).any())
+                    else 0.0,
                 )
             )
         return records

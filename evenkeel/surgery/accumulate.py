@@ -89,8 +89,8 @@ def accumulate(
 
     Works with the layers of torch and of this package, synchronized ones included. Forwards in evaluation, frozen
     layers and the recomputation of activation checkpointing do not count. Population normalization in its running
-    mode normalizes with the statistics of the last step meanwhile. A channel whose pooled statistics are not finite
-    keeps its old ones. Enter it before ``torch.compile`` compiles the model: compiled code does not see later hooks.
+    mode normalizes with the statistics of the last step meanwhile. Pooled statistics that are not finite do not
+    enter. Enter it before ``torch.compile`` compiles the model: compiled code does not see later hooks.
 
     Args:
         model: Any model.

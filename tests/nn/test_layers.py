@@ -355,18 +355,93 @@ def test_wrong_inputs_are_named(info: LayerInfo) -> None:
         module(torch.zeros(6))
 
 
-@pytest.mark.parametrize("name", ["BatchNorm2d", "UnitizedBatchNorm2d"])
-def test_a_non_finite_batch_does_not_poison_the_statistics(name: str) -> None:
-    module = getattr(ek, name)(6)
-    module(torch.randn(IMAGE))
-    mean, var = module.running_mean.clone(), module.running_var.clone()
-    bad = torch.randn(IMAGE)
-    bad[0, 2] = float("inf")
-    bad[1, 3, 0, 0] = float("nan")
-    module(bad)
-    assert torch.equal(module.running_mean[2:4], mean[2:4])
-    assert torch.equal(module.running_var[2:4], var[2:4])
-    assert not torch.equal(module.running_mean[0], mean[0])
+@pytest.mark.parametrize("shape", [IMAGE, (16, 6, 16, 16)], ids=["small", "large"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    "name", [f"{n}2d" for n in ("BatchNorm", "UnitizedBatchNorm", "PopulationNorm", "BatchRenorm")]
+)
+def test_a_non_finite_batch_does_not_poison_the_statistics(
+    name: str, momentum: float | None, shape: tuple[int, ...]
+) -> None:
+    """First, in the middle, whole or in one value: as if it had not been."""
+    module, twin = (getattr(ek, name)(6, momentum=momentum) for _ in range(2))
+    for k in range(3):
+        bad = torch.randn(shape)
+        bad[0, 2, 0, 0] = float("nan") if k else float("inf")
+        module(bad)
+        x = torch.randn(shape) + k
+        module(x), twin(x)
+    for (key, a), b in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("shape", [IMAGE, (16, 6, 16, 16)], ids=["small", "large"])
+@pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n].statistics and n.endswith("2d")])
+def test_training_between_an_evaluation_and_its_backward(name: str, shape: tuple[int, ...]) -> None:
+    module = LAYERS[name].build()
+    module(torch.randn(shape))
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad(module.eval()(x).square().sum(), x)[0]
+    y = module.eval()(x)
+    module.train()(torch.randn(shape))
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n.endswith("2d")])
+def test_batched_gradients_of_large_activations(name: str) -> None:
+    module = LAYERS[name].build()
+    x = torch.randn(16, 6, 16, 16, requires_grad=True)
+    y = module(x)
+    g = torch.randn(2, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, g, is_grads_batched=True, retain_graph=True)
+    for k in range(2):
+        torch.testing.assert_close(
+            batched[k], torch.autograd.grad(y, x, g[k], retain_graph=True)[0], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n.endswith("2d")])
+def test_second_derivatives_of_large_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, twin = (LAYERS[name].build(dtype=torch.float64) for _ in range(2))
+    data = [torch.randn(16, 6, 16, 16, dtype=torch.float64) for _ in range(3)]
+    results = []
+    for layer in (module, twin):
+        with monkeypatch.context() as patch:
+            if layer is twin:
+                patch.setattr(_native, "load", lambda: None)
+            layer(data[0])
+            x = data[1].clone().requires_grad_()
+            (first,) = torch.autograd.grad((layer(x) ** 3).sum(), x, create_graph=True)
+            results.append(torch.autograd.grad((first * data[2]).sum(), x)[0])
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_renormalization_is_recomputed_by_the_statistics_it_had(reentrant: bool) -> None:
+    module, twin = (ek.BatchRenorm2d(6, warmup=0, ramp=2) for _ in range(2))
+    for _ in range(4):
+        x = torch.randn(IMAGE) * 2 + 1
+        module(x), twin(x)
+    x = torch.randn(IMAGE, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=reentrant)
+    y.pow(3).sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(twin(x).pow(3).sum(), x)[0])
+
+
+def test_half_precision_state_is_loaded_into_float32() -> None:
+    state = {k: v.half() if v.is_floating_point() else v for k, v in ek.BatchNorm2d(6).state_dict().items()}
+    module = ek.BatchNorm2d(6)
+    module.load_state_dict(state, assign=True)
+    assert module.running_mean.dtype == torch.float32
+    population = ek.PopulationNorm2d(6, device="meta").to_empty(device="cpu")
+    population.reset_parameters()
+    assert population.clipped == 0
+    tracked = ek.InstanceNorm2d(6, track_running_stats=True)
+    tracked(torch.randn(IMAGE))
+    before = tracked.running_mean.clone()
+    tracked(torch.zeros(0, 6, 5, 3))
+    assert torch.equal(before, tracked.running_mean)
+    assert tracked.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n].statistics])

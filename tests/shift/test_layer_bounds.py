@@ -109,3 +109,16 @@ def test_errors() -> None:
 def test_layers_that_do_not_standardize_have_no_bound(norm: str) -> None:
     with pytest.raises(TypeError, match="no bound is known"):
         layer_bound(make_norm(norm, 16))
+
+
+def test_without_noise_nothing_is_claimed_of_running_statistics() -> None:
+    """In evaluation the input may be anything: a finite bound from the parameters alone would be false."""
+    from evenkeel.nn import BatchNorm1d, PopulationNorm1d
+
+    before, after = nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4).eval()
+    nn.init.constant_(after.weight, -1.0)
+    assert layer_bound(before, after) == math.inf
+    assert layer_bound(PopulationNorm1d(4)) == math.inf
+    assert layer_bound(BatchNorm1d(4).freeze()) == math.inf
+    assert layer_bound(BatchNorm1d(4)) == pytest.approx(4)
+    assert layer_bound(before, after, noise=0.0) == pytest.approx(4)

@@ -129,7 +129,7 @@ def test_what_does_not_count(build) -> None:
 
 
 @pytest.mark.parametrize("build", [nn.BatchNorm2d, ek.BatchNorm2d])
-def test_a_channel_that_is_not_finite_keeps_its_statistics(build) -> None:
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(build) -> None:
     layer = build(3).double()
     x = micro(0)[0]
     x[0, 1] = float("inf")
@@ -139,7 +139,6 @@ def test_a_channel_that_is_not_finite_keeps_its_statistics(build) -> None:
     assert torch.isfinite(layer.running_mean).all()
     assert torch.isfinite(layer.running_var).all()
     assert layer.running_mean[1] == 0
-    assert layer.running_mean[0] != 0
 
 
 def test_unbatched_instance_norm() -> None:
