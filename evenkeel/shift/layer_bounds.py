@@ -105,8 +105,8 @@ def layer_bound(
         before: A layer as it was: BatchNorm, population normalization or unitized BatchNorm, of this package or
             torch's.
         after: The same layer later; ``None`` for unchanged parameters (the input may still have moved).
-        noise: Noise of the statistics before, one number or (C,); see :func:`statistics_noise`. By default 0 for a layer
-            in training that standardizes a batch with its own moments, and infinite for one that uses running or
+        noise: Noise of the statistics before, one number or (C,); see :func:`statistics_noise`. By default 0 for a
+            layer in training that standardizes a batch with its own moments, and infinite for one that uses running or
             population statistics (evaluation, frozen, population normalization): nothing is known of its input.
         noise_after: Noise after; ``None`` for the same.
         positions: Number of spatial positions (1 for (N, C) input); only for unitized layers and ``samples="image"``.
