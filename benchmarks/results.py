@@ -17,41 +17,49 @@ from typing import Any
 
 import yaml
 
+from evenkeel.experiment import load_variants
 from evenkeel.report import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results of the demo -->", "<!-- end of the results -->"
 
 
-def run(name: str, scale: str | None, data: str | None) -> Path:
-    """Run one recipe in its folder and return that."""
-    folder = ROOT / "runs" / (f"{name}-{scale}" if scale else name)
+def run(name: str, scale: str | None, data: str | None, folder: Path) -> None:
+    """Run one recipe in its folder."""
     command = [sys.executable, "-m", "evenkeel", "recipe", "run", name, "--out", str(folder)]
     command += ["--scale", scale] if scale else []
     command += ["--data", data] if data else []
     subprocess.run(command, check=True, cwd=ROOT)
-    return folder
 
 
 def condense(name: str, scale: str | None, folder: Path) -> dict[str, Any]:
-    """Return the result of a run without what depends on where it was run."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    """Return the result of a run without what depends on where it was run; of all its variants, if it has such."""
     recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
-    config = results["config"]
-    config["data"] = Path(str(config["data"])).name
-    command = f"evenkeel recipe run {name}" + (f" --scale {scale} --data {config['data']}" if scale else "")
-    return {
+    found = sorted(folder.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    parts = {path.parent.name: _read(path) for path in found} or {"": _read(folder / "results.json")}
+    first = next(iter(parts.values()))
+    data = first["config"]["data"]
+    result = {
         "recipe": name,
         "scale": scale,
         "paper": recipe["paper"],
         "figure": recipe["figure"],
         "published": recipe["published"],
-        "command": command,
-        "environment": results["environment"],
-        "total_seconds": results["total_seconds"],
-        "config": config,
-        "table": results["table"],
+        "command": f"evenkeel recipe run {name}" + (f" --scale {scale} --data {data}" if scale else ""),
+        "environment": first["environment"],
+        "total_seconds": sum(part["total_seconds"] for part in parts.values()),
     }
+    if "" in parts:
+        return {**result, "config": first["config"], "table": first["table"]}
+    variants = {variant: {"config": part["config"], "table": part["table"]} for variant, part in parts.items()}
+    order = list(load_variants(ROOT / "recipes" / f"{name}.yaml", scale))
+    return {**result, "variants": {variant: variants[variant] for variant in order if variant in variants}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["config"]["data"] = Path(str(results["config"]["data"])).name
+    return results
 
 
 def _cell(value: dict[str, Any] | None, scale: float = 1.0, digits: int = 2, sign: str = "") -> str:
@@ -90,8 +98,11 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--scale")
     parser.add_argument("--data")
+    parser.add_argument("--condense", action="store_true", help="only write what is there; run nothing")
     options = parser.parse_args()
-    folder = run(options.name, options.scale, options.data)
+    folder = ROOT / "runs" / (f"{options.name}-{options.scale}" if options.scale else options.name)
+    if not options.condense:
+        run(options.name, options.scale, options.data, folder)
     result = condense(options.name, options.scale, folder)
     target = ROOT / "results" / f"{options.name}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

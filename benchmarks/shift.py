@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,33 +109,56 @@ def measurement(rounds: int) -> list[Row]:
 
 
 def monitor(rounds: int, every: int = 100, batch: int = 128) -> list[Row]:
-    """Cost of a monitor at its defaults on ResNet-20: a measurement (two looks, all distances) beside a step."""
-    torch.manual_seed(0)
-    model = build("resnet20", norm="batch", in_channels=3, num_classes=10).to(DEVICE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    """Training with a monitor at its defaults against the same training without one, ResNet-20, step by step in turn.
+
+    Two copies of one network make the same steps, in an order that changes with every step, so that whatever else the
+    machine does meets both. A block is ``every`` steps of each and contains one measurement with its two looks; its
+    ratio is of the whole times, so it also has what a measurement does to the steps after it.
+    """
     x, y = torch.randn(batch, 3, 32, 32, device=DEVICE), torch.randint(10, (batch,), device=DEVICE)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    def training() -> tuple[nn.Module, Callable[[], None]]:
+        torch.manual_seed(0)
+        model = build("resnet20", norm="batch", in_channels=3, num_classes=10).to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-    # Of two steps in a row one takes the reference and one measures against it.
-    watch = ShiftMonitor(model, x, every=2)
-    step()
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        return model, step
+
+    (model, step_with), (twin, step_without) = training(), training()
+    watch = ShiftMonitor(model, x, every=every)
+    looks: list[float] = []
+
+    def watched() -> None:
+        step_with()
+        begin = time.perf_counter()
+        watch.step()
+        looks.append(time.perf_counter() - begin)
+
     watch.start()
-    times = interleave({"step": step, "monitor": watch.step}, 2 * rounds, warmup=2)
-    pairs = [a + b for a, b in zip(times["monitor"][::2], times["monitor"][1::2], strict=True)]
-    one, each = statistics.median(pairs), statistics.median(times["step"])
+    times = interleave({"on": watched, "off": step_without}, every * max(1, rounds // 2), warmup=2)
+    blocks = [slice(k, k + every) for k in range(0, len(times["on"]), every)]
+    whole = [sum(times["on"][block]) / sum(times["off"][block]) for block in blocks]
+    looks = looks[2:]  # the first measurement imports what it needs
+    same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
     return [
         {
             "model": "resnet20",
             "batch": batch,
             "layers": len(watch.layers),
-            "step ms": 1e3 * each,
-            "measurement ms": 1e3 * one,
+            "step ms": 1e3 * statistics.median(times["off"]),
             "every": every,
-            "share of training %": 100 * one / (every * each),
+            "steps of each": len(times["on"]),
+            "on / off, all": sum(times["on"]) / sum(times["off"]),
+            "on / off, median block": statistics.median(whole),
+            "on / off, least block": min(whole),
+            "on / off, worst block": max(whole),
+            "monitor itself %": 100 * sum(looks) / sum(times["off"]),
+            "weights equal": same,
         }
     ]
 

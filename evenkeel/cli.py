@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -225,16 +223,32 @@ def recipe_run(
     name: Annotated[str, typer.Argument(help="Name of a recipe.")],
     scale: Scale = None,
     data: Annotated[str | None, typer.Option(help="Where the data is. (default: the recipe's)")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Only these of the recipe's variants, e.g. batch-1,batch-8. (default: all)")
+    ] = None,
     settings: Set = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment. (default: runs/NAME-SCALE)")] = None,
 ) -> None:
-    """Run a recipe, like compare --config."""
+    """Run a recipe, like compare --config; each of its variants is an experiment in a folder of its own."""
     with friendly():
-        folder = Path("runs") / (f"{name}-{scale}" if scale else name)
-        scales = _read_recipe(_recipe(name)).get("scales") or {}
+        from evenkeel.experiment.config import load_variants
+
+        path = _recipe(name)
+        folder = out or Path("runs") / (f"{name}-{scale}" if scale else name)
+        scales = _read_recipe(path).get("scales") or {}
         if scale is None and scales:
             typer.echo(f"running at the scale of the paper; --scale takes {', '.join(scales)}")
-        _compare({"data": data}, _recipe(name), scale, settings, out or folder)
+        variants = load_variants(path, scale)
+        if list(variants) == [""]:
+            if variant is not None:
+                raise ValueError(f"recipe {name} has no variants to choose {variant} from")
+            _compare({"data": data}, path, scale, settings, folder)
+            return
+        for values in variants.values():
+            _override(values, {"data": data}, settings)
+        from evenkeel.commands.study import run_study
+
+        run_study(name, scale, variants, folder, variant.split(",") if variant else None)
 
 
 def _compare(
@@ -253,15 +267,7 @@ def _compare(
 
     values = load_config(file, scale) if file else {}
     values = {{"norm": "norms", "optim": "optims", "seed": "seeds"}.get(k, k): v for k, v in values.items()}
-    for key, value in given.items():
-        if value is None:
-            continue
-        if key == "optims" and isinstance(values.get(key), dict):
-            # Choosing among the optimizers of a file keeps the settings that the file gives them.
-            value = {name.strip(): values[key].get(name.strip()) for name in value.split(",") if name.strip()}
-        values[key] = value
-    for text in settings or []:
-        _assign(values, text)
+    _override(values, given, settings)
     if single:
         values = {"norms": "batch", "optims": "sgd", "seeds": [0], **values}
     if isinstance(values.get("out"), str):
@@ -279,22 +285,39 @@ def _compare(
         config = dataclasses.replace(config, baseline=norm)
         folder = out or Path("runs") / f"{_stem(config.data)}-{norm}-{optim}-seed{seed}"
 
-    from evenkeel.experiment import compare as run_comparison
-    from evenkeel.experiment.terminal import Display, console, print_table
+    from evenkeel.commands.study import run_one
+    from evenkeel.experiment.terminal import console, print_table
 
     screen = console()
-    command = shlex.join(["evenkeel", *sys.argv[1:]])
-    with Display(screen, epochs=single) as display:
-        results = run_comparison(config, folder, notify=display, command=command)
+    results, path = run_one(config, folder, screen, epochs=single)
     if not single:
         print_table(results, screen)
-    from evenkeel.report import write_report
-
-    path = write_report(folder)
     screen.print(f"all runs: {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
     if not any(run["status"] == "complete" for run in results["runs"]):
         typer.echo("no run was completed: see the reasons above", err=True)
         raise typer.Exit(FAILED)
+
+
+def _override(values: dict[str, Any], given: dict[str, Any], settings: list[str] | None) -> None:
+    """Put the options of the command line, then its --set, over the settings of a file, in place."""
+    import yaml
+
+    from evenkeel.experiment.config import assign
+
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key == "optims" and isinstance(values.get(key), dict):
+            # Choosing among the optimizers of a file keeps the settings that the file gives them.
+            value = {name.strip(): values[key].get(name.strip()) for name in value.split(",") if name.strip()}
+        values[key] = value
+    for text in settings or []:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise ValueError(
+                f"--set takes KEY=VALUE, for example epochs=5 or optims.sgdg.lr_manifold=0.1, not {text!r}"
+            )
+        assign(values, key, yaml.safe_load(raw))
 
 
 def _seeds(text: str | None) -> int | list[int] | None:
@@ -305,25 +328,6 @@ def _seeds(text: str | None) -> int | list[int] | None:
         return [int(part) for part in text.split(",") if part.strip()] if "," in text else int(text)
     except ValueError:
         raise ValueError(f"--seeds must be a count (3) or a list (0,5,7), not {text!r}") from None
-
-
-def _assign(values: dict[str, Any], text: str) -> None:
-    """Apply one ``--set a.b=value``; the value is read as YAML."""
-    import yaml
-
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set takes KEY=VALUE, for example epochs=5 or optims.sgdg.lr_manifold=0.1, not {text!r}")
-    *parents, last = key.split(".")
-    for number, parent in enumerate(parents):
-        inner = values.get(parent)
-        if number == 0 and parent == "optims" and not isinstance(inner, dict):
-            from evenkeel.experiment.config import Config
-
-            inner = dict(Config.from_dict({"optims": inner} if inner else {}).optims)
-        values[parent] = dict(inner or {})
-        values = values[parent]
-    values[last] = yaml.safe_load(raw)
 
 
 def _stem(spec: str) -> str:

@@ -154,7 +154,7 @@ def test_recipes(run, tmp_path, monkeypatch):
 
 
 def test_every_recipe_of_the_house_is_a_valid_experiment_at_every_scale():
-    from evenkeel.experiment import Config, load_config
+    from evenkeel.experiment import Config, load_variants
 
     files = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert files
@@ -162,7 +162,42 @@ def test_every_recipe_of_the_house_is_a_valid_experiment_at_every_scale():
         recipe = yaml.safe_load(file.read_text())
         assert {"title", "paper", "figure", "published", "config"} <= recipe.keys(), file
         for scale in (None, *recipe.get("scales", {})):
-            Config.from_dict(load_config(file, scale))
+            for values in load_variants(file, scale).values():
+                Config.from_dict(values)
+
+
+def test_variants_of_a_recipe_are_experiments_in_folders_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "evenkeel" / "cli.py"))
+    (tmp_path / "recipes").mkdir()
+    recipe = {
+        "title": "Batch sizes",
+        "config": {
+            "norms": "batch",
+            "optims": "sgd",
+            "epochs": 1,
+            "seeds": 1,
+            "limit": 80,
+            "model_args": {"widths": [4]},
+        },
+        "variants": {"lr=0.2": {"optims.sgd.lr": 0.2}, "batch-16": {"batch_size": 16}},
+    }
+    (tmp_path / "recipes" / "sizes.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    out = run("recipe", "run", "sizes", "--set", "shift_every=0").stdout
+    assert "sizes, variant 1 of 2: lr=0.2" in out
+    assert "report: runs/sizes/batch-16/report.html" in out
+    found = {
+        name: yaml.safe_load((tmp_path / "runs/sizes" / name / "runs/batch/sgd/seed0/config.yaml").read_text())
+        for name in recipe["variants"]
+    }
+    assert [(c["batch_size"], c["optims"]["sgd"]["lr"]) for c in found.values()] == [(64, 0.2), (16, 0.025)]
+    again = run("recipe", "run", "sizes", "--set", "shift_every=0", "--variant", "batch-16").stdout
+    assert "variant 1 of 1: batch-16" in again
+    assert "(was complete)" in again
+    assert "unknown variant 'batch-61'" in run("recipe", "run", "sizes", "--variant", "batch-61", code=2).stderr
+    assert "2 experiments (lr=0.2, batch-16)" in run("compare", "--config", "recipes/sizes.yaml", code=2).stderr
+    recipe["variants"]["batch-16"] = {"batch_size": 0}
+    (tmp_path / "recipes" / "sizes.yaml").write_text(yaml.safe_dump(recipe))
+    assert "variant batch-16: batch_size must be at least 1" in run("recipe", "run", "sizes", code=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from evenkeel.experiment.files import atomic_write, writing
 
 __all__ = ["load_checkpoint", "save_checkpoint", "truncate"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

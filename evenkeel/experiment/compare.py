@@ -16,6 +16,7 @@ from evenkeel.experiment.config import Config
 from evenkeel.experiment.files import dump_json, read_json
 from evenkeel.experiment.folder import open_experiment, run_path
 from evenkeel.experiment.loop import Epoch, build_model, fabric_of, train_run
+from evenkeel.experiment.regularize import Extras
 from evenkeel.experiment.stop import stop_on_signals
 from evenkeel.experiment.table import add_step_ratios, table
 
@@ -119,7 +120,8 @@ def check(config: Config, data: ImageData) -> None:
     """Build every network and put two images through it, so that what cannot work is said before the first run.
 
     Raises:
-        ValueError: If the device is not there, or a network cannot be built or does not take images of this size.
+        ValueError: If the device is not there, a network cannot be built or does not take images of this size, or a
+            regularizer does not apply to it.
     """
     fabric_of(config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -132,6 +134,10 @@ def check(config: Config, data: ImageData) -> None:
                 raise ValueError(
                     f"model {config.model} with norm {norm} cannot process images of {c} x {h} x {w}: {error}"
                 ) from error
+            try:
+                Extras(config, model, data.x_train[:2], seed=0)
+            except ValueError as error:
+                raise ValueError(f"norm {norm}: {error}") from error
     if "crop" in config.augment and config.augment_pixels >= min(data.shape[1:]):
         h, w = data.shape[1:]
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,7 @@ from evenkeel._messages import unknown_name
 from evenkeel.experiment import schedule as schedules
 from evenkeel.models import MODELS, norm_names
 
-__all__ = ["NORMS", "OPTIMS", "Config", "load_config"]
+__all__ = ["ESTIMATE", "GAMMA_DECAY", "NORMS", "OPTIMS", "Config", "assign", "load_config", "load_variants"]
 
 NORMS = norm_names()
 """Normalizations that the reference networks can be built with."""
@@ -52,6 +53,20 @@ down: linearly with the batch size, Adam-G's ``lr_manifold`` and AdamW's ``lr`` 
 
 REFERENCE_BATCH = 64
 
+GAMMA_DECAY: dict[str, Any] = {"coefficient": "adaptive", "batch_size": None, "decoupled": False, "every": 50}
+"""Settings of the gamma decay and their defaults (:class:`evenkeel.theory.regularization.GammaDecay`).
+
+``coefficient``: zeta, a number or ``"adaptive"``; ``batch_size``: M, the batch size whose noise is imitated (None: that
+of the training); ``decoupled``: shrink gamma after the step instead of adding a penalty to the loss; ``every``: updates
+between two estimates of an adaptive zeta.
+"""
+
+ESTIMATE: dict[str, Any] = {"every": 50, "samples": 10_000}
+"""Settings of the population statistics and their defaults (:class:`evenkeel.theory.PopulationEstimator`).
+
+``every``: updates between two renewals; ``samples``: training images per renewal.
+"""
+
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 AUGMENTATIONS = ("flip", "shift", "crop")
 
@@ -77,6 +92,12 @@ class Config:
         schedule: ``constant``, ``cosine``, ``onecycle`` or ``step`` (:data:`evenkeel.experiment.schedule.SCHEDULES`).
         schedule_args: Arguments of the schedule.
         label_smoothing: Share of the target that is spread over all classes, 0 to 1.
+        gamma_decay: Decay of the scales gamma as BatchNorm's noise would exert it (Luo et al., 2019, Eq. 3), see
+            :data:`GAMMA_DECAY`; empty for none. For layers that normalize by population or batch statistics, and for
+            Normalization Propagation (a number as coefficient).
+        coherence: Strength of :func:`evenkeel.nn.normprop.coherence_penalty`, for Normalization Propagation.
+        estimate: How ``population`` with ``norm_args: {statistics: estimated}`` renews its statistics, see
+            :data:`ESTIMATE`.
         augment: Any of ``flip`` (half of the images), ``shift`` (zero fill) and ``crop`` (reflected border).
         augment_pixels: Largest displacement of ``shift`` and ``crop``, in pixels.
         probe: Images in the fixed batch that the internal covariate shift is measured on.
@@ -108,6 +129,9 @@ class Config:
     schedule: str = "onecycle"
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
     label_smoothing: float = 0.0
+    gamma_decay: Mapping[str, Any] = field(default_factory=dict)
+    coherence: float = 0.0
+    estimate: Mapping[str, Any] = field(default_factory=dict)
     augment: tuple[str, ...] = ()
     augment_pixels: int = 4
     probe: int = 64
@@ -159,6 +183,13 @@ class Config:
             raise ValueError(f"lr must be a positive number, not {self.lr}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
+        if not 0 <= self.coherence < float("inf"):
+            raise ValueError(f"coherence must be a number of at least 0, not {self.coherence}")
+        _check_gamma_decay(self.gamma_decay)
+        for key, value in self.estimate.items():
+            if key not in ESTIMATE:
+                raise ValueError(f"estimate: {unknown_name('setting', key, ESTIMATE)}")
+            _check_count(f"estimate: {key}", value, 1)
         schedules.checked(self.schedule, self.schedule_args)
 
     def optim_settings(self, norm: str, optim: str) -> dict[str, Any]:
@@ -229,6 +260,12 @@ class Config:
         for key in ("norms", "optims", "seeds"):
             values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
         values["schedule_args"] = _plain(self.schedule_settings())
+        # What is off is left out: an experiment without it is the one that it was before there was such a setting.
+        for key, defaults in (("gamma_decay", GAMMA_DECAY), ("coherence", None), ("estimate", ESTIMATE)):
+            if not values[key]:
+                del values[key]
+            elif defaults is not None:
+                values[key] = {**defaults, **values[key]}
         # How often to save does not change what is saved; the path of the data does not change the data.
         for key in ("overrides", "lr", "checkpoint_every", "data"):
             del values[key]
@@ -263,7 +300,32 @@ def load_config(path: Path, scale: str | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping, or has no such scale.
+        ValueError: If it is no YAML mapping, has no such scale, or consists of several experiments
+            (:func:`load_variants`).
+    """
+    variants = load_variants(path, scale)
+    if list(variants) != [""]:
+        raise ValueError(f"{path} holds {len(variants)} experiments ({', '.join(variants)}): use evenkeel recipe run")
+    return variants[""]
+
+
+def load_variants(path: Path, scale: str | None = None) -> dict[str, dict[str, Any]]:
+    """Read the experiments of a recipe: one for each of its ``variants``, each with settings of its own.
+
+    A recipe has ``config:``, settings that all share; ``scales:``, by name settings that replace them; and perhaps
+    ``variants:``, by name settings that replace those in turn, for example one per batch size or learning rate. A key
+    with dots reaches inside: ``optims.sgd.lr: 0.1``. A scale may have ``variants`` of its own.
+
+    Args:
+        path: The file.
+        scale: One of the recipe's scales.
+
+    Returns:
+        Settings by variant, as plain values, not yet checked; ``{"": settings}`` for a file without variants.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no YAML mapping, has no such scale, or its variants are no mappings.
     """
     import yaml
 
@@ -278,13 +340,41 @@ def load_config(path: Path, scale: str | None = None) -> dict[str, Any]:
     if not isinstance(values.get("config"), dict):
         if scale is not None:
             raise ValueError(f"{path} has no scales; --scale works with recipes")
-        return values
+        return {"": values}
     scales = values.get("scales") or {}
-    if scale is None:
-        return dict(values["config"])
-    if scale not in scales:
+    if scale is not None and scale not in scales:
         raise ValueError(f"{path}: {unknown_name('scale', scale, scales)}")
-    return {**values["config"], **(scales[scale] or {})}
+    chosen = dict(scales[scale] or {}) if scale is not None else {}
+    variants = chosen.pop("variants", None) or values.get("variants")
+    shared = {**values["config"], **chosen}
+    if variants is None:
+        return {"": shared}
+    if not isinstance(variants, dict) or not all(isinstance(own, dict | None) for own in variants.values()):
+        raise ValueError(f"{path}: variants must be a mapping like {{name: {{setting: value}}}}, not {variants!r}")
+    for name in map(str, variants):
+        if not name or any(not (c.isalnum() or c in "-_.+=") for c in name) or name.startswith("."):
+            raise ValueError(f"{path}: {name!r} is no name for a variant: use letters, digits, and - _ . + =")
+    made: dict[str, dict[str, Any]] = {}
+    for name, own in variants.items():
+        made[str(name)] = copy.deepcopy(shared)
+        for key, value in (own or {}).items():
+            assign(made[str(name)], key, value)
+    return made
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one setting in place; dots in its key reach inside: ``optims.sgd.lr``.
+
+    A list of optimizers becomes a mapping of them when the setting of one is given.
+    """
+    *parents, last = key.split(".")
+    for number, parent in enumerate(parents):
+        inner = values.get(parent)
+        if number == 0 and parent == "optims" and not isinstance(inner, dict):
+            inner = dict(Config.from_dict({"optims": inner} if inner else {}).optims)
+        values[parent] = dict(inner or {})
+        values = values[parent]
+    values[last] = value
 
 
 def _check_settings(where: str, optim: str, settings: Mapping[str, Any]) -> None:
@@ -299,6 +389,26 @@ def _check_settings(where: str, optim: str, settings: Mapping[str, Any]) -> None
             raise ValueError(
                 f"{where}: {key} must be a number {'above' if key.startswith('lr') else 'of at least'} 0, not {value!r}"
             )
+
+
+def _check_gamma_decay(settings: Mapping[str, Any]) -> None:
+    """Check the settings of the gamma decay."""
+    for key, value in settings.items():
+        if key not in GAMMA_DECAY:
+            raise ValueError(f"gamma_decay: {unknown_name('setting', key, GAMMA_DECAY)}")
+        if key == "coefficient":
+            if value != "adaptive" and not (_is_number(value) and 0 <= value < float("inf")):
+                raise ValueError(f"gamma_decay: coefficient must be adaptive or a number of at least 0, not {value!r}")
+        elif key == "decoupled":
+            if not isinstance(value, bool):
+                raise ValueError(f"gamma_decay: decoupled must be true or false, not {value!r}")
+        elif key == "every" or value is not None:
+            _check_count(f"gamma_decay: {key}", value, 2 if key == "batch_size" else 1)
+
+
+def _check_count(where: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{where} must be a whole number of at least {low}, not {value!r}")
 
 
 def _typed(key: str, kind: str, value: Any) -> Any:

@@ -23,6 +23,7 @@ from evenkeel.experiment.checkpoint import load_checkpoint, save_checkpoint, tru
 from evenkeel.experiment.config import NORMS, Config
 from evenkeel.experiment.files import append_rows, atomic_write, dump_json, read_json, writing
 from evenkeel.experiment.optimizers import make_optimizer
+from evenkeel.experiment.regularize import Extras
 from evenkeel.experiment.summary import METRICS_HEADER, SHIFT_COLUMNS, SHIFT_HEADER, mean, result, step_ms
 from evenkeel.nn import make_norm, needs_batch
 from evenkeel.shift import ShiftMonitor
@@ -173,6 +174,7 @@ class _Run:
         self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
+        self.extras = Extras(self.config, self.model, self.x_train, seeding.mixed(self.seed, 0, "extras"))
         # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
@@ -248,14 +250,17 @@ class _Run:
         return mean(losses), float(self.optimizer.param_groups[0]["lr"])
 
     def _update(self, x: Tensor, y: Tensor) -> float:
-        """Make one update and return the loss before it."""
+        """Make one update and return the loss before it, without what regularizers add."""
+        self.extras.before(x)
         self.wrapped_optimizer.zero_grad()
         loss = F.cross_entropy(self.wrapped(x).float(), y, label_smoothing=self.config.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(f"the training loss became {value} at step {self.step + 1} (epoch {self.epoch + 1})")
-        self.fabric.backward(loss)
+        penalty = self.extras.penalty()
+        self.fabric.backward(loss if penalty is None else loss + penalty)
         self.wrapped_optimizer.step()
+        self.extras.after(self.optimizer)
         if self.fabric.device.type == "cuda":
             torch.cuda.synchronize(self.fabric.device)  # or the time of the update would show up elsewhere
         return value
@@ -291,6 +296,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.extras.load_state_dict(state["extras"])
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
         before, now = state.get("environment", {}), environment.describe(self.fabric.device)
@@ -321,6 +327,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
+            "extras": self.extras.state_dict(),
             "monitor": self.monitor.state_dict() if self.monitor is not None else {},
         }
         save_checkpoint(self.folder / "checkpoint.pt", state)

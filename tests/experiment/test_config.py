@@ -6,7 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenkeel.experiment import NORMS, OPTIMS, SCHEDULES, Config, load_config
+from evenkeel.experiment import NORMS, OPTIMS, SCHEDULES, Config, load_config, load_variants
 
 configs = st.fixed_dictionaries(
     {},
@@ -27,6 +27,9 @@ configs = st.fixed_dictionaries(
         "augment": st.lists(st.sampled_from(["flip", "shift", "crop"]), unique=True),
         "schedule": st.sampled_from(list(SCHEDULES)),
         "deterministic": st.booleans(),
+        "gamma_decay": st.just({}) | st.fixed_dictionaries({"coefficient": st.just("adaptive") | st.floats(0, 1)}),
+        "coherence": st.floats(0, 1),
+        "estimate": st.dictionaries(st.sampled_from(["every", "samples"]), st.integers(1, 99)),
     },
 )
 
@@ -134,6 +137,15 @@ BAD = [
     ),
     ({"schedule": "step", "schedule_args": {"drops": "3"}}, "drops must be a list of epochs"),
     ({"schedule": "cosine", "schedule_args": {"final": -1}}, "final must be a number >= 0"),
+    ({"gamma_decay": {"coeficient": 1}}, "gamma_decay: unknown setting 'coeficient'; did you mean 'coefficient'"),
+    ({"gamma_decay": {"coefficient": "adaptiv"}}, "coefficient must be adaptive or a number of at least 0"),
+    ({"gamma_decay": {"coefficient": -1}}, "coefficient must be adaptive or a number of at least 0"),
+    ({"gamma_decay": {"decoupled": 1}}, "gamma_decay: decoupled must be true or false"),
+    ({"gamma_decay": {"batch_size": 1}}, "gamma_decay: batch_size must be a whole number of at least 2"),
+    ({"gamma_decay": {"every": None}}, "gamma_decay: every must be a whole number of at least 1"),
+    ({"coherence": -0.1}, "coherence must be a number of at least 0"),
+    ({"estimate": {"pool": 3}}, "estimate: unknown setting 'pool'"),
+    ({"estimate": {"samples": 0}}, "estimate: samples must be a whole number of at least 1"),
 ]
 
 
@@ -163,6 +175,31 @@ def test_files(tmp_path):
         load_config(path)
     with pytest.raises(FileNotFoundError, match="no config file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_variants_replace_settings_of_the_scale_and_reach_inside(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "config: {epochs: 9, optims: [sgd, sgdg]}\n"
+        "variants: {'b=1': {batch_size: 1}, low: {optims.sgd.lr: 0.1}, same: }\n"
+        "scales: {small: {epochs: 1}, tiny: {variants: {only: {epochs: 2}}}}\n"
+    )
+    found = load_variants(path, "small")
+    assert list(found) == ["b=1", "low", "same"]
+    assert found["b=1"] == {"epochs": 1, "optims": ["sgd", "sgdg"], "batch_size": 1}
+    assert found["low"] == {"epochs": 1, "optims": {"sgd": {"lr": 0.1}, "sgdg": {}}}
+    assert found["same"] == {"epochs": 1, "optims": ["sgd", "sgdg"]}
+    assert load_variants(path, "tiny") == {"only": {"epochs": 2, "optims": ["sgd", "sgdg"]}}
+    with pytest.raises(ValueError, match=r"holds 3 experiments \(b=1, low, same\)"):
+        load_config(path)
+    path.write_text("config: {epochs: 9}\n")
+    assert load_variants(path) == {"": {"epochs": 9}}
+    path.write_text("config: {epochs: 9}\nvariants: [1]\n")
+    with pytest.raises(ValueError, match="variants must be a mapping"):
+        load_variants(path)
+    path.write_text("config: {epochs: 9}\nvariants: {../up: {}}\n")
+    with pytest.raises(ValueError, match="is no name for a variant"):
+        load_variants(path)
 
 
 def test_default_learning_rates_shrink_with_small_batches_and_given_ones_do_not():
