@@ -78,6 +78,7 @@ class Config:
     Attributes:
         data: Data set: ``"digits"``, a ``.npz`` file, an image folder or ``"hf:NAME"`` (:func:`evenkeel.data.load`).
         limit: Use a stratified subset of at most this many training and test images.
+        test_limit: Test on a stratified subset of at most this many of the test images, where ``limit`` leaves more.
         model: Network: a name that :func:`evenkeel.models.build` knows.
         model_args: Further arguments of that network (width, depth).
         norms: Normalizations to compare, in the order of the table.
@@ -115,6 +116,7 @@ class Config:
 
     data: str = "digits"
     limit: int | None = None
+    test_limit: int | None = None
     model: str = "convnet"
     model_args: Mapping[str, Any] = field(default_factory=dict)
     norms: tuple[str, ...] = ("none", "batch", "group", "unitized", "population", "normprop")
@@ -261,7 +263,8 @@ class Config:
             values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
         values["schedule_args"] = _plain(self.schedule_settings())
         # What is off is left out: an experiment without it is the one that it was before there was such a setting.
-        for key, defaults in (("gamma_decay", GAMMA_DECAY), ("coherence", None), ("estimate", ESTIMATE)):
+        optional = {"test_limit": None, "gamma_decay": GAMMA_DECAY, "coherence": None, "estimate": ESTIMATE}
+        for key, defaults in optional.items():
             if not values[key]:
                 del values[key]
             elif defaults is not None:
@@ -275,6 +278,7 @@ class Config:
 _ALIASES = {"norm": "norms", "optim": "optims", "seed": "seeds"}
 _AT_LEAST = {
     "limit": 1,
+    "test_limit": 1,
     "epochs": 1,
     "batch_size": 1,
     "augment_pixels": 0,

@@ -157,7 +157,11 @@ class _Run:
         self.refused = refusal(self.model, config, self.norm)
         device = fabric.device
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
-        self.x_test, self.y_test = data.x_test.to(device), data.y_test.to(device)
+        self.x_test, self.y_test = data.x_test, data.y_test
+        if config.test_limit is not None and config.test_limit < len(data.y_test):
+            kept = torch.from_numpy(stratified(data.y_test.numpy(), config.test_limit, seed=0))
+            self.x_test, self.y_test = self.x_test[kept], self.y_test[kept]
+        self.x_test, self.y_test = self.x_test.to(device), self.y_test.to(device)
         # The probe is the same for every run of the experiment, or their shifts could not be compared.
         chosen = stratified(data.y_train.numpy(), min(config.probe, len(data.y_train)), seed=0)
         self.probe = self.x_train[torch.from_numpy(chosen).to(device)]

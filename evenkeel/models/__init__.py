@@ -11,8 +11,20 @@ from torch import nn
 from evenkeel._messages import unknown_name
 from evenkeel.models.bricks import Bricks, NormSpec, norm_names
 from evenkeel.models.networks import convnet, nin, resnet, vgg, watched_layers
+from evenkeel.models.wide import wide_resnet
 
-__all__ = ["MODELS", "Bricks", "build", "convnet", "nin", "norm_names", "resnet", "vgg", "watched_layers"]
+__all__ = [
+    "MODELS",
+    "Bricks",
+    "build",
+    "convnet",
+    "nin",
+    "norm_names",
+    "resnet",
+    "vgg",
+    "watched_layers",
+    "wide_resnet",
+]
 
 _VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 _VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
@@ -27,6 +39,11 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vgg_small": partial(vgg, ((32, 32), (64, 64), (128, 128))),
     "vgg13": partial(vgg, _VGG13),
     "vgg19": partial(vgg, _VGG19),
+    "wrn10": partial(wide_resnet, 10),
+    "wrn16": partial(wide_resnet, 16),
+    "wrn22": partial(wide_resnet, 22),
+    "wrn28": partial(wide_resnet, 28),
+    "wrn40": partial(wide_resnet, 40),
 }
 
 MODELS: tuple[str, ...] = tuple(_BUILDERS)

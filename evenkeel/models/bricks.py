@@ -57,7 +57,8 @@ class Bricks:
             return self._norm(channels)
         return norms.make_norm(self._norm, channels, 2, **self._args)
 
-    def _convolution(self, cin: int, cout: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:
+    def convolution(self, cin: int, cout: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:
+        """A bare convolution as it stands before a normalization."""
         conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         if self._norm == "none":
@@ -73,21 +74,21 @@ class Bricks:
             # In a container of its own, so that the layer to watch has the same name under every normalization.
             layer = norms.NormPropConv2d(cin, cout, kernel, stride=stride, padding=padding, **self._args)
             return nn.Sequential(OrderedDict(norm=layer))
-        convolution = self._convolution(cin, cout, kernel, stride, padding)
+        convolution = self.convolution(cin, cout, kernel, stride, padding)
         return nn.Sequential(OrderedDict(conv=convolution, norm=self.norm(cout), relu=nn.ReLU(inplace=True)))
 
     def block(self, cin: int, cout: int, stride: int = 1) -> nn.Module:
         """A pre-activated residual block of two 3x3 convolutions; 1x1 on the shortcut where shapes change."""
         if not self.propagates:
             return _PreActivationBlock(self, cin, cout, stride)
-        shortcut: nn.Module | None = None
-        if stride != 1 or cin != cout:
-            shortcut = norms.NormPropConv2d(cin, cout, 1, stride=stride, activation="identity", **self._linear_args())
+        shortcut = self.shortcut(cin, cout, stride) if stride != 1 or cin != cout else None
         branch = nn.Sequential(OrderedDict(conv1=self.conv(cin, cout, 3, stride), conv2=self.conv(cout, cout, 3)))
         return norms.NormPropResidual(branch, shortcut)
 
-    def _linear_args(self) -> dict[str, Any]:
-        return {key: value for key, value in self._args.items() if key != "activation"}
+    def shortcut(self, cin: int, cout: int, stride: int) -> nn.Module:
+        """The 1x1 convolution on the shortcut of a propagating residual block: no activation, unit variance kept."""
+        args = {key: value for key, value in self._args.items() if key != "activation"}
+        return norms.NormPropConv2d(cin, cout, 1, stride=stride, activation="identity", **args)
 
 
 class _PreActivationBlock(nn.Module):
@@ -101,12 +102,12 @@ class _PreActivationBlock(nn.Module):
         self.norm1 = bricks.norm(cin)
         # norm1 of a network without normalization is the identity: its ReLU must not overwrite the shortcut's input.
         self.relu1 = nn.ReLU()
-        self.conv1 = bricks._convolution(cin, cout, 3, stride, 1)
+        self.conv1 = bricks.convolution(cin, cout, 3, stride, 1)
         self.norm2 = bricks.norm(cout)
         self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = bricks._convolution(cout, cout, 3, 1, 1)
+        self.conv2 = bricks.convolution(cout, cout, 3, 1, 1)
         changes = stride != 1 or cin != cout
-        self.shortcut = bricks._convolution(cin, cout, 1, stride, 0) if changes else nn.Identity()
+        self.shortcut = bricks.convolution(cin, cout, 1, stride, 0) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for ``x`` (N, C, H, W)."""

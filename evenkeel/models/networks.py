@@ -10,7 +10,7 @@ from torch import nn
 
 from evenkeel.models.bricks import Bricks, NormSpec
 
-__all__ = ["convnet", "nin", "resnet", "vgg", "watched_layers"]
+__all__ = ["assemble", "convnet", "nin", "resnet", "vgg", "watched_layers"]
 
 
 def _head(features: int, num_classes: int) -> nn.Linear:
@@ -20,8 +20,11 @@ def _head(features: int, num_classes: int) -> nn.Linear:
     return head
 
 
-def _network(layers: Sequence[tuple[str, nn.Module]], head: nn.Module, watched: Sequence[str]) -> nn.Sequential:
-    """The layers, then the mean over positions and the linear head."""
+def assemble(
+    layers: Sequence[tuple[str, nn.Module]], channels: int, num_classes: int, watched: Sequence[str]
+) -> nn.Sequential:
+    """Put together the layers by name, the mean over positions and a linear head; note which layers to watch."""
+    head = _head(channels, num_classes)
     net = nn.Sequential(
         OrderedDict([*layers, ("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", head)])
     )
@@ -76,7 +79,7 @@ def convnet(
     for index, width in enumerate(widths):
         layers.append((f"layer{index + 1}", bricks.conv(channels, width, stride=2 if index else 1)))
         channels = width
-    return _network(layers, _head(channels, num_classes), [name for name, _ in layers])
+    return assemble(layers, channels, num_classes, [name for name, _ in layers])
 
 
 def resnet(
@@ -108,7 +111,7 @@ def resnet(
         raise ValueError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
     bricks = Bricks(norm, **norm_args)
     # The stem of a pre-activation network is bare: the first block normalizes. A propagating stem standardizes itself.
-    stem = bricks.conv(in_channels, width) if bricks.propagates else bricks._convolution(in_channels, width, 3, 1, 1)
+    stem = bricks.conv(in_channels, width) if bricks.propagates else bricks.convolution(in_channels, width, 3, 1, 1)
     layers: list[tuple[str, nn.Module]] = [("stem", stem)]
     channels = width
     for stage in range(3):
@@ -123,7 +126,7 @@ def resnet(
     else:
         watched = [*(name for block in blocks for name in (f"{block}.relu1", f"{block}.relu2")), "relu"]
         layers += [("norm", bricks.norm(channels)), ("relu", nn.ReLU(inplace=True))]
-    return _network(layers, _head(channels, num_classes), watched)
+    return assemble(layers, channels, num_classes, watched)
 
 
 def vgg(
@@ -131,6 +134,8 @@ def vgg(
     norm: NormSpec = "batch",
     in_channels: int = 3,
     num_classes: int = 10,
+    *,
+    width: int | None = None,
     **norm_args: Any,
 ) -> nn.Sequential:
     """VGG-style network: stages of 3x3 convolutions, each followed by 2x2 max-pooling; mean over positions.
@@ -140,20 +145,28 @@ def vgg(
         norm: Name of a normalization or a callable ``channels -> module``.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
+        width: Channels of the first convolution, in place of those of ``stages``; all others scale with it.
         **norm_args: Handed to the normalization.
 
     Returns:
         A module from (N, in_channels, H, W) to logits (N, num_classes); H and W at least ``2**len(stages)``.
+
+    Raises:
+        ValueError: If ``width`` is below 1.
     """
+    if width is not None and width < 1:
+        raise ValueError(f"width must be at least 1 channel, got {width}")
     bricks = Bricks(norm, **norm_args)
+    first = stages[0][0]
     layers: list[tuple[str, nn.Module]] = []
     channels = in_channels
     for stage, widths in enumerate(stages, 1):
-        for index, width in enumerate(widths, 1):
-            layers.append((f"stage{stage}_layer{index}", bricks.conv(channels, width)))
-            channels = width
+        for index, planned in enumerate(widths, 1):
+            out = planned if width is None else max(1, planned * width // first)
+            layers.append((f"stage{stage}_layer{index}", bricks.conv(channels, out)))
+            channels = out
         layers.append((f"stage{stage}_pool", nn.MaxPool2d(2)))
-    return _network(layers, _head(channels, num_classes), [name for name, _ in layers if "_layer" in name])
+    return assemble(layers, channels, num_classes, [name for name, _ in layers if "_layer" in name])
 
 
 def nin(

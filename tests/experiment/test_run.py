@@ -110,6 +110,16 @@ def test_norms_start_from_the_same_convolutions(small, images, tmp_path):
         torch.testing.assert_close(weight, starts["batch"], rtol=0, atol=1e-8, msg=norm)
 
 
+def test_a_limit_of_the_test_images_is_that_and_nothing_else(one, images, tmp_path):
+    few = dataclasses.replace(one, test_limit=10)
+    a, b = (train_run(config, images, tmp_path / name) for name, config in (("a", one), ("b", few)))
+    assert a["result"]["train_loss"] == b["result"]["train_loss"]
+    assert a["result"]["test_loss"] != b["result"]["test_loss"]
+    assert 10 * b["result"]["test_accuracy"] == pytest.approx(round(10 * b["result"]["test_accuracy"]))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_it_learns(one, images, tmp_path):
     config = dataclasses.replace(one, epochs=12, augment=("shift",), augment_pixels=1, label_smoothing=0.1)
     assert train_run(config, images, tmp_path / "run")["result"]["test_accuracy"] > 0.9

@@ -12,19 +12,19 @@ from torch import nn
 from evenkeel import models
 from evenkeel import nn as ek
 
-SMALL = ("convnet", "resnet8", "resnet20", "vgg_small", "nin")
+SMALL = ("convnet", "resnet8", "resnet20", "vgg_small", "nin", "wrn10")
+NARROW = {"nin": {"width": 12}, "wrn10": {"widen": 1, "dropout": 0.1}}
 
 
 def _inputs(name: str, channels: int) -> torch.Tensor:
-    size = 8 if name in ("convnet", "resnet8", "resnet20", "vgg_small") else 16
+    size = 16 if name == "nin" else 8
     return torch.randn(3, channels, size, size)
 
 
 @pytest.mark.parametrize("norm", models.norm_names())
 @pytest.mark.parametrize("name", SMALL)
 def test_shapes_gradients_and_copies(name: str, norm: str) -> None:
-    extra = {"width": 12} if name == "nin" else {}
-    net = models.build(name, norm=norm, in_channels=1, num_classes=7, **extra)
+    net = models.build(name, norm=norm, in_channels=1, num_classes=7, **NARROW.get(name, {}))
     x = _inputs(name, 1)
     y = net(x)
     assert y.shape == (3, 7)
@@ -74,6 +74,28 @@ def test_resnet20_has_the_published_size() -> None:
     """0.27 million parameters (He et al. 2016, table 6)."""
     count = sum(p.numel() for p in models.build("resnet20").parameters())
     assert 0.26e6 < count < 0.28e6
+
+
+def test_wide_resnets_have_the_published_size() -> None:
+    """Zagoruyko & Komodakis (2016), table 4: 36.5 M for WRN-28-10, 8.9 M for WRN-40-4, 2.7 M for WRN-16-4."""
+    with torch.device("meta"):
+        for name, widen, millions in (("wrn28", 10, 36.5), ("wrn40", 4, 8.9), ("wrn16", 4, 2.7)):
+            count = sum(p.numel() for p in models.build(name, widen=widen).parameters())
+            assert count == pytest.approx(1e6 * millions, rel=0.02)
+
+
+def test_dropout_stands_between_the_convolutions_of_a_wide_block() -> None:
+    for norm in ("batch", "normprop"):
+        net = models.build("wrn10", norm=norm, widen=1, dropout=0.3)
+        assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.3] * 3
+        x = torch.randn(4, 3, 8, 8)
+        assert not torch.equal(net(x), net(x))
+        assert torch.equal(net.eval()(x), net(x))
+
+
+def test_vgg_scales_with_its_width() -> None:
+    net = models.build("vgg13", width=8)
+    assert [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)] == [8, 8, 16, 16, 32, 32] + [64] * 4
 
 
 def test_nin_has_nine_convolutions_of_the_paper() -> None:
@@ -130,7 +152,7 @@ def test_watched_layers_are_alike_under_every_normalization(name: str) -> None:
     """Equally many, of equal shapes, and none negative where the activation comes last in all of them."""
     shapes = {}
     for norm in ("none", "batch", "normprop"):
-        net = models.build(name, norm=norm, in_channels=1)
+        net = models.build(name, norm=norm, in_channels=1, **NARROW.get(name, {}))
         names = models.watched_layers(net)
         assert len(set(names)) == len(names)
         seen: dict[str, torch.Tensor] = {}
@@ -161,6 +183,8 @@ def test_errors() -> None:
         (lambda: models.build("resnet2"), "did you mean 'resnet20'"),
         (lambda: models.build("convnet", norm="unitised"), "did you mean 'unitized'"),
         (lambda: models.resnet(21), "got 21"),
+        (lambda: models.wide_resnet(20), "got 20"),
+        (lambda: models.build("vgg13", width=0), "width must be at least 1 channel, got 0"),
         (lambda: models.convnet(widths=()), "at least one"),
         (lambda: models.build("convnet", norm=nn.BatchNorm2d, eps=1.0), r"\['eps'\]"),
     ):
