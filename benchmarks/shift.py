@@ -1,6 +1,7 @@
 """Distances against POT, and the cost of a ShiftMonitor in training, interleaved, as ratios.
 
-    python -m benchmarks.shift [--rounds 9] [--out results/bench_shift.json] [--only distances,measurement,monitor]
+    python -m benchmarks.shift --only distances,measurement --out results/bench_shift.json
+    python -m benchmarks.shift --only monitor --rounds 8 --out results/bench_monitor.json
 
 Rows: method and sizes, least times of both in milliseconds, median ratio within a round, largest difference of the
 values.
