@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from evenkeel.experiment import load_variants
+from evenkeel.experiment.files import read_rows
 from evenkeel.report import picture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +50,29 @@ def condense(name: str, scale: str | None, folder: Path) -> dict[str, Any]:
         "environment": first["environment"],
         "total_seconds": sum(part["total_seconds"] for part in parts.values()),
     }
+    for variant, part in parts.items():
+        for row in part["table"]:
+            row["curves"] = curves([folder / variant / run["path"] for run in _runs(part, row)])
     if "" in parts:
         return {**result, "config": first["config"], "table": first["table"]}
     variants = {variant: {"config": part["config"], "table": part["table"]} for variant, part in parts.items()}
     order = list(load_variants(ROOT / "recipes" / f"{name}.yaml", scale))
     return {**result, "variants": {variant: variants[variant] for variant in order if variant in variants}}
+
+
+def curves(runs: list[Path]) -> dict[str, list[float]]:
+    """Return the mean over the runs of training loss and test accuracy, epoch by epoch."""
+    tables = [read_rows(run / "metrics.csv") for run in runs]
+    return {
+        column: [round(sum(float(row[column]) for row in rows) / len(rows), 5) for rows in zip(*tables, strict=True)]
+        for column in ("train_loss", "test_accuracy")
+    }
+
+
+def _runs(part: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the complete runs of one row."""
+    cell = (row["norm"], row["optim"])
+    return [run for run in part["runs"] if run["status"] == "complete" and (run["norm"], run["optim"]) == cell]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -70,8 +89,31 @@ def _cell(value: dict[str, Any] | None, scale: float = 1.0, digits: int = 2, sig
     return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"
 
 
+def variants_markdown(result: dict[str, Any]) -> str:
+    """Return the test accuracies of a result with variants: a row per variant, a column per norm and optimizer."""
+    cells = list(dict.fromkeys((row["norm"], row["optim"]) for v in result["variants"].values() for row in v["table"]))
+    heads = [" ".join(part for part in (norm, optim) if part) for norm, optim in cells]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(cells) + 1) + "|"]
+    for variant, part in result["variants"].items():
+        rows = {(row["norm"], row["optim"]): row for row in part["table"]}
+        texts = []
+        for cell in cells:
+            row = rows.get(cell)
+            bad = "" if row is None else "diverged" if row["diverged"] else "refused" if row["refused"] else ""
+            share = (
+                f" ({row['diverged']} of {row['seeds']} diverged)"
+                if row and row["diverged"] and row["complete"]
+                else ""
+            )
+            texts.append("" if row is None else _cell(row["test_accuracy"], 100) + share if row["complete"] else bad)
+        lines.append(f"| {variant} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of a result."""
+    if "variants" in result:
+        return variants_markdown(result)
     lines = [
         "| norm | optimizer | test accuracy % | against batch | shift W1 a step | relative shift | step time / batch |",
         "|---|---|---|---|---|---|---|",
@@ -106,6 +148,7 @@ def main() -> None:
     result = condense(options.name, options.scale, folder)
     target = ROOT / "results" / f"{options.name}.json"
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(markdown(result))
     print(f"written: {target}")
     if options.name == "demo":
         picture(folder, ROOT / "docs" / "demo.svg")
