@@ -24,7 +24,7 @@ from evenkeel.optim.base import (
     fresh_state,
     put_on_sphere,
 )
-from evenkeel.optim.kernels import Walk, step_tile
+from evenkeel.optim.kernels import Observe, Walk, step_tile
 from evenkeel.optim.manifold import (
     exp_map,
     norm_clip,
@@ -46,7 +46,7 @@ from evenkeel.optim.rows import (
     tiles,
     to_rows,
 )
-from evenkeel.optim.sgdg import Observe
+from evenkeel.optim.strips import pick, renumbered, step_natively
 
 __all__ = ["AdamG", "adamg"]
 
@@ -289,14 +289,13 @@ def adamg(
     whole = ortho != 0
     params, grads = local_parts(params, row_dim, whole), local_parts(grads, row_dim, whole)
     exp_avgs = local_parts(exp_avgs, row_dim, whole)
-    torch._foreach_add_(state_steps, 1)
     kernel = _single_tensor_adamg if foreach is False and not compile else _multi_tensor_adamg
     kernel(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        [float(step) for step in state_steps],
+        state_steps,
         lr=lr,
         betas=betas,
         eps=eps,
@@ -321,7 +320,7 @@ def _single_tensor_adamg(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[float],
+    steps: list[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -337,6 +336,7 @@ def _single_tensor_adamg(
 ) -> None:
     beta1, beta2 = betas
     for i, (p, grad, tau, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        step.add_(1)
         if p.numel() == 0:
             continue
         layout, dtype = RowLayout.of(p, row_dim, row_groups), compute_dtype(p)
@@ -346,10 +346,11 @@ def _single_tensor_adamg(
         if ortho:
             g = g + orthogonality_gradient(y, ortho, row_groups)
         tangent = project(y, g)
-        h = torch.where(row_norm(weight) > 0, norm_clip(tangent, grad_clip), 0.0)
-        m = beta1 * to_rows(tau, layout) + (1 - beta1) * h
+        alive = row_norm(weight) > 0  # a pruned row stays zero, at rest
+        h = torch.where(alive, norm_clip(tangent, grad_clip), 0.0)
+        m = torch.where(alive, beta1 * to_rows(tau, layout) + (1 - beta1) * h, 0.0)
         v.mul_(beta2).add_(h.square().sum(1), alpha=1 - beta2)
-        d = m * (-lr * _correction(betas, step) / (v.unsqueeze(1) + eps).sqrt())
+        d = m * (-lr * _correction(betas, float(step)) / (v.unsqueeze(1) + eps).sqrt())
         from_rows(exp_map(y, d).to(p.dtype), p, layout)
         from_rows(parallel_transport(y, d, m), tau, layout)
         if observe is not None:
@@ -361,7 +362,7 @@ def _multi_tensor_adamg(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[float],
+    steps: list[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -376,6 +377,25 @@ def _multi_tensor_adamg(
     observe: Observe | None,
 ) -> None:
     beta1, beta2 = betas
+    push = (1 - beta1) / beta1 if beta1 else 0.0
+    if not compile:
+        left = step_natively(
+            (params, grads, exp_avgs if beta1 else (), exp_avg_sqs, steps),
+            Walk(grad_clip, push, -lr * (beta1 or 1.0), keep=beta1, beta1=beta1, beta2=beta2, eps=eps),
+            ortho=ortho,
+            maximize=maximize,
+            row_dim=row_dim,
+            row_groups=row_groups,
+            workspace=workspace,
+            observe=observe,
+        )
+        params, grads, steps = pick(params, left), pick(grads, left), pick(steps, left)
+        exp_avgs, exp_avg_sqs = pick(exp_avgs, left), pick(exp_avg_sqs, left)
+        observe = renumbered(observe, left)
+    if not params:
+        return
+    torch._foreach_add_(steps, 1)
+    counts = [float(step) for step in steps]
 
     def make() -> list[Tile]:
         layouts = [RowLayout.of(p, row_dim, row_groups) for p in params]
@@ -384,11 +404,10 @@ def _multi_tensor_adamg(
         return tiles([Job(i, *job) for i, job in enumerate(parts)], whole_blocks=ortho != 0)
 
     # Parameters that missed the same steps stay together; only differences in age matter to who is in a tile.
-    ages = [steps[0] - step for step in steps]
+    ages = [counts[0] - count for count in counts]
     addresses = [t.data_ptr() for t in (*params, *exp_avgs, *exp_avg_sqs)]
     for tile in workspace.plan((row_dim, row_groups, ortho != 0, beta1 != 0, *ages, *addresses), make):
-        rate = -lr * _correction(betas, steps[tile.jobs[0].index])
-        push, scale = ((1 - beta1) / beta1, rate * beta1) if beta1 else (0.0, rate)
+        scale = -lr * _correction(betas, counts[tile.jobs[0].index]) * (beta1 or 1.0)
         walk = Walk(grad_clip, push=push, scale=scale, keep=beta1, beta2=beta2, eps=eps)
         tile.load(grads, workspace)
         step_tile(tile, walk, ortho, maximize, compile, workspace, observe)

@@ -28,9 +28,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from evenkeel.optim.manifold import row_norm
 from evenkeel.optim.rows import Tile, Workspace, chunk_size, row_chunks
 
-__all__ = ["Walk", "regularized_gradient", "step_tile"]
+__all__ = ["Observe", "Walk", "regularized_gradient", "step_tile"]
 
 Observe = Callable[[int, Tensor, Tensor], None]
 
@@ -48,6 +49,7 @@ class Walk:
         push: r for a gradient that is not clipped; unused without momentum.
         scale: s, for Adam-G before the division by the root of the second moment.
         keep: k; 0 means no momentum, the step is then s times the clipped gradient.
+        beta1: Decay rate of the first moment, where the kernel corrects for its start at zero.
         beta2: Decay rate of the second moment, or None if there is none.
         eps: Added to the second moment.
     """
@@ -56,35 +58,37 @@ class Walk:
     push: float | Tensor
     scale: float | Tensor
     keep: float
+    beta1: float = 0.0
     beta2: float | None = None
     eps: float = 0.0
 
 
-def regularized_gradient(tile: Tile, grad: Tensor, alpha: float, workspace: Workspace) -> Tensor:
-    r"""Return gradient plus :math:`2 \alpha (Y Y^\top - I) Y`, for every weight of a tile at once.
+def regularized_gradient(tile: Tile, alpha: float, maximize: bool, workspace: Workspace) -> Tensor:
+    r"""Return gradient plus :math:`2 \alpha (Y Y^\top - I) Y`, for every weight of a loaded tile at once.
 
     Args:
         tile: Weights of equal block height.
-        grad: Gradient of the loss, ``(rows, n)``.
         alpha: Weight of the orthogonality regularizer.
+        maximize: Take the gradient of the loss with the other sign.
         workspace: Holds the result.
     """
     layout = tile.jobs[0].layout
     height = layout.rows // layout.blocks
     p = tile.weight.view(-1, height, tile.n)
-    g = grad.view(-1, height, tile.n)
+    g = tile.grad.view(-1, height, tile.n)
+    sign = -1 if maximize else 1
     inv = _inverse_norm(tile.weight).view(-1, height, 1)
-    out = workspace.take("total", (tile.rows, tile.n), grad, tile.dtype)
+    out = workspace.take("total", (tile.rows, tile.n), tile.grad, tile.dtype)
     if height <= tile.n:
         # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
         gram = torch.bmm(p, p.mT).mul_(inv).mul_(inv.mT)
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        torch.baddbmm(g, gram.mul_(inv.mT), p, alpha=2 * alpha, out=out.view_as(p))
+        torch.baddbmm(g, gram.mul_(inv.mT), p, beta=sign, alpha=2 * alpha, out=out.view_as(p))
     else:
         y = p * inv
         gram = torch.bmm(y.mT, y)
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        torch.baddbmm(g, y, gram, alpha=2 * alpha, out=out.view_as(p))
+        torch.baddbmm(g, y, gram, beta=sign, alpha=2 * alpha, out=out.view_as(p))
     return out
 
 
@@ -113,9 +117,10 @@ def step_tile(
         workspace: Holds the regularized gradient.
         observe: Told index, angle and tangent norm of every parameter.
     """
-    grad = tile.grad.neg() if maximize else tile.grad
     if ortho:
-        grad = regularized_gradient(tile, grad, ortho, workspace)
+        grad = regularized_gradient(tile, ortho, maximize, workspace)
+    else:
+        grad = tile.grad.neg() if maximize else tile.grad
     thetas, norms = [], []
     run = _run_compiled_ if compile else _walk_chunk_
     for rows in row_chunks(tile.rows, tile.n, chunk_size(grad.device)):
@@ -133,11 +138,13 @@ def _walk_chunk_(
     p: Tensor, g: Tensor, moment: Tensor | None, second: Tensor | None, walk: Walk
 ) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-    alive = length > _TINY
+    alive = (length > _TINY).to(p.dtype)
     length.clamp_(min=_TINY)
     # The backward of weight normalization is the projection g - p <p, g> / |p|^2, in one fused pass per row.
     h = torch.ops.aten._weight_norm_interface_backward(g, p, length, length, 0)[0]
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    if p.device.type == "cpu" and bool(norm.isinf().any()):  # the square of a huge gradient leaves the range
+        norm = row_norm(h)
     clip = torch.ones_like(norm) if walk.grad_clip is None else (walk.grad_clip / norm).clamp_(max=1.0)
     clip.mul_(alive)
     scale = walk.scale
@@ -152,6 +159,7 @@ def _walk_chunk_(
         return theta, norm
     e = moment.addcmul_(h, clip.mul_(walk.push))
     speed = torch.linalg.vector_norm(e, dim=1, keepdim=True)
+    speed.mul_(alive)  # a row that was pruned stays zero, whatever momentum it had
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
     # Where e is so short that the division is off, e itself does not count beside p.
@@ -160,11 +168,11 @@ def _walk_chunk_(
         # Through the new point, e cos - y |e| sin = e / cos - y' |e| tan: all in place. Not near a quarter circle, and
         # not where looking at the cosine would mean to wait for the device.
         p.mul_(cos / length).addcmul_(e, along)
-        e.mul_(walk.keep / cos).addcmul_(p, sin.div_(cos).mul_(speed).mul_(-walk.keep))
+        e.mul_(walk.keep * alive / cos).addcmul_(p, sin.div_(cos).mul_(speed).mul_(-walk.keep))
     else:
         torch.mul(e, along, out=h)
         cos_p = cos / length
-        e.mul_(cos.mul_(walk.keep)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
+        e.mul_(cos.mul_(walk.keep).mul_(alive)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
         p.mul_(cos_p).add_(h)
     return theta, norm
 
@@ -193,19 +201,20 @@ def _walk_fused(
     length = length.clamp(min=_TINY)
     dot = (p * g).sum(1, keepdim=True) / length / length
     h = g - dot * p
-    norm = h.square().sum(1, keepdim=True).sqrt()
+    largest = h.abs().amax(1, keepdim=True).clamp(min=_TINY)  # the square of a huge gradient leaves the range
+    norm = (h / largest).square().sum(1, keepdim=True).sqrt() * largest
     clip = (nu / norm).clamp(max=1.0) * alive if clipped else alive
     if second is not None:
         new_second = beta2 * second + (1 - beta2) * (clip * norm).square()
         scale = scale * (new_second + eps).rsqrt()
         second.copy_(new_second)
     e = h * clip if moment is None else moment + h * (clip * push)
-    speed = e.square().sum(1, keepdim=True).sqrt()
+    speed = e.square().sum(1, keepdim=True).sqrt() * alive
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
     new_p = p * (cos / length) + e * (sin / speed.clamp(min=_TINY))
     if moment is not None:
-        moment.copy_(e * (cos * keep) - p * (keep * sin * speed / length))
+        moment.copy_(e * (cos * keep * alive) - p * (keep * sin * speed / length))
     p.copy_(new_p)
     return theta, norm
 

@@ -11,7 +11,6 @@ from torch import nn
 from evenkeel.optim import SGDG, AdamG
 
 CLASSES = [cls for cls, _ in PAIRS.values()]
-paths = pytest.mark.parametrize("foreach", [None, False], ids=["packed", "loop"])
 both = pytest.mark.parametrize("cls", CLASSES)
 
 
@@ -117,7 +116,6 @@ def test_named_parameters_and_printing(cls):
 
 
 @both
-@paths
 def test_nothing_happens_without_gradients(cls, foreach):
     params = parameters(unit=False)
     kept = [p.detach().clone() for p in params]
@@ -128,7 +126,6 @@ def test_nothing_happens_without_gradients(cls, foreach):
 
 
 @both
-@paths
 def test_zero_gradients_leave_points_where_they_are(cls, foreach):
     params = parameters(dtype=torch.float64)
     kept = [p.detach().clone() for p in params]
@@ -142,7 +139,6 @@ def test_zero_gradients_leave_points_where_they_are(cls, foreach):
 
 
 @both
-@paths
 @pytest.mark.parametrize("manifold", [True, False])
 @pytest.mark.parametrize("maximize", [True, False])
 def test_gradients_are_never_written_to(cls, foreach, manifold, maximize):
@@ -182,7 +178,6 @@ def test_packed_equals_loop_with_gaps(cls):
 
 
 @both
-@paths
 def test_rows_are_made_unit_at_the_first_step_whatever_their_size(cls, foreach):
     p = nn.Parameter(torch.tensor([[3e-30, 4e-30], [3e30, 4e30], [3.0, 4.0]]))
     p.grad = torch.zeros_like(p)
@@ -191,7 +186,6 @@ def test_rows_are_made_unit_at_the_first_step_whatever_their_size(cls, foreach):
 
 
 @both
-@paths
 def test_huge_gradients_take_a_clipped_step(cls, foreach):
     p, q = parameters([(2, 5)]), parameters([(2, 5)])
     g = gradients(p, 0, scale=1.0)[0]
@@ -202,7 +196,6 @@ def test_huge_gradients_take_a_clipped_step(cls, foreach):
 
 
 @both
-@paths
 def test_nan_gradients_are_seen_in_the_weights(cls, foreach):
     (p,) = parameters([(2, 5)])
     p.grad = torch.full_like(p, float("nan"))
@@ -211,7 +204,6 @@ def test_nan_gradients_are_seen_in_the_weights(cls, foreach):
 
 
 @both
-@paths
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(cls, foreach, dtype):
     params, wide = parameters(dtype=dtype), parameters(dtype=dtype)
@@ -247,7 +239,6 @@ def test_mixed_dtypes_in_one_group_do_not_touch_each_other(cls):
 
 
 @both
-@paths
 def test_memory_formats_and_strides(cls, foreach):
     shape = (6, 4, 3, 3)
     for make in (
@@ -270,7 +261,6 @@ def test_memory_formats_and_strides(cls, foreach):
 
 
 @both
-@paths
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rows_of_transposed_convolutions(cls, foreach, groups):
     """Grouped transposed weights hold their rows in a roundabout way; written out by hand here."""
