@@ -38,6 +38,7 @@ Observe = Callable[[int, Tensor, Tensor], None]
 # A norm below this is the norm of no weight (its cube, which a kernel needs, underflows in float32): such a row stays
 # where it is. Also where one number is divided by another that may be zero, and any small number will do.
 _TINY = 1e-12
+_LARGE = 256  # rows from which on half of a Gram matrix is worth the copying
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,45 @@ def regularized_gradient(tile: Tile, alpha: float, maximize: bool, workspace: Wo
     out = workspace.take("total", (tile.rows, tile.n), tile.grad, tile.dtype)
     if height <= tile.n:
         # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
-        gram = torch.bmm(p, p.mT).mul_(inv).mul_(inv.mT)
+        gram = _gram(p).mul_(inv).mul_(inv.mT)
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        torch.baddbmm(g, gram.mul_(inv.mT), p, beta=sign, alpha=2 * alpha, out=out.view_as(p))
+        _product(g, gram.mul_(inv.mT), p, sign, 2 * alpha, out.view_as(p))
     else:
         y = p * inv
-        gram = torch.bmm(y.mT, y)
+        gram = _gram(y.mT)
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        torch.baddbmm(g, y, gram, beta=sign, alpha=2 * alpha, out=out.view_as(p))
+        _product(g, y, gram, sign, 2 * alpha, out.view_as(p))
     return out
+
+
+def _gram(p: Tensor) -> Tensor:
+    """Return ``p @ p.mT`` for a batch of matrices; large ones by halves, for the result is symmetric."""
+    batch, height, _ = p.shape
+    if height < _LARGE or p.device.type != "cpu":
+        return torch.bmm(p, p.mT)
+    gram = p.new_empty((batch, height, height))
+    for matrix, square in zip(p, gram, strict=True):
+        _symmetric(matrix, square)
+    return gram
+
+
+def _symmetric(p: Tensor, out: Tensor) -> None:
+    half = len(p) // 2
+    if len(p) < _LARGE:
+        torch.mm(p, p.T, out=out)
+        return
+    _symmetric(p[:half], out[:half, :half])
+    _symmetric(p[half:], out[half:, half:])
+    torch.mm(p[:half], p[half:].T, out=out[:half, half:])
+    out[half:, :half].copy_(out[:half, half:].T)
+
+
+def _product(g: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+    """Write ``beta * g + alpha * a @ b`` to ``out``, for a batch of matrices."""
+    if len(g) == 1:  # the faster call where the products are taken in bfloat16
+        torch.addmm(g[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
+    else:
+        torch.baddbmm(g, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def _inverse_norm(p: Tensor) -> Tensor:
@@ -143,7 +174,10 @@ def _walk_chunk_(
     # The backward of weight normalization is the projection g - p <p, g> / |p|^2, in one fused pass per row.
     h = torch.ops.aten._weight_norm_interface_backward(g, p, length, length, 0)[0]
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-    if p.device.type == "cpu" and bool(norm.isinf().any()):  # the square of a huge gradient leaves the range
+    if p.device.type == "cpu" and not bool((norm >= 1e-3 * row_norm(g)).all()):
+        # Nearly all of a gradient along its row leaves little but rounding errors: project once more. The norm is that
+        # which has no squares in it, for those of a huge gradient leave the range of the numbers.
+        h = torch.ops.aten._weight_norm_interface_backward(h, p, length, length, 0)[0]
         norm = row_norm(h)
     clip = torch.ones_like(norm) if walk.grad_clip is None else (walk.grad_clip / norm).clamp_(max=1.0)
     clip.mul_(alive)
@@ -201,6 +235,7 @@ def _walk_fused(
     length = length.clamp(min=_TINY)
     dot = (p * g).sum(1, keepdim=True) / length / length
     h = g - dot * p
+    h = h - (p * h).sum(1, keepdim=True) / length / length * p
     largest = h.abs().amax(1, keepdim=True).clamp(min=_TINY)  # the square of a huge gradient leaves the range
     norm = (h / largest).square().sum(1, keepdim=True).sqrt() * largest
     clip = (nu / norm).clamp(max=1.0) * alive if clipped else alive

@@ -52,23 +52,21 @@ static void NAME(move)(REAL *restrict p, const REAL *restrict g, REAL *restrict 
   }
   pg *= w->sign; tg *= w->sign;
   const int alive = !(pp == 0);
-  double along = alive ? pg / pp : 0, hh = gg - along * pg, th = tg - along * pt;
-  if (gg > DBL_MAX || hh < 0.1 * gg || (gg < DBL_MIN && gg >= 0)) {
-    /* Nearly all of the gradient points along the row, or the products are out of range: take h number by number. */
-    double top = NAME(largest)(g, n);
-    if (gg > DBL_MAX || gg < DBL_MIN) unit = top > 0 && top <= DBL_MAX ? top : 1;
-    const double inverse = 1 / unit;
-    if (unit != 1) {
-      pg = 0;
-      #pragma omp simd reduction(+:pg)
-      for (i64 i = 0; i < n; i++) pg += p[i] * (w->sign * g[i] * inverse);
-      along = alive ? pg / pp : 0;
-    }
-    hh = 0; th = 0;
-    #pragma omp simd reduction(+:hh,th)
+  double along = alive ? pg / pp : 0, rest = 0, hh = gg - along * pg, th = tg - along * pt;
+  /* Products out of range, or nearly all of the gradient along the row, so that h is what rounding leaves: such a row
+   * is taken number by number, and what is left along it is taken out once more. */
+  const int careful = !(hh >= 0.1 * gg && gg >= DBL_MIN && gg <= DBL_MAX) && gg != 0;
+  if (careful) {
+    const double top = gg > DBL_MAX || gg < DBL_MIN ? NAME(largest)(g, n) : 1;
+    unit = top > 0 && top <= DBL_MAX ? top : 1;
+    pg = 0;
+    for (i64 i = 0; i < n; i++) pg += p[i] * (w->sign * g[i] / unit);
+    along = alive ? pg / pp : 0;
+    for (i64 i = 0; i < n; i++) rest += p[i] * (w->sign * g[i] / unit - along * p[i]);
+    rest = alive ? rest / pp : 0; hh = 0; th = 0;
     for (i64 i = 0; i < n; i++) {
-      double h = w->sign * g[i] * inverse - along * p[i]; hh += h * h; th += h * (t ? (double)t[i] : 0); }
-    along *= unit;
+      const double h = w->sign * g[i] / unit - along * p[i] - rest * p[i];
+      hh += h * h; th += h * (t ? (double)t[i] : 0); }
   }
   const double length = sqrt(hh) * unit, clip = length > w->clip ? w->clip / length : 1;
   if (norm) *norm = (REAL)length;
@@ -88,6 +86,13 @@ static void NAME(move)(REAL *restrict p, const REAL *restrict g, REAL *restrict 
   const double cosine = cos(theta), sine = sin(theta), inverse = 1 / sqrt(pp);
   const double forth = speed > 0 ? sine / speed : scale;
   if (angle) *angle = (REAL)fabs(theta);
+  if (careful) {
+    for (i64 i = 0; i < n; i++) {
+      const double a = p[i], h = w->sign * g[i] / unit - along * a - rest * a, e = (t ? (double)t[i] : 0) + rh * h;
+      p[i] = (REAL)(cosine * inverse * a + forth * e);
+      if (t) t[i] = (REAL)(w->keep * (cosine * e - sine * speed * inverse * a)); }
+    return;
+  }
   const REAL p_p = (REAL)(cosine * inverse - forth * r * along), g_p = (REAL)(w->sign * forth * r);
   if (t) {
     const REAL t_p = (REAL)forth, t_t = (REAL)(w->keep * cosine), g_t = (REAL)(w->sign * w->keep * cosine * r);
