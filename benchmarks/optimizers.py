@@ -2,8 +2,8 @@
 
     python -m benchmarks.optimizers [--rounds 40] [--threads 2] [--sets resnet18,...] [--out results/....json]
 
-All convolution weights of a network are on the manifold, float32: ResNet-18 as for ImageNet, ResNet-110 and WRN-28-10 as
-for CIFAR. "SGDG" and "AdamG" are without the regularizer, which neither torch nor geoopt have; "ortho" is with the
+All convolution weights of a network are on the manifold, float32: ResNet-18 as for ImageNet, ResNet-110 and WRN-28-10
+as for CIFAR. "SGDG" and "AdamG" are without the regularizer, which neither torch nor geoopt have; "ortho" is with the
 default 0.1, "ortho, bf16" with its matrix products in bfloat16 (``torch.backends.mkldnn.matmul.fp32_precision``),
 "no compiler" on torch's own kernels, "compile=True" through TorchInductor. geoopt is timed where it is installed (each
 weight is one tensor of rows on its sphere, momentum 0.9). Ratios are medians over rounds of time / time of torch's SGD

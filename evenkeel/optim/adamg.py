@@ -22,6 +22,7 @@ from evenkeel.optim.base import (
     check_at_least,
     check_below_one,
     fresh_state,
+    fused_takes,
     put_on_sphere,
 )
 from evenkeel.optim.kernels import Observe, Walk, step_tile
@@ -201,11 +202,14 @@ def _flat_sgd(optimizer: AdamG, group: dict[str, Any], params: list[Tensor]) -> 
             if "momentum_buffer" not in optimizer.state[p]:
                 optimizer.state[p]["momentum_buffer"] = fresh_state(p)
         buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+    grads = [cast(Tensor, p.grad) for p in params]
+    fused = group["foreach"] is not False and fused_takes(params, grads, buffers)
     sgd(
         params,
-        [cast(Tensor, p.grad) for p in params],
+        grads,
         buffers,
-        foreach=group["foreach"],
+        foreach=False if fused else group["foreach"],
+        fused=fused,
         weight_decay=group["weight_decay"],
         momentum=momentum,
         lr=group["lr"],
@@ -223,14 +227,21 @@ def _flat_adamw(optimizer: AdamG, group: dict[str, Any], params: list[Tensor]) -
     states = [optimizer.state[p] for p in params]
     # torch's kernels want one dtype throughout: low-precision parameters take the step in float32 and are rounded once.
     wide = [p if p.dtype == compute_dtype(p) else p.to(compute_dtype(p)) for p in params]
+    grads = [cast(Tensor, p.grad).to(w.dtype) for p, w in zip(params, wide, strict=True)]
+    exp_avgs, exp_avg_sqs = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    steps = [state["step"] for state in states]
+    # On a GPU the fused kernel wants the counters there; ours stay on the CPU, so that they never make it wait.
+    fused = group["foreach"] is not False and params[0].device.type == "cpu"
+    fused = fused and fused_takes(wide, grads, exp_avgs, exp_avg_sqs)
     adamw(
         wide,
-        [cast(Tensor, p.grad).to(w.dtype) for p, w in zip(params, wide, strict=True)],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [state["step"] for state in states],
-        foreach=group["foreach"] if not isinstance(group["lr"], Tensor) else False,
+        steps,
+        foreach=group["foreach"] if not (fused or isinstance(group["lr"], Tensor)) else False,
+        fused=fused,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -188,6 +188,18 @@ def check_below_one(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= ``value`` < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be at least 0 and below 1; got {value}")
+
+
+def fused_takes(*tensors: Sequence[Tensor | None]) -> bool:
+    """Tell whether torch's fused kernels take parameters and what goes with them (lists of one length, None left out).
+
+    They read memory from end to end, in one dtype: mixed dtypes, strides and sharded parameters are for the others.
+    """
+    present = [t for kind in tensors for t in kind if t is not None]
+    dtype = present[0].dtype
+    if dtype not in (torch.float32, torch.float64) or present[0].device.type not in ("cpu", "cuda"):
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype and t.is_contiguous() for t in present)
 
 
 def fresh_state(p: Tensor) -> Tensor:

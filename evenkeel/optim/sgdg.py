@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from evenkeel.optim.base import Params, SphereOptimizer, check_below_one, fresh_state, put_on_sphere
+from evenkeel.optim.base import Params, SphereOptimizer, check_below_one, fresh_state, fused_takes, put_on_sphere
 from evenkeel.optim.kernels import Observe, Walk, step_tile
 from evenkeel.optim.manifold import exp_map, norm_clip, orthogonality_gradient, project, row_norm, transport_along, unit
 from evenkeel.optim.rows import Job, RowLayout, Tile, Workspace, compute_dtype, from_rows, local_parts, tiles, to_rows
@@ -159,11 +159,14 @@ class SGDG(SphereOptimizer):
         )
 
     def _step_flat(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads, buffers = [cast(Tensor, p.grad) for p in params], self._buffers(group, params)
+        fused = group["foreach"] is not False and fused_takes(params, grads, buffers)
         sgd(
             params,
-            [cast(Tensor, p.grad) for p in params],
-            self._buffers(group, params),
-            foreach=group["foreach"],
+            grads,
+            buffers,
+            foreach=False if fused else group["foreach"],
+            fused=fused,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],

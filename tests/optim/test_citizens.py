@@ -500,12 +500,32 @@ def test_many_patterns_of_missing_gradients_are_planned_without_end(cls):
         ),
     ],
 )
-def test_off_the_manifold_it_is_torchs_own(ours, theirs):
-    a, b = parameters([*SMALL, (7,)], unit=False), parameters([*SMALL, (7,)], unit=False)
-    drive(ours(a), a, 10)
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_off_the_manifold_it_is_torchs_own(ours, theirs, foreach):
+    shapes = [*SMALL, (7,), (0, 3)]
+    a, b = parameters(shapes, unit=False), parameters(shapes, unit=False)
+    a[0].data = a[0].data.to(memory_format=torch.channels_last)
+    optimizer = ours(a)
+    optimizer.param_groups[0]["foreach"] = foreach
+    drive(optimizer, a, 10)
     drive(theirs(b), b, 10)
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("cls", "off"), [(SGDG, "sgd"), (AdamG, "sgd"), (AdamG, "adamw")])
+def test_off_the_manifold_the_fused_kernel_runs_and_agrees_to_the_bit_with_torchs(cls, off):
+    shapes = [(4, 9), (7,), (0, 3)]
+    a, b = parameters(shapes, unit=False), parameters(shapes, unit=False)
+    ours = cls(a, lr=0.1, weight_decay=0.1, **flat_kwargs(cls, **({"off_manifold": off} if cls is AdamG else {})))
+    sgd, adamw = torch.optim.SGD, torch.optim.AdamW
+    theirs = {
+        "sgd": lambda: sgd(b, 0.1, 0.9, weight_decay=0.1, fused=True),
+        "adamw": lambda: adamw(b, 0.1, (0.9, 0.99), weight_decay=0.1, fused=True),
+    }[off]()
+    drive(ours, a, 5)
+    drive(theirs, b, 5)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("off", ["sgd", "adamw"])
