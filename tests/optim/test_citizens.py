@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -331,6 +332,40 @@ def test_tensor_lr_and_schedulers(cls, manifold):
     for other in finals[1:]:
         for p, q in zip(finals[0], other, strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("manifold", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=6),  # moves momentum or beta1 as well
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+        lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+)
+def test_schedulers_of_torch_are_followed(cls, make, manifold, foreach):
+    """Step by step as a new optimizer with the state of the old one and the numbers of the scheduler."""
+    params, expected = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
+    optimizer = cls(params, lr=0.1, manifold=manifold, foreach=foreach)
+    state, rates = None, []
+    scheduler = make(optimizer)
+    for step in range(5):
+        group = {k: v for k, v in optimizer.param_groups[0].items() if k in ("lr", "momentum", "betas")}
+        rates.append(group["lr"])
+        drive(optimizer, params, 1, start=step)
+        fresh = cls(expected, manifold=manifold, foreach=False, **group)
+        if state is not None:
+            fresh.load_state_dict({"state": state["state"], "param_groups": fresh.state_dict()["param_groups"]})
+        drive(fresh, expected, 1, start=step)
+        state = fresh.state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # some schedulers mind that they see no optimizer.step call
+            scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+    assert len({round(rate, 12) for rate in rates}) > 1
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
 @both
