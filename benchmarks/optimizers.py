@@ -1,27 +1,32 @@
-"""Time of one optimizer step: SGD-G and Adam-G beside torch's SGD and geoopt's RiemannianSGD, in interleaved runs.
+"""Time of one optimizer step: SGD-G and Adam-G beside torch's SGD and geoopt's RiemannianSGD, interleaved, as ratios.
 
-    python benchmarks/optimizers.py [--sets resnet18,resnet110,wrn28_10] [--repeats 60] [--threads 2] [--ortho 0.1]
+    python -m benchmarks.optimizers [--rounds 40] [--threads 2] [--sets resnet18,...] [--out results/....json]
 
-All convolution weights of the networks are on the manifold, float32. Every repeat runs one step of each optimizer in
-turn, so that what else the machine does hits all alike; ratios are medians over repeats of time / time of the first
-optimizer. With ``--ortho`` above 0 an optimizer with the regularizer is added: two matrix products per weight, which
-neither torch nor geoopt do. geoopt is timed where it is installed.
+All convolution weights of a network are on the manifold, float32: ResNet-18 as for ImageNet, ResNet-110 and WRN-28-10
+as for CIFAR. "SGDG" and "AdamG" are without the regularizer, which neither torch nor geoopt have; "ortho" is with the
+default 0.1, "ortho, bf16" with its matrix products in bfloat16 (``torch.backends.mkldnn.matmul.fp32_precision``),
+"no compiler" on torch's own kernels, "compile=True" through TorchInductor. geoopt is timed where it is installed (each
+weight is one tensor of rows on its sphere, momentum 0.9). Ratios are medians over rounds of time / time of torch's SGD
+with momentum, foreach.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
-from evenkeel.optim import SGDG, AdamG
+from benchmarks.timing import interleave, ratios, save
+from evenkeel.optim import SGDG, AdamG, _native
 
+Step = Callable[[], object]
 Shapes = list[tuple[int, ...]]
 
 
@@ -70,77 +75,95 @@ def weights(shapes: Shapes, device: str) -> list[nn.Parameter]:
     return out
 
 
-def geoopt_sphere(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    import geoopt
-
+def geoopt_sphere(geoopt: Any, params: list[nn.Parameter]) -> Step:
     points = []
     for p in params:
         point = geoopt.ManifoldParameter(p.detach().flatten(1), manifold=geoopt.Sphere())
         point.grad = p.grad.flatten(1)
         points.append(point)
-    return geoopt.optim.RiemannianSGD(points, lr=0.1, momentum=0.9)
+    return geoopt.optim.RiemannianSGD(points, lr=0.1, momentum=0.9).step
 
 
-def contenders(ortho: float, compiled: bool) -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
-    found: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-        "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
-        "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
-        "SGDG": lambda p: SGDG(p, lr=0.2, ortho=0.0),
-        "AdamG": lambda p: AdamG(p, lr=0.05, ortho=0.0),
-    }
-    if ortho:
-        found[f"SGDG ortho={ortho}"] = lambda p: SGDG(p, lr=0.2, ortho=ortho)
-    if compiled:
-        found["SGDG compiled"] = lambda p: SGDG(p, lr=0.2, ortho=0.0, compile=True)
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """Float32 matrix products through bfloat16 where the processor has them."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
     try:
-        import geoopt  # noqa: F401
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def without_compiler(step: Step) -> Step:
+    def call() -> None:
+        with mock.patch.object(_native, "load", return_value=None):
+            step()
+
+    return call
+
+
+def in_bf16(step: Step) -> Step:
+    def call() -> None:
+        with bf16_products():
+            step()
+
+    return call
+
+
+def contenders(make: Callable[[], list[nn.Parameter]], compiled: bool) -> dict[str, Step]:
+    found: dict[str, Step] = {
+        "SGD foreach": torch.optim.SGD(make(), lr=0.1, momentum=0.9, foreach=True).step,
+        "SGD fused": torch.optim.SGD(make(), lr=0.1, momentum=0.9, fused=True).step,
+        "SGDG": SGDG(make(), lr=0.2, ortho=0.0).step,
+        "AdamG": AdamG(make(), lr=0.05, ortho=0.0).step,
+        "SGDG ortho": SGDG(make(), lr=0.2).step,
+        "AdamG ortho": AdamG(make(), lr=0.05).step,
+        "SGDG ortho, bf16": in_bf16(SGDG(make(), lr=0.2).step),
+        "SGDG no compiler": without_compiler(SGDG(make(), lr=0.2, ortho=0.0).step),
+    }
+    if compiled:
+        found["SGDG compile=True"] = SGDG(make(), lr=0.2, ortho=0.0, compile=True).step
+    try:
+        import geoopt
     except ImportError:
-        print("geoopt is not installed and is left out")
+        print("geoopt is not installed and is left out (pip install geoopt==0.5.1)")
     else:
-        found["geoopt RSGD"] = geoopt_sphere
+        found["geoopt"] = geoopt_sphere(geoopt, make())
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ortho", type=float, default=0.0)
     parser.add_argument("--compiled", action="store_true", help="also time compile=True")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write the numbers to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    synchronize = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
-    results = {}
-    for name in args.sets.split(","):
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for name in options.sets.split(","):
         shapes = SETS[name]()
         numbers = sum(torch.Size(shape).numel() for shape in shapes)
-        print(f"\n{name}: {len(shapes)} tensors, {numbers / 1e6:.1f} million numbers")
-        optimizers = {
-            k: make(weights(shapes, args.device)) for k, make in contenders(args.ortho, args.compiled).items()
-        }
-        times: dict[str, list[float]] = {key: [] for key in optimizers}
-        for repeat in range(args.repeats + 3):
-            for key, optimizer in optimizers.items():
-                synchronize()
-                start = time.perf_counter()
-                optimizer.step()
-                synchronize()
-                if repeat >= 3:
-                    times[key].append(1e3 * (time.perf_counter() - start))
-        base = times["SGD foreach"]
-        table = {}
-        for key, ts in times.items():
-            ratio = statistics.median(a / b for a, b in zip(ts, base, strict=True))
-            table[key] = {"min_ms": min(ts), "median_ms": statistics.median(ts), "ratio": ratio}
-            print(f"  {key:16s} min {min(ts):8.2f} ms   median {statistics.median(ts):8.2f} ms   ratio {ratio:6.2f}")
-        results[name] = table
-    if args.json:
-        environment = {"torch": torch.__version__, "machine": platform.machine(), "threads": args.threads}
-        with open(args.json, "w") as file:  # noqa: PTH123
-            json.dump({"environment": environment, "arguments": vars(args), "results": results}, file, indent=1)
+        print(f"\n{name}: {len(shapes)} tensors, {numbers / 1e6:.1f} million numbers", flush=True)
+        times = interleave(
+            contenders(lambda shapes=shapes: weights(shapes, options.device), options.compiled), options.rounds
+        )
+        relative = ratios(times, "SGD foreach")
+        geoopt = ratios(times, "SGDG").get("geoopt")
+        adam = statistics.median(a / b for a, b in zip(times["AdamG"], times["SGDG"], strict=True))
+        for key, own in times.items():
+            row = {"set": name, "optimizer": key, "median ms": 1e3 * statistics.median(own), "ratio": relative[key]}
+            rows.append(row)
+            print(f"  {key:18s} {row['median ms']:8.2f} ms   {row['ratio']:6.2f} x SGD foreach", flush=True)
+        faster = "" if geoopt is None else f"; SGDG is {geoopt:.1f} times faster than geoopt"
+        print(f"  AdamG / SGDG {adam:.2f}{faster}")
+        rows.append({"set": name, "AdamG / SGDG": adam, "geoopt / SGDG": geoopt})
+    if options.out:
+        save(options.out, "optimizers", rows, numbers="float32", threads=options.threads)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,19 @@
-"""Compile and load the C kernels: once per machine, on the first large activation, and never required.
-
-The library is built from ``kernels.c`` by the C compiler of the machine (``cc``, ``gcc`` or ``clang``; environment
-variable ``CC`` first) in about two seconds and kept in a cache folder (``$EVENKEEL_CACHE``, else
-``$XDG_CACHE_HOME/evenkeel``, else ``~/.cache/evenkeel``), under a name that contains a hash of the source, the
-compiler and the processor. Without a compiler, or with ``EVENKEEL_NATIVE=0``, the passes run on torch's own kernels.
-"""
+"""The C kernels of normalization: compiled on the first large activation, and never required."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from evenkeel.flexnorm._compile import library
+
 __all__ = ["CKernels", "load", "status"]
 
-logger = logging.getLogger("evenkeel")
-
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -239,65 +225,11 @@ class CKernels:
         return dmean, dvar, rows
 
 
-def _cache_folder() -> Path:
-    if named := os.environ.get("EVENKEEL_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "evenkeel"
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: a cache folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def _compiler() -> str | None:
-    for candidate in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if candidate and (found := shutil.which(candidate)):
-            return found
-    return None
-
-
-def _build(compiler: str, target: Path) -> None:
-    """Compile into ``target`` atomically: two processes that start at once must not load half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, "-march=native", "-fopenmp", str(_SOURCE), "-o", name, "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode != 0:
-            raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
-        Path(name).replace(target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 @functools.cache
 def load() -> CKernels | None:
     """Return the compiled kernels, building them if this machine has not yet; ``None`` where that is impossible."""
-    if os.environ.get("EVENKEEL_NATIVE", "1") == "0":
-        return None
-    compiler = _compiler()
-    if compiler is None:
-        logger.info("evenkeel: no C compiler found; normalization runs on torch's own kernels (slower, same results)")
-        return None
-    try:
-        key = hashlib.sha256(
-            b"\0".join([_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()])
-        )
-        target = _cache_folder() / f"kernels-{key.hexdigest()[:16]}.so"
-        if not target.exists():
-            logger.warning("evenkeel: compiling the normalization kernels once for this machine into %s", target)
-            _build(compiler, target)
-        return CKernels(ctypes.CDLL(str(target)), target)
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        logger.warning("evenkeel: the kernels could not be compiled (%s); using torch's own", error)
-        return None
+    found = library(_SOURCE, "normalization")
+    return None if found is None else CKernels(*found)
 
 
 def status() -> str:

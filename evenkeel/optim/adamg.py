@@ -22,9 +22,10 @@ from evenkeel.optim.base import (
     check_at_least,
     check_below_one,
     fresh_state,
+    fused_takes,
     put_on_sphere,
 )
-from evenkeel.optim.kernels import Walk, step_tile
+from evenkeel.optim.kernels import Observe, Walk, step_tile
 from evenkeel.optim.manifold import (
     exp_map,
     norm_clip,
@@ -46,7 +47,7 @@ from evenkeel.optim.rows import (
     tiles,
     to_rows,
 )
-from evenkeel.optim.sgdg import Observe
+from evenkeel.optim.strips import pick, renumbered, step_natively
 
 __all__ = ["AdamG", "adamg"]
 
@@ -201,11 +202,14 @@ def _flat_sgd(optimizer: AdamG, group: dict[str, Any], params: list[Tensor]) -> 
             if "momentum_buffer" not in optimizer.state[p]:
                 optimizer.state[p]["momentum_buffer"] = fresh_state(p)
         buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+    grads = [cast(Tensor, p.grad) for p in params]
+    fused = group["foreach"] is not False and fused_takes(params, grads, buffers)
     sgd(
         params,
-        [cast(Tensor, p.grad) for p in params],
+        grads,
         buffers,
-        foreach=group["foreach"],
+        foreach=False if fused else group["foreach"],
+        fused=fused,
         weight_decay=group["weight_decay"],
         momentum=momentum,
         lr=group["lr"],
@@ -223,14 +227,21 @@ def _flat_adamw(optimizer: AdamG, group: dict[str, Any], params: list[Tensor]) -
     states = [optimizer.state[p] for p in params]
     # torch's kernels want one dtype throughout: low-precision parameters take the step in float32 and are rounded once.
     wide = [p if p.dtype == compute_dtype(p) else p.to(compute_dtype(p)) for p in params]
+    grads = [cast(Tensor, p.grad).to(w.dtype) for p, w in zip(params, wide, strict=True)]
+    exp_avgs, exp_avg_sqs = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+    steps = [state["step"] for state in states]
+    # On a GPU the fused kernel wants the counters there; ours stay on the CPU, so that they never make it wait.
+    fused = group["foreach"] is not False and params[0].device.type == "cpu"
+    fused = fused and fused_takes(wide, grads, exp_avgs, exp_avg_sqs)
     adamw(
         wide,
-        [cast(Tensor, p.grad).to(w.dtype) for p, w in zip(params, wide, strict=True)],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [state["step"] for state in states],
-        foreach=group["foreach"] if not isinstance(group["lr"], Tensor) else False,
+        steps,
+        foreach=group["foreach"] if not (fused or isinstance(group["lr"], Tensor)) else False,
+        fused=fused,
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -289,14 +300,13 @@ def adamg(
     whole = ortho != 0
     params, grads = local_parts(params, row_dim, whole), local_parts(grads, row_dim, whole)
     exp_avgs = local_parts(exp_avgs, row_dim, whole)
-    torch._foreach_add_(state_steps, 1)
     kernel = _single_tensor_adamg if foreach is False and not compile else _multi_tensor_adamg
     kernel(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        [float(step) for step in state_steps],
+        state_steps,
         lr=lr,
         betas=betas,
         eps=eps,
@@ -321,7 +331,7 @@ def _single_tensor_adamg(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[float],
+    steps: list[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -337,6 +347,7 @@ def _single_tensor_adamg(
 ) -> None:
     beta1, beta2 = betas
     for i, (p, grad, tau, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        step.add_(1)
         if p.numel() == 0:
             continue
         layout, dtype = RowLayout.of(p, row_dim, row_groups), compute_dtype(p)
@@ -346,10 +357,11 @@ def _single_tensor_adamg(
         if ortho:
             g = g + orthogonality_gradient(y, ortho, row_groups)
         tangent = project(y, g)
-        h = torch.where(row_norm(weight) > 0, norm_clip(tangent, grad_clip), 0.0)
-        m = beta1 * to_rows(tau, layout) + (1 - beta1) * h
+        alive = row_norm(weight) > 0  # a pruned row stays zero, at rest
+        h = torch.where(alive, norm_clip(tangent, grad_clip), 0.0)
+        m = torch.where(alive, beta1 * to_rows(tau, layout) + (1 - beta1) * h, 0.0)
         v.mul_(beta2).add_(h.square().sum(1), alpha=1 - beta2)
-        d = m * (-lr * _correction(betas, step) / (v.unsqueeze(1) + eps).sqrt())
+        d = m * (-lr * _correction(betas, float(step)) / (v.unsqueeze(1) + eps).sqrt())
         from_rows(exp_map(y, d).to(p.dtype), p, layout)
         from_rows(parallel_transport(y, d, m), tau, layout)
         if observe is not None:
@@ -361,7 +373,7 @@ def _multi_tensor_adamg(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[float],
+    steps: list[Tensor],
     *,
     lr: float | Tensor,
     betas: tuple[float, float],
@@ -376,6 +388,25 @@ def _multi_tensor_adamg(
     observe: Observe | None,
 ) -> None:
     beta1, beta2 = betas
+    push = (1 - beta1) / beta1 if beta1 else 0.0
+    if not compile:
+        left = step_natively(
+            (params, grads, exp_avgs if beta1 else (), exp_avg_sqs, steps),
+            Walk(grad_clip, push, -lr * (beta1 or 1.0), keep=beta1, beta1=beta1, beta2=beta2, eps=eps),
+            ortho=ortho,
+            maximize=maximize,
+            row_dim=row_dim,
+            row_groups=row_groups,
+            workspace=workspace,
+            observe=observe,
+        )
+        params, grads, steps = pick(params, left), pick(grads, left), pick(steps, left)
+        exp_avgs, exp_avg_sqs = pick(exp_avgs, left), pick(exp_avg_sqs, left)
+        observe = renumbered(observe, left)
+    if not params:
+        return
+    torch._foreach_add_(steps, 1)
+    counts = [float(step) for step in steps]
 
     def make() -> list[Tile]:
         layouts = [RowLayout.of(p, row_dim, row_groups) for p in params]
@@ -384,11 +415,10 @@ def _multi_tensor_adamg(
         return tiles([Job(i, *job) for i, job in enumerate(parts)], whole_blocks=ortho != 0)
 
     # Parameters that missed the same steps stay together; only differences in age matter to who is in a tile.
-    ages = [steps[0] - step for step in steps]
+    ages = [counts[0] - count for count in counts]
     addresses = [t.data_ptr() for t in (*params, *exp_avgs, *exp_avg_sqs)]
     for tile in workspace.plan((row_dim, row_groups, ortho != 0, beta1 != 0, *ages, *addresses), make):
-        rate = -lr * _correction(betas, steps[tile.jobs[0].index])
-        push, scale = ((1 - beta1) / beta1, rate * beta1) if beta1 else (0.0, rate)
+        scale = -lr * _correction(betas, counts[tile.jobs[0].index]) * (beta1 or 1.0)
         walk = Walk(grad_clip, push=push, scale=scale, keep=beta1, beta2=beta2, eps=eps)
         tile.load(grads, workspace)
         step_tile(tile, walk, ortho, maximize, compile, workspace, observe)

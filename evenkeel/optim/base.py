@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from evenkeel.optim.manifold import unit
 from evenkeel.optim.rows import RowLayout, Workspace, compute_dtype, from_rows, local_part, to_rows
 
-__all__ = ["Observer", "SphereOptimizer", "StepView"]
+__all__ = ["ExactState", "Observer", "SphereOptimizer", "StepView"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -43,7 +43,32 @@ class StepView:
 Observer = Callable[[StepView], None]
 
 
-class SphereOptimizer(Optimizer):
+class ExactState(Optimizer):
+    """An optimizer whose saved state comes back as it was."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the tensors are copied, and keep the dtype in which they were saved.
+
+        ``torch.optim.Optimizer`` casts the state to the dtype of the parameter, which would round the float32 state of
+        bfloat16 parameters, and shares memory with the dict where it does not cast.
+        """
+        seen: list[dict[str, Any]] = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = seen[0]
+        indices = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, params, strict=True):
+            for key, value in saved["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    device = value.device if key == "step" else p.device
+                    self.state[p][key] = value.detach().to(device=device, copy=True)
+
+
+class SphereOptimizer(ExactState):
     """Base of :class:`SGDG` and :class:`AdamG`: groups on the manifold, and ordinary groups beside them.
 
     Attributes:
@@ -107,6 +132,11 @@ class SphereOptimizer(Optimizer):
                 raise TypeError(f"a complex parameter of shape {tuple(p.shape)} cannot go on the manifold of real rows")
             RowLayout.of(p, group["row_dim"], group["row_groups"])
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as :meth:`ExactState.load_state_dict`."""
+        self._workspace = Workspace()  # plans hold on to the state as it was
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -155,28 +185,6 @@ class SphereOptimizer(Optimizer):
 
         return tell
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the tensors are copied, and keep the dtype in which they were saved.
-
-        ``torch.optim.Optimizer`` casts the state to the dtype of the parameter, which would round the float32 state of
-        bfloat16 parameters, and shares memory with the dict where it does not cast.
-        """
-        self._workspace = Workspace()  # plans hold on to the state as it was
-        seen: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        saved = seen[0]
-        indices = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, params, strict=True):
-            for key, value in saved["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    device = value.device if key == "step" else p.device
-                    self.state[p][key] = value.detach().to(device=device, copy=True)
-
 
 def check_at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError if ``value`` is below ``low`` or no number."""
@@ -188,6 +196,18 @@ def check_below_one(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= ``value`` < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be at least 0 and below 1; got {value}")
+
+
+def fused_takes(*tensors: Sequence[Tensor | None]) -> bool:
+    """Tell whether torch's fused kernels take parameters and what goes with them (lists of one length, None left out).
+
+    They read memory from end to end, in one dtype: mixed dtypes, strides and sharded parameters are for the others.
+    """
+    present = [t for kind in tensors for t in kind if t is not None]
+    dtype = present[0].dtype
+    if dtype not in (torch.float32, torch.float64) or present[0].device.type not in ("cpu", "cuda"):
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype and t.is_contiguous() for t in present)
 
 
 def fresh_state(p: Tensor) -> Tensor:

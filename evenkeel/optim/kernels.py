@@ -28,15 +28,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from evenkeel.optim.manifold import row_norm
 from evenkeel.optim.rows import Tile, Workspace, chunk_size, row_chunks
 
-__all__ = ["Walk", "regularized_gradient", "step_tile"]
+__all__ = ["Observe", "Walk", "regularized_gradient", "step_tile"]
 
 Observe = Callable[[int, Tensor, Tensor], None]
 
 # A norm below this is the norm of no weight (its cube, which a kernel needs, underflows in float32): such a row stays
 # where it is. Also where one number is divided by another that may be zero, and any small number will do.
 _TINY = 1e-12
+_LARGE = 256  # rows from which on half of a Gram matrix is worth the copying
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Walk:
         push: r for a gradient that is not clipped; unused without momentum.
         scale: s, for Adam-G before the division by the root of the second moment.
         keep: k; 0 means no momentum, the step is then s times the clipped gradient.
+        beta1: Decay rate of the first moment, where the kernel corrects for its start at zero.
         beta2: Decay rate of the second moment, or None if there is none.
         eps: Added to the second moment.
     """
@@ -56,36 +59,68 @@ class Walk:
     push: float | Tensor
     scale: float | Tensor
     keep: float
+    beta1: float = 0.0
     beta2: float | None = None
     eps: float = 0.0
 
 
-def regularized_gradient(tile: Tile, grad: Tensor, alpha: float, workspace: Workspace) -> Tensor:
-    r"""Return gradient plus :math:`2 \alpha (Y Y^\top - I) Y`, for every weight of a tile at once.
+def regularized_gradient(tile: Tile, alpha: float, maximize: bool, workspace: Workspace) -> Tensor:
+    r"""Return gradient plus :math:`2 \alpha (Y Y^\top - I) Y`, for every weight of a loaded tile at once.
 
     Args:
         tile: Weights of equal block height.
-        grad: Gradient of the loss, ``(rows, n)``.
         alpha: Weight of the orthogonality regularizer.
+        maximize: Take the gradient of the loss with the other sign.
         workspace: Holds the result.
     """
     layout = tile.jobs[0].layout
     height = layout.rows // layout.blocks
     p = tile.weight.view(-1, height, tile.n)
-    g = grad.view(-1, height, tile.n)
+    g = tile.grad.view(-1, height, tile.n)
+    sign = -1 if maximize else 1
     inv = _inverse_norm(tile.weight).view(-1, height, 1)
-    out = workspace.take("total", (tile.rows, tile.n), grad, tile.dtype)
+    out = workspace.take("total", (tile.rows, tile.n), tile.grad, tile.dtype)
     if height <= tile.n:
         # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
-        gram = torch.bmm(p, p.mT).mul_(inv).mul_(inv.mT)
+        gram = _gram(p).mul_(inv).mul_(inv.mT)
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        torch.baddbmm(g, gram.mul_(inv.mT), p, alpha=2 * alpha, out=out.view_as(p))
+        _product(g, gram.mul_(inv.mT), p, sign, 2 * alpha, out.view_as(p))
     else:
         y = p * inv
-        gram = torch.bmm(y.mT, y)
+        gram = _gram(y.mT)
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        torch.baddbmm(g, y, gram, alpha=2 * alpha, out=out.view_as(p))
+        _product(g, y, gram, sign, 2 * alpha, out.view_as(p))
     return out
+
+
+def _gram(p: Tensor) -> Tensor:
+    """Return ``p @ p.mT`` for a batch of matrices; large ones by halves, for the result is symmetric."""
+    batch, height, _ = p.shape
+    if height < _LARGE or p.device.type != "cpu":
+        return torch.bmm(p, p.mT)
+    gram = p.new_empty((batch, height, height))
+    for matrix, square in zip(p, gram, strict=True):
+        _symmetric(matrix, square)
+    return gram
+
+
+def _symmetric(p: Tensor, out: Tensor) -> None:
+    half = len(p) // 2
+    if len(p) < _LARGE:
+        torch.mm(p, p.T, out=out)
+        return
+    _symmetric(p[:half], out[:half, :half])
+    _symmetric(p[half:], out[half:, half:])
+    torch.mm(p[:half], p[half:].T, out=out[:half, half:])
+    out[half:, :half].copy_(out[:half, half:].T)
+
+
+def _product(g: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+    """Write ``beta * g + alpha * a @ b`` to ``out``, for a batch of matrices."""
+    if len(g) == 1:  # the faster call where the products are taken in bfloat16
+        torch.addmm(g[0], a[0], b[0], beta=beta, alpha=alpha, out=out[0])
+    else:
+        torch.baddbmm(g, a, b, beta=beta, alpha=alpha, out=out)
 
 
 def _inverse_norm(p: Tensor) -> Tensor:
@@ -113,9 +148,10 @@ def step_tile(
         workspace: Holds the regularized gradient.
         observe: Told index, angle and tangent norm of every parameter.
     """
-    grad = tile.grad.neg() if maximize else tile.grad
     if ortho:
-        grad = regularized_gradient(tile, grad, ortho, workspace)
+        grad = regularized_gradient(tile, ortho, maximize, workspace)
+    else:
+        grad = tile.grad.neg() if maximize else tile.grad
     thetas, norms = [], []
     run = _run_compiled_ if compile else _walk_chunk_
     for rows in row_chunks(tile.rows, tile.n, chunk_size(grad.device)):
@@ -133,11 +169,16 @@ def _walk_chunk_(
     p: Tensor, g: Tensor, moment: Tensor | None, second: Tensor | None, walk: Walk
 ) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-    alive = length > _TINY
+    alive = (length > _TINY).to(p.dtype)
     length.clamp_(min=_TINY)
     # The backward of weight normalization is the projection g - p <p, g> / |p|^2, in one fused pass per row.
     h = torch.ops.aten._weight_norm_interface_backward(g, p, length, length, 0)[0]
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    if p.device.type == "cpu" and not bool((norm >= 1e-3 * row_norm(g)).all()):
+        # Nearly all of a gradient along its row leaves little but rounding errors: project once more. The norm is that
+        # which has no squares in it, for those of a huge gradient leave the range of the numbers.
+        h = torch.ops.aten._weight_norm_interface_backward(h, p, length, length, 0)[0]
+        norm = row_norm(h)
     clip = torch.ones_like(norm) if walk.grad_clip is None else (walk.grad_clip / norm).clamp_(max=1.0)
     clip.mul_(alive)
     scale = walk.scale
@@ -152,6 +193,7 @@ def _walk_chunk_(
         return theta, norm
     e = moment.addcmul_(h, clip.mul_(walk.push))
     speed = torch.linalg.vector_norm(e, dim=1, keepdim=True)
+    speed.mul_(alive)  # a row that was pruned stays zero, whatever momentum it had
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
     # Where e is so short that the division is off, e itself does not count beside p.
@@ -160,11 +202,11 @@ def _walk_chunk_(
         # Through the new point, e cos - y |e| sin = e / cos - y' |e| tan: all in place. Not near a quarter circle, and
         # not where looking at the cosine would mean to wait for the device.
         p.mul_(cos / length).addcmul_(e, along)
-        e.mul_(walk.keep / cos).addcmul_(p, sin.div_(cos).mul_(speed).mul_(-walk.keep))
+        e.mul_(walk.keep * alive / cos).addcmul_(p, sin.div_(cos).mul_(speed).mul_(-walk.keep))
     else:
         torch.mul(e, along, out=h)
         cos_p = cos / length
-        e.mul_(cos.mul_(walk.keep)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
+        e.mul_(cos.mul_(walk.keep).mul_(alive)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-walk.keep))
         p.mul_(cos_p).add_(h)
     return theta, norm
 
@@ -193,19 +235,21 @@ def _walk_fused(
     length = length.clamp(min=_TINY)
     dot = (p * g).sum(1, keepdim=True) / length / length
     h = g - dot * p
-    norm = h.square().sum(1, keepdim=True).sqrt()
+    h = h - (p * h).sum(1, keepdim=True) / length / length * p
+    largest = h.abs().amax(1, keepdim=True).clamp(min=_TINY)  # the square of a huge gradient leaves the range
+    norm = (h / largest).square().sum(1, keepdim=True).sqrt() * largest
     clip = (nu / norm).clamp(max=1.0) * alive if clipped else alive
     if second is not None:
         new_second = beta2 * second + (1 - beta2) * (clip * norm).square()
         scale = scale * (new_second + eps).rsqrt()
         second.copy_(new_second)
     e = h * clip if moment is None else moment + h * (clip * push)
-    speed = e.square().sum(1, keepdim=True).sqrt()
+    speed = e.square().sum(1, keepdim=True).sqrt() * alive
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
     new_p = p * (cos / length) + e * (sin / speed.clamp(min=_TINY))
     if moment is not None:
-        moment.copy_(e * (cos * keep) - p * (keep * sin * speed / length))
+        moment.copy_(e * (cos * keep * alive) - p * (keep * sin * speed / length))
     p.copy_(new_p)
     return theta, norm
 

@@ -12,6 +12,7 @@ Deviations from the paper, all for numerical safety and none visible in exact ar
 - :math:`(h / \lVert h \rVert) \sin \lVert h \rVert` is computed as :math:`h\,\mathrm{sinc}\lVert h \rVert`, which has
   no division by zero, instead of adding a small constant to the norm;
 - :math:`1 - \cos t` is computed as :math:`2 \sin^2(t / 2)`, which does not cancel for small steps;
+- the projection is applied twice, so that its result is tangent however long the part along y is;
 - a result that should have unit norm is brought back to it, so that errors do not add up over the steps;
 - norms are computed of the row divided by its largest element, so that tiny and huge rows neither vanish nor overflow.
 """
@@ -86,7 +87,9 @@ def project(y: Tensor, g: Tensor) -> Tensor:
     Returns:
         Tangent vectors ``(*, n)`` with :math:`y^\top h = 0`.
     """
-    return g - (y * g).sum(-1, keepdim=True) * y
+    h = g - (y * g).sum(-1, keepdim=True) * y
+    # Once more: of a gradient that is nearly parallel to y, the first pass leaves little but its own rounding errors.
+    return h - (y * h).sum(-1, keepdim=True) * y
 
 
 def norm_clip(h: Tensor, max_norm: float | None) -> Tensor:

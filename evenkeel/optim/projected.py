@@ -17,9 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
-from evenkeel.optim.base import Params, check_at_least, check_below_one, fresh_state
+from evenkeel.optim.base import ExactState, Params, check_at_least, check_below_one, fresh_state
 from evenkeel.optim.manifold import project, unit
 from evenkeel.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
 
@@ -54,7 +53,7 @@ def projected_update(weight: Tensor, grad: Tensor, update: Tensor, delta: float)
     return result, projected
 
 
-class _Projected(Optimizer):
+class _Projected(ExactState):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what the closure returned, or None."""

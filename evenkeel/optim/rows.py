@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ __all__ = [
     "tiles",
     "to_rows",
 ]
+
+
+Plan = TypeVar("Plan")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Job:
         moment: First moment of the shape of the weight, in the compute dtype; None where there is no momentum.
         second: Second moment per row, ``(rows,)``; None where there is none.
         key: Whatever else must agree within a tile (Adam's step count).
+        step: Counter of the steps taken, a scalar tensor; only where the kernel counts it up itself.
     """
 
     index: int
@@ -159,6 +164,7 @@ class Job:
     moment: Tensor | None = None
     second: Tensor | None = None
     key: float = 0.0
+    step: Tensor | None = None
 
 
 class Workspace:
@@ -166,7 +172,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        self._plans: dict[tuple[object, ...], list[Tile]] = {}
+        self._plans: dict[tuple[object, ...], Any] = {}
 
     def take(self, name: str, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return an uninitialized matrix; its content is lost at the next ``take`` of that name."""
@@ -176,17 +182,17 @@ class Workspace:
             buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
         return buffer[:size].view(shape)
 
-    def plan(self, key: tuple[object, ...], make: Callable[[], list[Tile]]) -> list[Tile]:
-        """Return the tiles made for ``key`` before, or make them.
+    def plan(self, key: tuple[object, ...], make: Callable[[], Plan]) -> Plan:
+        """Return the plan made for ``key`` before, or make it.
 
-        The key must name everything the tiles depend on. Tiles hold on to the memory they work on, so an address in the
+        The key must name everything the plan depends on. Plans hold on to the memory they work on, so an address in the
         key cannot come to mean other memory as long as the plan exists.
         """
         if key not in self._plans:
             if len(self._plans) >= 32:  # parameters that get gradients by turns; more is not worth remembering
                 self._plans.clear()
             self._plans[key] = make()
-        return self._plans[key]
+        return cast(Plan, self._plans[key])
 
 
 class Tile:
@@ -222,17 +228,20 @@ class Tile:
         self._seconds = [job.second for job in jobs if job.second is not None]
         self._pending: list[tuple[list[Tensor], list[Tensor]]] = []
 
-    def load(self, grads: list[Tensor], workspace: Workspace) -> None:
+    def load(self, grads: Sequence[Tensor], workspace: Workspace, *, points_only: bool = False) -> None:
         """Bring weights, state and gradients together.
 
         Args:
             grads: Gradients of all parameters of the step; a job knows its index.
             workspace: Where gathered matrices live.
+            points_only: Leave the state where it is.
         """
         self._pending = []
         self.weight = self._gather("weight", self._weights, workspace, written=True)
         views = [job.layout.view(grads[job.index]) for job in self.jobs]
         self.grad = self._gather("grad", views, workspace, written=False)
+        if points_only:
+            return
         if self._moments:
             self.moment = self._gather("moment", self._moments, workspace, written=True)
         if self._seconds:

@@ -8,21 +8,20 @@ is not edited; the state survives changes of the learning rate; parameters of an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from evenkeel.optim.base import Params, SphereOptimizer, check_below_one, fresh_state, put_on_sphere
-from evenkeel.optim.kernels import Walk, step_tile
+from evenkeel.optim.base import Params, SphereOptimizer, check_below_one, fresh_state, fused_takes, put_on_sphere
+from evenkeel.optim.kernels import Observe, Walk, step_tile
 from evenkeel.optim.manifold import exp_map, norm_clip, orthogonality_gradient, project, row_norm, transport_along, unit
 from evenkeel.optim.rows import Job, RowLayout, Tile, Workspace, compute_dtype, from_rows, local_parts, tiles, to_rows
+from evenkeel.optim.strips import pick, renumbered, step_natively
 
 __all__ = ["SGDG", "sgdg"]
-
-Observe = Callable[[int, Tensor, Tensor], None]
 
 
 class SGDG(SphereOptimizer):
@@ -53,7 +52,8 @@ class SGDG(SphereOptimizer):
         maximize: Maximize the objective (the regularizer is still minimized).
         row_dim: Axis of the output units: 0, or 1 for transposed convolutions.
         row_groups: Groups of a grouped convolution; ``ortho`` does not compare rows of different groups.
-        foreach: Work on many parameters at once (None and True) or on one after the other (False, slow and plain).
+        foreach: Work on many parameters at once (None and True), on the CPU in a compiled kernel where there is a C
+            compiler; or on one after the other (False, slow and plain).
         compile: Compile the arithmetic of the manifold step with TorchInductor.
 
     All arguments but ``params`` are keys of the param groups. On the manifold ``weight_decay`` and ``nesterov`` of the
@@ -159,11 +159,14 @@ class SGDG(SphereOptimizer):
         )
 
     def _step_flat(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads, buffers = [cast(Tensor, p.grad) for p in params], self._buffers(group, params)
+        fused = group["foreach"] is not False and fused_takes(params, grads, buffers)
         sgd(
             params,
-            [cast(Tensor, p.grad) for p in params],
-            self._buffers(group, params),
-            foreach=group["foreach"],
+            grads,
+            buffers,
+            foreach=False if fused else group["foreach"],
+            fused=fused,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],
@@ -259,7 +262,7 @@ def _single_tensor_sgdg(
         d = -lr * norm_clip(tangent, grad_clip)
         if momentum:
             d = momentum * to_rows(buffers[i], layout) + d
-        d = torch.where(row_norm(weight) > 0, d, 0.0)
+        d = torch.where(row_norm(weight) > 0, d, 0.0)  # a pruned row stays zero, at rest
         from_rows(exp_map(y, d).to(p.dtype), p, layout)
         if momentum:
             from_rows(transport_along(y, d), buffers[i], layout)
@@ -283,6 +286,23 @@ def _multi_tensor_sgdg(
     workspace: Workspace,
     observe: Observe | None,
 ) -> None:
+    # d = momentum * tau - lr * h; without momentum the walk has no e but h itself.
+    push, scale = (-lr / momentum, momentum) if momentum else (0.0, -lr)
+    walk = Walk(grad_clip, push=push, scale=scale, keep=momentum)
+    if not compile:
+        left = step_natively(
+            (params, grads, buffers, (), ()),
+            walk,
+            ortho=ortho,
+            maximize=maximize,
+            row_dim=row_dim,
+            row_groups=row_groups,
+            workspace=workspace,
+            observe=observe,
+        )
+        params, grads, buffers = pick(params, left), pick(grads, left), pick(buffers, left)
+        observe = renumbered(observe, left)
+
     def make() -> list[Tile]:
         moments: Sequence[Tensor | None] = buffers or [None] * len(params)
         layouts = [RowLayout.of(p, row_dim, row_groups) for p in params]
@@ -290,9 +310,6 @@ def _multi_tensor_sgdg(
         return tiles(jobs, whole_blocks=ortho != 0)
 
     addresses = [t.data_ptr() for t in (*params, *buffers)]
-    # d = momentum * tau - lr * h; without momentum the walk has no e but h itself.
-    push, scale = (-lr / momentum, momentum) if momentum else (0.0, -lr)
-    walk = Walk(grad_clip, push=push, scale=scale, keep=momentum)
     for tile in workspace.plan((row_dim, row_groups, ortho != 0, *addresses), make):
         tile.load(grads, workspace)
         step_tile(tile, walk, ortho, maximize, compile, workspace, observe)

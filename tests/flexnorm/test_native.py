@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evenkeel.flexnorm import _native, flex_norm, kernels, passes
+from evenkeel.flexnorm import _compile, _native, flex_norm, kernels, passes
 from evenkeel.nn import rules
 
 
@@ -29,7 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_compiles_once_and_loads_from_the_cache_afterwards(
     fresh: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if _native._compiler() is None:
+    if _compile._compiler() is None:
         pytest.skip("no C compiler on this machine")
     with caplog.at_level(logging.INFO, "evenkeel"):
         assert _native.load() is not None
@@ -39,7 +39,7 @@ def test_compiles_once_and_loads_from_the_cache_afterwards(
     (library,) = fresh.iterdir()
     _native.load.cache_clear()
     caplog.clear()
-    monkeypatch.setattr(_native, "_build", lambda *_: pytest.fail("compiled a second time"))
+    monkeypatch.setattr(_compile, "_build", lambda *_: pytest.fail("compiled a second time"))
     with caplog.at_level(logging.INFO, "evenkeel"):
         loaded = _native.load()
     assert loaded is not None
@@ -109,10 +109,10 @@ def test_works_when_the_cache_cannot_be_written(
 def test_cache_folder_follows_the_conventions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("EVENKEEL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _native._cache_folder() == tmp_path / "evenkeel"
+    assert _compile._cache_folder() == tmp_path / "evenkeel"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _native._cache_folder() == tmp_path / ".cache" / "evenkeel"
+    assert _compile._cache_folder() == tmp_path / ".cache" / "evenkeel"
 
 
 def test_two_processes_that_start_at_once_both_work(fresh: Path) -> None:
@@ -129,7 +129,7 @@ def test_two_processes_that_start_at_once_both_work(fresh: Path) -> None:
     for process in started:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0
-        assert _native._compiler() is None or "compiled kernels" in out
+        assert _compile._compiler() is None or "compiled kernels" in out
     assert len(list(fresh.glob("*.so"))) <= 1
 
 

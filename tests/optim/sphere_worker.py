@@ -36,6 +36,7 @@ def train(model, optimizer, batches):
 
 def work(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.nn.parallel import DistributedDataParallel
 
@@ -58,6 +59,12 @@ def work(rank, folder):
                 sharded.grad = distribute_tensor(full.flip(0), mesh, [Shard(0)])
                 optimizer.step()
             out["sharded" + cls.__name__] = sharded.full_tensor().detach().tolist()
+        for cls in (SGDG, AdamG):
+            model = network()
+            fully_shard(model, mesh=mesh)
+            optimizer = optimizer_for(cls, model, ortho=0.0)
+            train(model, optimizer, [x[rank * 4 : rank * 4 + 4] for x in data()])
+            out["fsdp" + cls.__name__] = model[0].weight.full_tensor().detach().tolist()
         errors = []
         for placement, kwargs in ((Shard(1), {"ortho": 0.0}), (Shard(0), {"ortho": 0.1}), (Replicate(), {})):
             p = nn.Parameter(distribute_tensor(full, mesh, [placement]))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from evenkeel.optim import SGDG, AdamG
 
 CLASSES = [cls for cls, _ in PAIRS.values()]
-paths = pytest.mark.parametrize("foreach", [None, False], ids=["packed", "loop"])
 both = pytest.mark.parametrize("cls", CLASSES)
 
 
@@ -117,7 +117,6 @@ def test_named_parameters_and_printing(cls):
 
 
 @both
-@paths
 def test_nothing_happens_without_gradients(cls, foreach):
     params = parameters(unit=False)
     kept = [p.detach().clone() for p in params]
@@ -128,7 +127,6 @@ def test_nothing_happens_without_gradients(cls, foreach):
 
 
 @both
-@paths
 def test_zero_gradients_leave_points_where_they_are(cls, foreach):
     params = parameters(dtype=torch.float64)
     kept = [p.detach().clone() for p in params]
@@ -142,7 +140,6 @@ def test_zero_gradients_leave_points_where_they_are(cls, foreach):
 
 
 @both
-@paths
 @pytest.mark.parametrize("manifold", [True, False])
 @pytest.mark.parametrize("maximize", [True, False])
 def test_gradients_are_never_written_to(cls, foreach, manifold, maximize):
@@ -182,7 +179,6 @@ def test_packed_equals_loop_with_gaps(cls):
 
 
 @both
-@paths
 def test_rows_are_made_unit_at_the_first_step_whatever_their_size(cls, foreach):
     p = nn.Parameter(torch.tensor([[3e-30, 4e-30], [3e30, 4e30], [3.0, 4.0]]))
     p.grad = torch.zeros_like(p)
@@ -191,7 +187,6 @@ def test_rows_are_made_unit_at_the_first_step_whatever_their_size(cls, foreach):
 
 
 @both
-@paths
 def test_huge_gradients_take_a_clipped_step(cls, foreach):
     p, q = parameters([(2, 5)]), parameters([(2, 5)])
     g = gradients(p, 0, scale=1.0)[0]
@@ -202,7 +197,6 @@ def test_huge_gradients_take_a_clipped_step(cls, foreach):
 
 
 @both
-@paths
 def test_nan_gradients_are_seen_in_the_weights(cls, foreach):
     (p,) = parameters([(2, 5)])
     p.grad = torch.full_like(p, float("nan"))
@@ -211,7 +205,6 @@ def test_nan_gradients_are_seen_in_the_weights(cls, foreach):
 
 
 @both
-@paths
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(cls, foreach, dtype):
     params, wide = parameters(dtype=dtype), parameters(dtype=dtype)
@@ -247,7 +240,6 @@ def test_mixed_dtypes_in_one_group_do_not_touch_each_other(cls):
 
 
 @both
-@paths
 def test_memory_formats_and_strides(cls, foreach):
     shape = (6, 4, 3, 3)
     for make in (
@@ -270,7 +262,6 @@ def test_memory_formats_and_strides(cls, foreach):
 
 
 @both
-@paths
 @pytest.mark.parametrize("groups", [1, 2])
 def test_rows_of_transposed_convolutions(cls, foreach, groups):
     """Grouped transposed weights hold their rows in a roundabout way; written out by hand here."""
@@ -341,6 +332,40 @@ def test_tensor_lr_and_schedulers(cls, manifold):
     for other in finals[1:]:
         for p, q in zip(finals[0], other, strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("manifold", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=6),  # moves momentum or beta1 as well
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+        lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=3),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+)
+def test_schedulers_of_torch_are_followed(cls, make, manifold, foreach):
+    """Step by step as a new optimizer with the state of the old one and the numbers of the scheduler."""
+    params, expected = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
+    optimizer = cls(params, lr=0.1, manifold=manifold, foreach=foreach)
+    state, rates = None, []
+    scheduler = make(optimizer)
+    for step in range(5):
+        group = {k: v for k, v in optimizer.param_groups[0].items() if k in ("lr", "momentum", "betas")}
+        rates.append(group["lr"])
+        drive(optimizer, params, 1, start=step)
+        fresh = cls(expected, manifold=manifold, foreach=False, **group)
+        if state is not None:
+            fresh.load_state_dict({"state": state["state"], "param_groups": fresh.state_dict()["param_groups"]})
+        drive(fresh, expected, 1, start=step)
+        state = fresh.state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # some schedulers mind that they see no optimizer.step call
+            scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+    assert len({round(rate, 12) for rate in rates}) > 1
+    for p, q in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
 @both
@@ -510,12 +535,32 @@ def test_many_patterns_of_missing_gradients_are_planned_without_end(cls):
         ),
     ],
 )
-def test_off_the_manifold_it_is_torchs_own(ours, theirs):
-    a, b = parameters([*SMALL, (7,)], unit=False), parameters([*SMALL, (7,)], unit=False)
-    drive(ours(a), a, 10)
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_off_the_manifold_it_is_torchs_own(ours, theirs, foreach):
+    shapes = [*SMALL, (7,), (0, 3)]
+    a, b = parameters(shapes, unit=False), parameters(shapes, unit=False)
+    a[0].data = a[0].data.to(memory_format=torch.channels_last)
+    optimizer = ours(a)
+    optimizer.param_groups[0]["foreach"] = foreach
+    drive(optimizer, a, 10)
     drive(theirs(b), b, 10)
     for p, q in zip(a, b, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("cls", "off"), [(SGDG, "sgd"), (AdamG, "sgd"), (AdamG, "adamw")])
+def test_off_the_manifold_the_fused_kernel_runs_and_agrees_to_the_bit_with_torchs(cls, off):
+    shapes = [(4, 9), (7,), (0, 3)]
+    a, b = parameters(shapes, unit=False), parameters(shapes, unit=False)
+    ours = cls(a, lr=0.1, weight_decay=0.1, **flat_kwargs(cls, **({"off_manifold": off} if cls is AdamG else {})))
+    sgd, adamw = torch.optim.SGD, torch.optim.AdamW
+    theirs = {
+        "sgd": lambda: sgd(b, 0.1, 0.9, weight_decay=0.1, fused=True),
+        "adamw": lambda: adamw(b, 0.1, (0.9, 0.99), weight_decay=0.1, fused=True),
+    }[off]()
+    drive(ours, a, 5)
+    drive(theirs, b, 5)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("off", ["sgd", "adamw"])

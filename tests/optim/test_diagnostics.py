@@ -9,7 +9,6 @@ from evenkeel.optim import SGDG, SphereMonitor
 from evenkeel.optim.manifold import angle, coherence
 
 
-@pytest.mark.parametrize("foreach", [None, False], ids=["packed", "loop"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_angles_are_those_that_were_walked(name, foreach):
     params = parameters(dtype=torch.float64)

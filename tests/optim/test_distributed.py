@@ -40,6 +40,15 @@ def test_ddp_equals_one_process(result, cls):
 
 
 @pytest.mark.parametrize("cls", [SGDG, AdamG])
+def test_fully_sharded_equals_one_process(result, cls):
+    model = network()
+    train(model, optimizer_for(cls, model, ortho=0.0), data())
+    torch.testing.assert_close(
+        torch.tensor(result["fsdp" + cls.__name__], dtype=torch.float64), model[0].weight.detach(), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("cls", [SGDG, AdamG])
 def test_rows_sharded_between_processes_equal_one_process(result, cls):
     full = torch.randn(5, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     p = nn.Parameter(full.clone())

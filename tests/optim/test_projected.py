@@ -58,6 +58,85 @@ def test_projected_weights_decay_by_the_ratio(cls):
     assert float(p[0, 1].detach()) == pytest.approx(-0.5, rel=1e-6)
 
 
+class Published:
+    """AdamP and SGDP as published with the paper (two views, first match wins), written out for matrices in float64."""
+
+    def __init__(self, weights, decay):
+        self.weights, self.decay, self.step_count = [w.clone() for w in weights], decay, 0
+        self.first = [torch.zeros_like(w) for w in weights]
+        self.second = [torch.zeros_like(w) for w in weights]
+
+    def projected(self, w, g, u, delta=0.1, wd_ratio=0.1):
+        for view in (lambda x: x.reshape(len(x), -1), lambda x: x.reshape(1, -1)):
+            a, b = view(w), view(g)
+            cosine = (a * b).sum(1).abs() / (a.norm(dim=1) * b.norm(dim=1))
+            if cosine.max() < delta / a.shape[1] ** 0.5:
+                n = a / a.norm(dim=1, keepdim=True)
+                return (view(u) - n * (n * view(u)).sum(1, keepdim=True)).view_as(u), wd_ratio
+        return u, 1.0
+
+    def sgdp(self, grads, lr, momentum, nesterov):
+        for w, g, m in zip(self.weights, grads, self.first, strict=True):
+            m.mul_(momentum).add_(g)
+            u, ratio = self.projected(w, g, momentum * m + g if nesterov else m)
+            w.mul_(1 - lr * self.decay * ratio / (1 - momentum)).sub_(lr * u)
+
+    def adamp(self, grads, lr, b1=0.9, b2=0.999, eps=1e-8):
+        self.step_count += 1
+        for w, g, m, v in zip(self.weights, grads, self.first, self.second, strict=True):
+            m.mul_(b1).add_(g, alpha=1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            denominator = v.sqrt() / (1 - b2**self.step_count) ** 0.5 + eps
+            u, ratio = self.projected(w, g, m / denominator)
+            w.mul_(1 - lr * self.decay * ratio).sub_(lr / (1 - b1**self.step_count) * u)
+
+
+@pytest.mark.parametrize("name", ["sgdp", "nesterov", "adamp"])
+def test_fifty_steps_equal_the_published_algorithm(name):
+    params = parameters([(4, 30), (3, 2, 3, 3), (5, 8)], torch.float64, unit=False)
+    published = Published([p.detach() for p in params], decay=0.01)
+    if name == "adamp":
+        optimizer = AdamP(params, 0.01, weight_decay=0.01)
+    else:
+        optimizer = SGDP(params, 0.05, weight_decay=0.01, nesterov=name == "nesterov")
+    cases = set()
+    for step in range(50):
+        grads = gradients(params, step, scale=1.0)
+        for i in range(2):  # the first is tangent row by row, the second as a whole only in every other step
+            w, g = params[i].detach().flatten(1), grads[i].flatten(1)
+            if i == 0 or step % 2:
+                grads[i] = (g - w * ((w * g).sum(1) / w.square().sum(1)).unsqueeze(1)).view_as(grads[i])
+            else:
+                grads[i] = (g - w * (w * g).sum() / w.square().sum()).view_as(grads[i])
+        for p, g, w in zip(params, grads, published.weights, strict=True):
+            p.grad = g
+            cases.add(published.projected(w, g, g)[1])
+        optimizer.step()
+        if name == "adamp":
+            published.adamp(grads, 0.01)
+        else:
+            published.sgdp(grads, 0.05, 0.9, name == "nesterov")
+    assert cases == {0.1, 1.0}  # both branches were taken
+    for p, w in zip(params, published.weights, strict=True):
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("cls", [SGDP, AdamP])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_continued_is_uninterrupted_to_the_bit(cls, dtype, tmp_path):
+    straight = parameters(dtype=dtype)
+    drive(cls(straight, 0.1), straight, 8)
+    first = parameters(dtype=dtype)
+    optimizer = cls(first, 0.1)
+    drive(optimizer, first, 4)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    resumed = cls(second, 0.7)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    drive(resumed, second, 4, start=4)
+    assert all(torch.equal(p, q) for p, q in zip(straight, second, strict=True))
+
+
 def test_momentum_does_not_make_weights_grow():
     lengths = []
     for delta in (0.1, 0.0):
