@@ -86,7 +86,7 @@ def compare(
         typer.Option(help="Normalizations, e.g. batch,group. (default: none,batch,group,unitized,population,normprop)"),
     ] = None,
     optim: Annotated[
-        str | None, typer.Option(help="Optimizers: sgd,sgdg,adamg,adamw. (default: sgd,sgdg,adamg)")
+        str | None, typer.Option(help="Optimizers: sgd,sgdg,adamg,adamw,sgdp,adamp. (default: sgd,sgdg,adamg)")
     ] = None,
     epochs: Epochs = None,
     seeds: Annotated[str | None, typer.Option(help="How many seeds (3), or which (0,5,7). (default: 3)")] = None,
@@ -132,7 +132,9 @@ def train(
     limit: Limit = None,
     model: Model = None,
     norm: Annotated[str | None, typer.Option(help="Normalization. (default: batch)")] = None,
-    optim: Annotated[str | None, typer.Option(help="Optimizer: sgd, sgdg, adamg, adamw. (default: sgd)")] = None,
+    optim: Annotated[
+        str | None, typer.Option(help="Optimizer: sgd, sgdg, adamg, adamw, sgdp, adamp. (default: sgd)")
+    ] = None,
     epochs: Epochs = None,
     seed: Annotated[
         int | None, typer.Option(help="Weights, order and augmentation follow from it. (default: 0)")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import evenkeel
 from evenkeel import flex_norm
+from evenkeel.models import build
 from evenkeel.nn import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +85,55 @@ def test_code_of_the_pages_runs(page: str) -> None:
     for block in blocks(text):
         exec(compile(block, page, "exec"), names)
     assert blocks(text)
+
+
+class _Schedule:
+    """Stands in for a scheduler of timm: it is told the number of the epoch."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.optimizer = optimizer
+
+    def step(self, epoch: int) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate / (1 + epoch)
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guide for the sphere takes from timm, for where timm is not installed."""
+
+    def model(name: str, num_classes: int) -> nn.Module:
+        assert name == "resnet18"
+        return build("resnet8", num_classes=num_classes, width=4)
+
+    def optimizer(model: nn.Module, opt: str, **settings: float) -> torch.optim.Optimizer:
+        assert opt == "sgd"
+        return torch.optim.SGD(model.parameters(), **settings)
+
+    def scheduler(optimizer: torch.optim.Optimizer, sched: str, num_epochs: int) -> tuple[_Schedule, int]:
+        assert sched == "cosine"
+        return _Schedule(optimizer), num_epochs
+
+    parts = {"timm": {"create_model": model}, "timm.optim": {"create_optimizer_v2": optimizer}}
+    parts["timm.scheduler"] = {"create_scheduler_v2": scheduler}
+    for name, content in parts.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("timm")
+def test_three_lines_put_a_script_on_the_sphere(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = blocks((ROOT / "docs" / "optim.md").read_text(encoding="utf-8"))[:2]
+    changes = list(difflib.ndiff(before.splitlines(), after.splitlines()))
+    assert sum(line.startswith("+") for line in changes) == 3
+    assert sum(line.startswith("-") for line in changes) == 2
+    for script in (before, after):
+        exec(compile(script, "docs/optim.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("epoch 1: loss") == 2
+    assert "scale invariant" in printed
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:

@@ -42,13 +42,16 @@ OPTIMS: dict[str, dict[str, Any]] = {
         "beta2": 0.99,
     },
     "adamw": {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05},
+    "sgdp": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "delta": 0.1, "wd_ratio": 0.1},
+    "adamp": {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05, "delta": 0.1, "wd_ratio": 0.1},
 }
 """Every optimizer with its settings and their defaults.
 
 ``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
 0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+``delta`` and ``wd_ratio`` are those of the projection of SGDP and AdamP (Heo et al., 2021).
 The learning rates are for batches of 64 images and more. For smaller batches these defaults, and only these, are scaled
-down: linearly with the batch size, Adam-G's ``lr_manifold`` and AdamW's ``lr`` with its root.
+down: linearly with the batch size, Adam-G's ``lr_manifold`` and the ``lr`` of AdamW and AdamP with its root.
 """
 
 REFERENCE_BATCH = 64
@@ -200,7 +203,7 @@ class Config:
         share = min(1.0, self.batch_size / REFERENCE_BATCH)
         for key in ("lr", "lr_manifold"):
             if key in settings:
-                adaptive = (optim, key) in (("adamw", "lr"), ("adamg", "lr_manifold"))
+                adaptive = (optim, key) in (("adamw", "lr"), ("adamp", "lr"), ("adamg", "lr_manifold"))
                 settings[key] *= share**0.5 if adaptive else share
         if self.lr is not None:
             settings["lr"] = self.lr

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.nn.normprop import normalize_weights_, register_unit_norm
-from evenkeel.optim import SGDG, AdamG, param_groups
+from evenkeel.optim import SGDG, SGDP, AdamG, AdamP, param_groups
 
 __all__ = ["make_optimizer"]
+
+_FLAT = ("sgd", "adamw", "sgdp", "adamp")  # those that leave the length of weights free
 
 
 def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -21,6 +23,17 @@ def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     if alphas:
         groups.append({"params": [p for p in model.parameters() if id(p) in alphas], "weight_decay": 0.0})
     return groups
+
+
+def _flat(groups: list[dict[str, Any]], optim: str, s: Mapping[str, Any], nesterov: bool) -> torch.optim.Optimizer:
+    if optim == "sgd":
+        return torch.optim.SGD(groups, s["lr"], s["momentum"], weight_decay=s["weight_decay"], nesterov=nesterov)
+    if optim == "adamw":
+        return torch.optim.AdamW(groups, s["lr"], (s["beta1"], s["beta2"]), weight_decay=s["weight_decay"])
+    projection = {"delta": s["delta"], "wd_ratio": s["wd_ratio"]}
+    if optim == "sgdp":
+        return SGDP(groups, s["lr"], s["momentum"], s["weight_decay"], nesterov=nesterov, **projection)
+    return AdamP(groups, s["lr"], (s["beta1"], s["beta2"]), weight_decay=s["weight_decay"], **projection)
 
 
 def make_optimizer(
@@ -33,7 +46,7 @@ def make_optimizer(
 
     Args:
         model: The network, not yet moved or wrapped.
-        optim: ``"sgd"``, ``"sgdg"``, ``"adamg"`` or ``"adamw"``.
+        optim: One of :data:`evenkeel.experiment.OPTIMS`.
         settings: Complete settings, as :meth:`evenkeel.experiment.Config.optim_settings` returns them.
         example_input: (N, C, H, W) a few images, to find out which weights are scale-invariant.
 
@@ -42,15 +55,8 @@ def make_optimizer(
     """
     s = dict(settings)
     nesterov = s.get("nesterov", False) and s["momentum"] > 0
-    if optim in ("sgd", "adamw"):
-        optimizer: torch.optim.Optimizer
-        if optim == "sgd":
-            optimizer = torch.optim.SGD(
-                _decay_groups(model), s["lr"], momentum=s["momentum"], weight_decay=s["weight_decay"], nesterov=nesterov
-            )
-        else:
-            betas = (s["beta1"], s["beta2"])
-            optimizer = torch.optim.AdamW(_decay_groups(model), s["lr"], betas=betas, weight_decay=s["weight_decay"])
+    if optim in _FLAT:
+        optimizer = _flat(_decay_groups(model), optim, s, nesterov)
         normalize_weights_(model)
         register_unit_norm(optimizer, model)
         return optimizer, []

@@ -209,6 +209,7 @@ def test_default_learning_rates_shrink_with_small_batches_and_given_ones_do_not(
     assert small.optim_settings("batch", "adamg")["lr_manifold"] == pytest.approx(OPTIMS["adamg"]["lr_manifold"] / 2)
     assert small.optim_settings("batch", "adamg")["lr"] == pytest.approx(OPTIMS["adamg"]["lr"] / 4)
     assert small.optim_settings("batch", "adamw")["lr"] == pytest.approx(OPTIMS["adamw"]["lr"] / 2)
+    assert small.optim_settings("batch", "adamp")["lr"] == pytest.approx(OPTIMS["adamp"]["lr"] / 2)
     assert Config(batch_size=512).optim_settings("batch", "sgd") == OPTIMS["sgd"]
     assert dataclasses.replace(small, lr=0.3).optim_settings("batch", "sgd")["lr"] == 0.3
     assert dataclasses.replace(small, optims={"sgd": {"lr": 0.1}}).optim_settings("batch", "sgd")["lr"] == 0.1

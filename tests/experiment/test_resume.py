@@ -68,7 +68,7 @@ def test_a_crash_at_any_write_leaves_a_run_that_resumes_bit_for_bit(one, images,
 
 
 @pytest.mark.parametrize("norm", ["batch", "population", "normprop"])
-@pytest.mark.parametrize("optim", ["sgd", "sgdg", "adamg", "adamw"])
+@pytest.mark.parametrize("optim", ["sgd", "sgdg", "adamg", "adamw", "sgdp", "adamp"])
 def test_interrupted_after_an_epoch_every_optimizer_resumes_bit_for_bit(
     small, images, tmp_path, summaries, norm, optim
 ):

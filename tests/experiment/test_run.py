@@ -12,7 +12,7 @@ from evenkeel.experiment.optimizers import make_optimizer
 from evenkeel.experiment.summary import SHIFT_COLUMNS
 from evenkeel.models import build
 from evenkeel.nn import NormPropLayer
-from evenkeel.optim import SGDG, AdamG
+from evenkeel.optim import SGDG, SGDP, AdamG, AdamP
 
 
 def test_a_run_leaves_a_complete_folder(one, images, tmp_path):
@@ -210,6 +210,18 @@ class TestOptimizers:
         assert type(optimizer) is torch.optim.AdamW
         assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
+    def test_relatives_project_with_the_settings_given(self):
+        _, sgdp, notes = self.make("sgdp", delta=0.2, wd_ratio=0.3)
+        _, adamp, _ = self.make("adamp", beta1=0.8)
+        group = sgdp.param_groups[0]
+        assert type(sgdp) is SGDP
+        assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.1, 0.9, True, 5e-4)
+        assert (group["delta"], group["wd_ratio"]) == (0.2, 0.3)
+        assert type(adamp) is AdamP
+        assert adamp.param_groups[0]["betas"] == (0.8, 0.999)
+        assert adamp.param_groups[0]["weight_decay"] == 0.05
+        assert notes == []
+
     @pytest.mark.parametrize(("optim", "kind", "rate"), [("sgdg", SGDG, 0.2), ("adamg", AdamG, 0.05)])
     def test_convolutions_before_a_norm_go_on_the_sphere(self, optim, kind, rate):
         model, optimizer, notes = self.make(optim, ortho=0.3, grad_clip=0.7)
@@ -236,7 +248,7 @@ class TestOptimizers:
         for a, b in zip(steps["sgd"], steps[optim], strict=True):
             torch.testing.assert_close(a, b)
 
-    @pytest.mark.parametrize("optim", ["sgd", "adamw", "sgdg", "adamg"])
+    @pytest.mark.parametrize("optim", ["sgd", "adamw", "sgdg", "adamg", "sgdp", "adamp"])
     def test_normprop_weights_have_unit_norm_after_every_step(self, optim):
         model, optimizer, _ = self.make(optim, norm="normprop")
         for _ in range(3):
