@@ -107,6 +107,8 @@ def _factory(module: str, name: str, wanted: Mapping[str, Any], norm: str | None
         raise ImportError(
             f"cannot import {module} ({error}); it is looked for in {here} and among the installed"
         ) from error
+    except Exception as error:
+        raise ImportError(f"importing {module} raises {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
     for part in name.split("."):
@@ -124,7 +126,14 @@ def _factory(module: str, name: str, wanted: Mapping[str, Any], norm: str | None
         if "norm" not in parameters:
             raise ValueError(f"norm={norm!r} is given, but {module}:{name} takes no argument named norm")
         given["norm"] = norm
-    model = found(**given)
+    try:
+        model = found(**given)
+    except Exception as error:
+        # Whatever code that is not ours raises.
+        raise ValueError(
+            f"{module}:{name} called with {', '.join(f'{k}={v!r}' for k, v in given.items()) or 'no argument'} raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{module}:{name} returned {type(model).__name__}, not a torch module")
     return model

@@ -28,6 +28,7 @@ from evenkeel.profile.records import LayerProfile, Profile
 from evenkeel.profile.sites import find_sites, own_weight, watched
 from evenkeel.profile.verdict import LIMITS, Limits, judge
 from evenkeel.shift import ShiftMonitor, WeightMonitor
+from evenkeel.shift._isolate import isolated
 from evenkeel.surgery import is_frozen, recalibrate
 from evenkeel.surgery.frozen import has_statistics
 from evenkeel.theory import advise
@@ -308,22 +309,37 @@ def _check(model: nn.Module, data: ImageData, batch_size: int, device: torch.dev
             "none but its own. Profile with at least 2, or freeze or convert these layers first "
             "(evenkeel.freeze, evenkeel.convert)"
         )
-    shape = tuple(data.shape)
+    images = data.x_train[: min(2, batch_size)].to(device)
     model.eval()
-    try:
-        with torch.no_grad():
-            output = model(data.x_train[:2].to(device))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"the model does not take images of shape {shape}: {error}") from error
-    finally:
-        model.train()
-    wanted = f"logits of shape (images, {data.num_classes})"
-    if not isinstance(output, Tensor):
-        raise ValueError(f"the model must return {wanted}, it returns {type(output).__name__}")
-    if output.ndim != 2 or output.shape[1] < data.num_classes:
-        raise ValueError(f"the model must return {wanted} or more, it returns {tuple(output.shape)} for 2 images")
+    with torch.no_grad():
+        # In this mode first: what a lazy layer makes of itself must stay, which what is called in isolation does not.
+        _logits(model, images, data.num_classes, "in evaluation")
+    model.train()
+    with isolated(model, seed=0):
+        _logits(model, images, data.num_classes, "in training")
     if not any(own_weight(module) is not None for module in model.modules()):
         raise ValueError("the model has no weights to train")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
+
+
+def _logits(model: nn.Module, images: Tensor, classes: int, when: str) -> None:
+    wanted = f"logits of shape (images, {classes})"
+    try:
+        output = model(images)
+    except Exception as error:
+        # Whatever a model that is not ours raises.
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ValueError(
+            f"the model fails {when} on images of shape {tuple(images.shape[1:])}: {reason}. Give data of the size "
+            "that the model takes, or a package.module:factory that makes one for this size"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the model must return {wanted}, it returns {type(output).__name__} {when}")
+    if output.ndim != 2 or output.shape[1] < classes:
+        raise ValueError(
+            f"the model must return {wanted} or more, it returns {tuple(output.shape)} for {len(images)} images {when}"
+        )
 
 
 def _invariant(model: nn.Module, example: Tensor) -> set[str] | None:

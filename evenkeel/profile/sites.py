@@ -87,7 +87,7 @@ def find_sites(model: nn.Module, batch: Tensor, monitor: ShiftMonitor) -> list[S
         if name in chosen or own_weight(module) is not None or isinstance(module, _ACTIVATIONS)
     }
     found: list[dict[str, Any]] = []
-    outputs: list[Tensor] = []
+    outputs: list[tuple[Tensor, int]] = []
     last: list[str | None] = [None]
 
     def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -96,8 +96,11 @@ def find_sites(model: nn.Module, batch: Tensor, monitor: ShiftMonitor) -> list[S
             last[0] = f"{base}.{own}".lstrip(".")
         taken = first_tensor(inputs)
         if isinstance(module, _ACTIVATIONS) and taken is not None:
+            # A residual sum may be written into the output of a layer: then it is not the output that the activation
+            # takes, though it is the same tensor. The activation itself may have written into it once.
+            version = taken._version - bool(getattr(module, "inplace", False))
             for site, kept in zip(found, outputs, strict=True):
-                if kept is taken and site["activation"] is None:
+                if kept[0] is taken and kept[1] == version and site["activation"] is None:
                     site["activation"] = module
         tensor = first_tensor(output)
         if base in chosen and tensor is not None:
@@ -116,7 +119,7 @@ def find_sites(model: nn.Module, batch: Tensor, monitor: ShiftMonitor) -> list[S
                     and (module.training or getattr(module, "running_mean", None) is None),
                 }
             )
-            outputs.append(tensor)
+            outputs.append((tensor, tensor._version))
 
     side_forward(model, batch, taps, look)
     return [Site(**site) for site in found]

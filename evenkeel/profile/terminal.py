@@ -12,6 +12,19 @@ _MOST = 3
 """Sentences of one kind that are printed unless all are asked for: those with the largest numbers."""
 
 _ORDER = ("act", "look", "fine")
+_LEGEND = {
+    "W1": "W1: how far one update moves the output",
+    "low": "low, high: its certified bounds",
+    "shift %": "shift %: the same relative to the spread of the output",
+    "bound": "bound: by the parameters alone",
+    "noise %": "noise %: of the batch statistics",
+    "zeta": "zeta: the gamma decay that the noise of BatchNorm amounts to",
+    "decay": "decay: what it adds to the loss",
+    "angle": "angle: radians that the weight before turns in one update",
+    "eff. rate": "eff. rate: learning rate over squared length of that weight, where its length does not matter",
+    "dead": "dead: channels that are constant or cut off by their rectifier",
+    "saturated": "saturated: channels on the flat parts of their activation",
+}
 _STYLE = {"fine": "green", "look": "yellow", "act": "bold red"}
 
 
@@ -46,13 +59,9 @@ def print_profile(result: Profile, console: Any, *, everything: bool = False) ->
     )
     if result.layers:
         console.print(table)
-        console.print(
-            "W1: how far one update moves the output; low, high: its certified bounds; shift %: relative to spread; "
-            "bound: by the parameters alone; noise %: of the batch statistics; zeta: the gamma decay that the noise of "
-            "BatchNorm amounts to; decay: what it adds to the loss; angle: radians a weight turns in one update. "
-            "In brackets: what BatchNorm in its place would have.",
-            style="dim",
-        )
+        console.print("; ".join(text for heading, text in _LEGEND.items() if heading in shown) + ".", style="dim")
+        if any(not layer.mixes_batch and layer.noise is not None for layer in result.layers):
+            console.print("In brackets: what BatchNorm in its place would have.", style="dim")
     for finding in result.findings:
         _print(finding, console)
     own = [finding for layer in result.layers for finding in layer.findings]

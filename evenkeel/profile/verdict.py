@@ -82,9 +82,9 @@ def _noise(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
         level,
         "noise",
         noise,
-        f"{start}: freeze it (evenkeel.freeze), synchronize it over processes, or convert it to group or "
-        f"population normalization (evenkeel.convert); a batch of about {enough} would bring it down to "
-        f"{_percent(limits.noise[0])}",
+        f"{start}: synchronize it over processes, convert it to group or population normalization "
+        "(evenkeel.convert), or freeze it once its running statistics are good (evenkeel.freeze); a batch of about "
+        f"{enough} would bring it down to {_percent(limits.noise[0])}",
     )
 
 
@@ -104,7 +104,10 @@ def _shift(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
         text += f": lower the learning rate ({result.lr:g}) by orders of magnitude, or warm it up"
     elif level != "fine":
         wanted = result.lr * limits.shift[0] / relative
-        text += f": try a learning rate of about {_number(wanted)} instead of {result.lr:g}"
+        text += (
+            f": a learning rate of about {_number(wanted)} instead of {result.lr:g} would bring it down to about "
+            f"{_percent(limits.shift[0])}"
+        )
     yield Finding(level, "shift", relative, text)
 
 
@@ -141,7 +144,9 @@ def _rate(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
     if layer.invariant and layer.effective_rate is not None:
         text += f" (scale invariant: effective learning rate {_number(layer.effective_rate)})"
     if level != "fine":
-        text += ": lower the learning rate, warm it up, or let the weight grow first"
+        text += ": lower the learning rate, or warm it up"
+        if layer.invariant and layer.norm is not None:
+            text += f"; longer vectors turn less, theirs have length {_number(layer.norm)}"
     elif layer.angle < limits.still:
         level = "look"
         text += ": it hardly learns; raise the learning rate"
@@ -151,9 +156,14 @@ def _rate(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
 
 
 def _channels(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
-    what = f"never positive before its {layer.activation}" if layer.activation in ("ReLU", "ReLU6") else "constant"
-    for count, meaning, remedy in (
-        (layer.dead, what, "prune them, lower the learning rate, or give the activation a negative slope"),
+    meaning, remedy = "constant", "prune them, or lower the learning rate"
+    if layer.activation in ("ReLU", "ReLU6"):
+        meaning = f"constant, or never positive before its {layer.activation},"
+        remedy = "prune them, lower the learning rate, or give the activation a negative slope"
+    elif layer.activation == "Threshold":
+        meaning, remedy = "constant, or never above its Threshold,", "prune them, or lower the threshold"
+    for count, state, cure in (
+        (layer.dead, meaning, remedy),
         (layer.saturated, f"flat in its {layer.activation}", "lower gamma or the learning rate"),
     ):
         if count:
@@ -162,8 +172,8 @@ def _channels(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[
                 max("look", _level(share, limits.dead), key=("fine", "look", "act").index),
                 "channels",
                 float(count),
-                f"{count} of {layer.channels} channels of {layer.layer} ({_percent(share)}) are {meaning} on "
-                f"{result.images} images: {remedy}",
+                f"{count} of {layer.channels} channels of {layer.layer} ({_percent(share)}) are {state} on "
+                f"{result.images} images: {cure}",
             )
 
 

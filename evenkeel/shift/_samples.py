@@ -32,16 +32,16 @@ def pair(x: Tensor, y: Tensor, weights: Weights | None = None) -> Pair:
     """Bring two samples to common form: leading axes broadcast, float32 at least, weights that sum to 1.
 
     Raises:
-        TypeError: An argument is not a tensor, or is not of a real floating-point type.
-        ValueError: The shapes do not fit together, a sample is empty, or weights are negative, not finite or sum to 0.
+        TypeError: An argument is not a tensor, or is not of a real floating-point type, or weights are not a pair.
+        ValueError: The shapes do not fit together, a sample is empty, the devices differ or hold no numbers, or weights
+            are negative, not finite or sum to 0.
     """
-    for name, sample in (("x", x), ("y", y)):
-        if not isinstance(sample, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape (n, d), got {type(sample).__name__}")
-        if not sample.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point, got {sample.dtype}; convert it with {name}.float()")
+    check_sample("x", x)
+    check_sample("y", y)
     if x.device != y.device:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
+    if x.device.type == "meta":
+        raise ValueError("x and y are on the device meta, which holds no numbers; make them on a real device")
     x, y = (sample.unsqueeze(-1) if sample.ndim == 1 else sample for sample in (x, y))
     if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
         raise ValueError(
@@ -57,16 +57,33 @@ def pair(x: Tensor, y: Tensor, weights: Weights | None = None) -> Pair:
     except RuntimeError as error:
         raise ValueError(f"leading axes do not broadcast: {tuple(x.shape)} and {tuple(y.shape)}") from error
     x, y = (sample.to(dtype).expand(*lead, *sample.shape[-2:]) for sample in (x, y))
+    if weights is not None and not (isinstance(weights, (tuple, list)) and len(weights) == 2):
+        raise TypeError("weights must be a pair (weights of x, weights of y), either of which may be None")
     x_mass, y_mass = (None, None) if weights is None else weights
     return Pair(x, y, _mass("x", x_mass, x), _mass("y", y_mass, y))
+
+
+def check_sample(name: str, sample: object) -> None:
+    """Refuse what is not a tensor of a real floating-point type.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(sample).__name__}; torch.as_tensor makes one")
+    if not sample.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {sample.dtype}; convert it with {name}.float()")
 
 
 def check_order(p: float) -> float:
     """Return the order p of a distance as a float.
 
     Raises:
+        TypeError: p is not a number.
         ValueError: p is below 1 or not finite.
     """
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"the order p must be a number, got {p!r}")
     if not (math.isfinite(p) and p >= 1):
         raise ValueError(f"the order p must be finite and at least 1, got {p!r}")
     return float(p)
@@ -91,6 +108,8 @@ def _mass(name: str, mass: Tensor | None, sample: Tensor) -> Tensor | None:
         raise TypeError(f"the weights of {name} must be a tensor or None, got {type(mass).__name__}")
     if mass.ndim < 1 or mass.shape[-1] != sample.shape[-2]:
         raise ValueError(f"{name} has {sample.shape[-2]} points but weights of shape {tuple(mass.shape)}")
+    if mass.device.type == "meta":
+        raise ValueError(f"the weights of {name} are on the device meta, which holds no numbers")
     mass = mass.to(device=sample.device, dtype=torch.float64)
     total = mass.sum(-1, keepdim=True)
     if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()) or bool((total <= 0).any()):

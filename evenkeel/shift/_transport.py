@@ -30,6 +30,10 @@ def exact_wasserstein(samples: Pair, p: float, max_iterations: int | None) -> Te
         (...) in the dtype and on the device of the samples.
     """
     check_finite(samples)
+    if max_iterations is not None and (isinstance(max_iterations, bool) or max_iterations < 1):
+        raise ValueError(f"max_iterations must be at least 1, or None for a limit by size, got {max_iterations!r}")
+    if samples.x.numel() == 0:
+        return samples.x.sum((-2, -1))
     factor = power_of_two(samples.x, samples.y)
     x, y = (sample.to("cpu", torch.float64).div(factor).flatten(0, -3) for sample in _with_batch(samples))
     n, m = x.shape[-2], y.shape[-2]

@@ -83,29 +83,27 @@ def shift_bounds(
 
     Lower bounds (P, Q the two samples, u unit directions):
 
-    ``mean``                the distance of the means, $\|E X - E Y\|$
-    ``marginal``            $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the
-    norm is convex, so
-                            Jensen's inequality turns the distances of the coordinates into one of the vectors
-    ``marginal_sum``        $\sum_c W_1(X_c, Y_c) / \sqrt d$ (p = 1; never above ``marginal``)
-    ``marginal_max``        $\max_c W_p(X_c, Y_c)$ (never above ``marginal``)
-    ``rotated``             ``marginal`` in another orthonormal basis: the principal axes of the differences X_i - Y_i
-    ``sliced``              mean over random directions of $W_p^p(u^\top X, u^\top Y)$, to the power 1/p
-    ``max_sliced``          the largest $W_p(u^\top X, u^\top Y)$ over random directions and the difference of the means
-    ``radial``              $W_p(\|X - a\|, \|Y - a\|)$ with a the mean of both: the distance to a point is 1-Lipschitz
-    ``moment_2``, ``_3``, ``_4``   from truncated absolute moments of order 2, 3, 4, see :func:`moment_lower_bound`
-    ``gelbrich``            the W_2 distance G of the Gaussians with the same two moments: $W_2 \ge G$, and $W_1 \ge G^2
-    / D$ with
-                            D the largest distance between a point of x and one of y (p = 1 or 2)
+    * ``mean``: the distance of the means, $\|E X - E Y\|$.
+    * ``marginal``: $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the norm is
+      convex, so Jensen's inequality turns the distances of the coordinates into one of the vectors.
+    * ``marginal_sum``: $\sum_c W_1(X_c, Y_c) / \sqrt d$ (p = 1; never above ``marginal``).
+    * ``marginal_max``: $\max_c W_p(X_c, Y_c)$ (never above ``marginal``).
+    * ``rotated``: ``marginal`` in another orthonormal basis: the principal axes of the differences X_i - Y_i.
+    * ``sliced``: mean over random directions of $W_p^p(u^\top X, u^\top Y)$, to the power 1/p.
+    * ``max_sliced``: the largest $W_p(u^\top X, u^\top Y)$ over random directions and the difference of the means.
+    * ``radial``: $W_p(\|X - a\|, \|Y - a\|)$ with a the mean of both: the distance to a point is 1-Lipschitz.
+    * ``moment_2``, ``moment_3``, ``moment_4``: from truncated absolute moments of order 2, 3, 4, see
+      :func:`moment_lower_bound`.
+    * ``gelbrich``: the W_2 distance G of the Gaussians with the same two moments: $W_2 \ge G$, and $W_1 \ge G^2 / D$
+      with D the largest distance between a point of x and one of y (p = 1 or 2).
 
     Upper bounds:
 
-    ``coupled``             $(E\|X_i - Y_i\|^p)^{1/p}$, row i with row i (n = m): the coupling by the same input
-    ``matched``             the same with rows matched by their rank along one direction (the difference of the means)
-    ``triangle``            $(E\|X - EX\|^p)^{1/p} + (E\|Y - EY\|^p)^{1/p} + \|EX - EY\|$
-    ``moment``              $\sqrt{\operatorname{tr} \operatorname{Cov} X} + \sqrt{\operatorname{tr}\operatorname{Cov}
-    Y} +
-                            \|EX - EY\|$ ($p \le 2$)
+    * ``coupled``: $(E\|X_i - Y_i\|^p)^{1/p}$, row i with row i (n = m): the coupling by the same input.
+    * ``matched``: the same with rows matched by their rank along one direction (the difference of the means).
+    * ``triangle``: $(E\|X - EX\|^p)^{1/p} + (E\|Y - EY\|^p)^{1/p} + \|EX - EY\|$.
+    * ``moment``: $\sqrt{\operatorname{tr} \operatorname{Cov} X} + \sqrt{\operatorname{tr}\operatorname{Cov} Y} +
+      \|EX - EY\|$ ($p \le 2$).
 
     Args:
         x: (n, d) sample, or (n,) for points on the line.
@@ -127,13 +125,14 @@ def shift_bounds(
             ``include``.
     """
     p = check_order(p)
-    samples = pair(x.detach(), y.detach(), weights)
+    samples = pair(x, y, weights)
+    samples = Pair(*(None if part is None else part.detach() for part in samples))  # type: ignore[arg-type]
     if samples.x.ndim != 2:
         raise ValueError(
             f"shift_bounds takes one pair of samples, (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     check_finite(samples)
-    wanted = None if include is None else set(include)
+    wanted = None if include is None else {include} if isinstance(include, str) else set(include)
     for name in wanted or ():
         if name not in LOWER and name not in UPPER:
             raise ValueError(unknown_name("bound", name, [*LOWER, *UPPER]))

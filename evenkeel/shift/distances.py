@@ -33,23 +33,14 @@ def wasserstein(
 ) -> Tensor:
     r"""Wasserstein distance of order p between two samples, several ways.
 
-    ==============  =========
-    ========================================================================================== method          returns
-    value
-    ==============  =========
-    ==========================================================================================
-    ``marginal``    (..., d)   $W_p$ of each coordinate by itself, exact; ``.norm(dim=-1)`` of it is a lower bound of
-    ``exact``
-    ``sliced``      (...)      $(\frac1k \sum_u W_p^p(u^\top x, u^\top y))^{1/p}$ over k unit directions u; a lower
-    bound of ``exact``
-    ``max_sliced``  (...)      $\max_u W_p(u^\top x, u^\top y)$ over the same directions; a lower bound of ``exact``
-    ``exact``       (...)      $W_p$ of the two empirical distributions in $R^d$: $O(n^3)$, meant for n up to a few
-    hundred
-    ``coupled``     (...)      $(\frac1n \sum_i \|x_i - y_i\|^p)^{1/p}$ (n = m): an upper bound of ``exact``, close when
-    row i of both
-                               samples comes from the same input
-    ==============  =========
-    ==========================================================================================
+    * ``marginal``, (..., d): $W_p$ of each coordinate by itself, exact; ``.norm(dim=-1)`` of it is a lower bound of
+      ``exact`` for p up to 2.
+    * ``sliced``, (...): $(\frac1k \sum_u W_p^p(u^\top x, u^\top y))^{1/p}$ over k unit directions u; a lower bound of
+      ``exact``.
+    * ``max_sliced``, (...): $\max_u W_p(u^\top x, u^\top y)$ over the same directions; a lower bound of ``exact``.
+    * ``exact``, (...): $W_p$ of the two empirical distributions in $R^d$: $O(n^3)$, meant for n up to a few hundred.
+    * ``coupled``, (...): $(\frac1n \sum_i \|x_i - y_i\|^p)^{1/p}$ (n = m): an upper bound of ``exact``, close when row
+      i of both samples comes from the same input.
 
     All values are distances, in the units of x: the p-th root is taken (``ot.wasserstein_1d`` returns the p-th power).
     float16 and bfloat16 samples are computed, and returned, in float32.
@@ -61,7 +52,7 @@ def wasserstein(
     Args:
         x: (..., n, d) sample, or (n,) for points on the line.
         y: (..., m, d) sample; the leading axes broadcast against those of x.
-        method: One of the table above.
+        method: One of the list above.
         p: Order of the distance, at least 1.
         weights: Pair of (..., n) and (..., m) non-negative weights, each normalized to sum 1; ``None`` (for both or for
             one) means equal weights. ``coupled`` needs the same weights on both sides and takes those that are given.
@@ -73,12 +64,12 @@ def wasserstein(
             a limit that grows with the problem.
 
     Returns:
-        The distance, shaped as the table says.
+        The distance, shaped as the list says.
 
     Raises:
-        TypeError: A sample is not a floating-point tensor.
-        ValueError: Unknown method, shapes that do not fit, n != m for ``coupled``, p < 1, bad weights, or NaN or
-            infinity for ``exact`` (the other methods pass NaN on).
+        TypeError: A sample is not a floating-point tensor, or p or the weights are of the wrong kind.
+        ValueError: Unknown method, shapes that do not fit, samples on two devices or on ``meta``, n != m for
+            ``coupled``, p < 1, bad weights, or NaN or infinity for ``exact`` (the other methods pass NaN on).
         RuntimeError: The transport solver gave up.
 
     Examples:
@@ -140,7 +131,9 @@ def _marginal(samples: Pair, p: float) -> Tensor:
 def _along(samples: Pair, columns: Tensor, p: float) -> Tensor:
     rows = columns.mT
     masses = (None if mass is None else mass.unsqueeze(-2) for mass in samples[2:])
-    return line_wasserstein(rows @ samples.x.mT, rows @ samples.y.mT, p, *masses)
+    # A common move changes no distance; without it the rounding of a projection grows with the mean of the points.
+    centre = _mean(samples.x.detach(), samples.x_mass).unsqueeze(-2)
+    return line_wasserstein(rows @ (samples.x - centre).mT, rows @ (samples.y - centre).mT, p, *masses)
 
 
 def _coupled(samples: Pair, p: float) -> Tensor:

@@ -8,13 +8,12 @@ to Y' gives
 so whatever bounds the radius bounds the shift:
 
 * BatchNorm: $R \le \sqrt{\sum_c \gamma_c^2 (1 + n_c)}$, where $1 + n_c = E \hat x_c^2$ and n is the noise of the
-moments it standardizes
-  with. It grows with the dimension and with the noise, and does not vanish when the noise does: bounded, not reduced.
+  moments it standardizes with. It grows with the dimension and with the noise, and does not vanish when the noise does:
+  bounded, not reduced.
 * Unitized BatchNorm with alpha = 1: $R \le K \max_c |\gamma_c|$ with K a constant of the shape alone: no dimension, no
-noise.
-  For other alpha the share (1 - alpha) behaves like BatchNorm.
+  noise. For other alpha the share (1 - alpha) behaves like BatchNorm.
 * Population normalization: BatchNorm's bound, where the noise is the mismatch of the population statistics and this
-batch.
+  batch.
 
 The paper's theorem was not available in print; these are derived from its definitions and checked by tests against
 measured distances. Radii are for points per position; one point per image multiplies every term by sqrt(positions), as
@@ -132,6 +131,10 @@ def layer_bound(
     return (radii + gap) * (math.sqrt(positions) if samples == "image" else 1.0)
 
 
+# Those of layers that add an activation, as timm's do, may stretch what the parameters bound.
+_STANDARD_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def _default_noise(layer: nn.Module) -> float:
     """0 where a batch is standardized with its own moments, else infinity."""
     from evenkeel.nn import population
@@ -152,6 +155,11 @@ def _radius(layer: Any, noise: Noise, positions: int) -> float:
         raise TypeError(
             f"no bound is known for {type(layer).__name__} from its parameters alone; BatchNorm, population "
             "normalization and unitized BatchNorm have one"
+        )
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and type(layer).forward not in _STANDARD_FORWARDS:
+        raise TypeError(
+            f"no bound is known for {type(layer).__name__}, a BatchNorm with a forward of its own: what that makes of "
+            "the standardized activation is not in its parameters"
         )
     weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach()
     if isinstance(layer, unitized._UnitizedBatchNorm):

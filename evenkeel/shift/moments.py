@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evenkeel.shift._samples import check_order, check_sample
+
 
 def truncated_moment(size: Tensor, order: float, limit: Tensor) -> Tensor:
     r"""The 1-Lipschitz function $\min(s, B)^k / (k B^{k-1})$ of absolute values s.
@@ -43,15 +45,22 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
         (d,) in the units of the samples.
 
     Raises:
-        ValueError: ``order`` below 1, or a limit that is not positive.
+        TypeError: A sample is not a floating-point tensor.
+        ValueError: Shapes or devices that do not fit, ``order`` below 1, or a limit that is not positive.
 
     Examples:
         >>> x = torch.tensor([[-1.0], [1.0]])
         >>> moment_lower_bound(x, 2 * x, order=4, limit=2.0)
         tensor([0.4688])
     """
-    if order < 1:
-        raise ValueError(f"order must be at least 1, got {order!r}")
+    order = check_order(order)
+    check_sample("x", x)
+    check_sample("y", y)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.device != y.device or 0 in (len(x), len(y)):
+        raise ValueError(
+            f"x and y must be (n, d) and (m, d) with n and m at least 1 on one device, got {tuple(x.shape)} on "
+            f"{x.device} and {tuple(y.shape)} on {y.device}"
+        )
     x, y = x.abs(), y.abs()
     if limit is None:
         bound = torch.maximum(x.amax(0), y.amax(0))

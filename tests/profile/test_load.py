@@ -87,6 +87,16 @@ def test_errors(spec: str, message: str, options: dict[str, Any]) -> None:
         load_model(spec, **options)
 
 
+def test_what_foreign_code_raises_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_nets.py").write_text("1 / 0\n")
+    (tmp_path / "picky_nets.py").write_text("def net(num_classes):\n    raise KeyError('depth')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImportError, match="importing broken_nets raises ZeroDivisionError: division by zero"):
+        load_model("broken_nets:net")
+    with pytest.raises(ValueError, match="picky_nets:net called with num_classes=3 raises KeyError: 'depth'"):
+        load_model("picky_nets:net", num_classes=3)
+
+
 def test_modules_that_are_not_there() -> None:
     with pytest.raises(ImportError, match=r"cannot import no_such_place.*looked for in"):
         load_model("no_such_place:net")

@@ -219,6 +219,29 @@ def test_places_of_layers() -> None:
     assert result.layers[1].zeta is not None
 
 
+class InPlaceSum(nn.Module):
+    """A block whose residual sum is written into the output of its norm, as torchvision's and timm's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.more, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.norm(self.conv(x)))
+        out = self.last(self.more(h))
+        out += h
+        return self.head(self.relu(out).mean((2, 3)))
+
+
+def test_an_activation_of_a_sum_belongs_to_no_layer() -> None:
+    model = InPlaceSum()
+    first, second = find_sites(model, torch.randn(4, 1, 8, 8), ShiftMonitor(model, torch.randn(4, 1, 8, 8)))
+    assert isinstance(first.activation, nn.ReLU)
+    assert second.activation is None
+
+
 def test_models_without_normalization_are_watched_at_their_weights() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))
     result = profile(model, pictures(), **SMALL)
@@ -317,19 +340,22 @@ def sentences(row: LayerProfile, limits: Limits = LIMITS, **whole: Any) -> dict[
 def test_sentences_of_a_layer_in_trouble() -> None:
     found = sentences(ROW)
     assert found["noise"].text == (
-        "batch 8 gives statistics noise of 35 % at bn: freeze it (evenkeel.freeze), synchronize it over processes, or "
-        "convert it to group or population normalization (evenkeel.convert); a batch of about 98 would bring it down "
-        "to 10 %"
+        "batch 8 gives statistics noise of 35 % at bn: synchronize it over processes, convert it to group or "
+        "population normalization (evenkeel.convert), or freeze it once its running statistics are good "
+        "(evenkeel.freeze); a batch of about 98 would bring it down to 10 %"
     )
     assert found["shift"].text == (
         "one update moves the output of bn by 20 % of its spread (W1 2, certified between 1 and 3); its parameters "
-        "allow 16: try a learning rate of about 0.05 instead of 0.1"
+        "allow 16: a learning rate of about 0.05 instead of 0.1 would bring it down to about 10 %"
     )
     assert "off by 2 standard deviations after 10 steps" in found["statistics"].text
     assert "gamma decay of 0.001, which adds 40 % to the loss: take back" in found["decay"].text
     assert "conv.weight, before bn, turns by 0.2 rad" in found["rate"].text
     assert "effective learning rate 0.3): lower" in found["rate"].text
-    assert "32 of 64 channels of bn (50 %) are never positive before its ReLU on 100 images" in found["channels"].text
+    assert (
+        "32 of 64 channels of bn (50 %) are constant, or never positive before its ReLU, on 100 images"
+        in found["channels"].text
+    )
     levels = {topic: finding.level for topic, finding in found.items()}
     assert levels == {
         "noise": "act",
@@ -363,6 +389,7 @@ def test_sentences_of_other_layers() -> None:
     )
     assert population["decay"].level == "fine"
     assert "are constant on" in sentences(replace(ROW, activation=None))["channels"].text
+    assert "lower the threshold" in sentences(replace(ROW, activation="Threshold"))["channels"].text
     own = sentences(replace(ROW, layer="np", weight="np.weight"))["rate"].text
     assert own.startswith("np.weight turns by")
     nothing = LayerProfile(layer="x", kind="K", channels=1, positions=1)
@@ -433,6 +460,16 @@ def test_long_verdicts_are_cut_unless_all_are_asked_for() -> None:
         assert ("and 10 more" in console.export_text()) != everything
 
 
+class _OnlyEvaluates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.training
+        return self.linear(x.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -443,13 +480,15 @@ def test_long_verdicts_are_cut_unless_all_are_asked_for() -> None:
         ("one image has none but its own", {"batch_size": 1}),
         ("device 'tpu' cannot be used", {"device": "tpu"}),
         ("norm='group' is for models that are built here", {"norm": "group"}),
-        ("does not take images of shape", {"model": nn.Conv2d(5, 3, 3)}),
+        ("fails in evaluation on images of shape", {"model": nn.Conv2d(5, 3, 3)}),
         (
             "must return logits of shape .images, 3. or more, it returns .2, 2. for",
             {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))},
         ),
         ("it returns tuple", {"model": nn.Sequential(nn.Flatten(), nn.LSTM(64, 3))}),
         ("no weights to train", {"model": nn.Flatten()}),
+        ("no parameter of the model requires a gradient", {"model": small().requires_grad_(False)}),
+        ("fails in training on images of shape .1, 8, 8.: AssertionError", {"model": _OnlyEvaluates()}),
     ],
 )
 def test_errors(message: str, arguments: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ def test_result_is_plain_and_frozen() -> None:
         ("one pair of samples", lambda x: shift_bounds(x.unsqueeze(0), x)),
         ("NaN or infinite", lambda x: shift_bounds(x / 0, x)),
         ("did you mean 'marginal'", lambda x: shift_bounds(x, x, include=["marginals"])),
-        ("order must be at least 1", lambda x: moment_lower_bound(x, x, 0.5)),
+        ("the order p must be finite and at least 1", lambda x: moment_lower_bound(x, x, 0.5)),
         ("limit must be positive", lambda x: moment_lower_bound(x, x, 2, 0.0)),
     ],
 )

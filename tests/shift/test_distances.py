@@ -320,3 +320,36 @@ def test_coupled_takes_the_weights_of_either_side() -> None:
     expected = ((x - y).norm(dim=1) * a).sum() / 8
     for weights in ((a, None), (None, a), (a, a)):
         torch.testing.assert_close(wasserstein(x, y, "coupled", weights=weights), expected)
+
+
+def test_a_common_move_does_not_change_the_distance_along_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 64, 8, generator=generator, dtype=torch.float64).float() * torch.tensor(0.1)
+    exact = wasserstein(x.double(), y.double(), method="sliced", seed=0)
+    moved = wasserstein(x + 100, y + 100, method="sliced", seed=0)
+    rounding = wasserstein((x + 100).double(), (y + 100).double(), method="sliced", seed=0)
+    torch.testing.assert_close(moved.double(), rounding, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rounding, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
+        (TypeError, "weights must be a pair", {"weights": torch.ones(3)}),
+        (TypeError, "the order p must be a number", {"p": "2"}),
+        (
+            ValueError,
+            "on the device meta",
+            {"x": torch.ones(3, 2, device="meta"), "y": torch.ones(3, 2, device="meta")},
+        ),
+        (ValueError, "max_iterations must be at least 1", {"method": "exact", "max_iterations": 0}),
+    ],
+)
+def test_wrong_arguments_are_named(error: type[Exception], message: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(error, match=message):
+        wasserstein(**{"x": torch.ones(3, 2), "y": torch.zeros(3, 2), **arguments})
+
+
+def test_exact_distance_of_no_pairs_is_empty() -> None:
+    assert wasserstein(torch.ones(0, 3, 2), torch.ones(0, 3, 2), method="exact").shape == (0,)

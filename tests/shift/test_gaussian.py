@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import scipy.linalg
 import torch
@@ -64,3 +66,34 @@ def test_large_samples_come_close() -> None:
 def test_errors(message: str, arguments: tuple) -> None:
     with pytest.raises(ValueError, match=message):
         gaussian_wasserstein(*arguments)
+
+
+def test_close_gaussians_in_float32_are_as_exact_as_in_float64() -> None:
+    """The traces cancel where the two are close; the root would magnify a rounding of 1e-7 to 3e-4."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator)
+    cov, mean = root @ root.mT + torch.eye(6), torch.zeros(6)
+    assert float(gaussian_wasserstein(mean, cov, mean, cov)) < 1e-6
+    near = cov * 1.001
+    wide = gaussian_wasserstein(mean.double(), cov.double(), mean.double(), near.double())
+    narrow = gaussian_wasserstein(mean, cov, mean, near)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "values"),
+    [
+        (TypeError, "mean_x must be a tensor, got float", (0.0, torch.eye(2), torch.zeros(2), torch.eye(2))),
+        (TypeError, "cov_y must be floating point", (torch.zeros(2), torch.eye(2), torch.zeros(2), torch.eye(2).int())),
+        (ValueError, "cov_x holds NaN", (torch.zeros(2), torch.eye(2) / 0, torch.zeros(2), torch.eye(2))),
+        (
+            ValueError,
+            "not symmetric",
+            (torch.zeros(2), torch.tensor([[2.0, 1.0], [0.0, 2.0]]), torch.zeros(2), torch.eye(2)),
+        ),
+    ],
+)
+def test_what_is_no_gaussian_is_named(error: type[Exception], message: str, values: tuple[Any, ...]) -> None:
+    with pytest.raises(error, match=message):
+        gaussian_wasserstein(*values)

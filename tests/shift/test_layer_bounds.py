@@ -122,3 +122,12 @@ def test_without_noise_nothing_is_claimed_of_running_statistics() -> None:
     assert layer_bound(BatchNorm1d(4).freeze()) == math.inf
     assert layer_bound(BatchNorm1d(4)) == pytest.approx(4)
     assert layer_bound(before, after, noise=0.0) == pytest.approx(4)
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_has_no_bound_from_its_parameters() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 10 * super().forward(x)
+
+    with pytest.raises(TypeError, match="no bound is known for Activated"):
+        layer_bound(Activated(3), positions=4)
