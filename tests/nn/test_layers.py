@@ -518,7 +518,8 @@ class TestUnitized:
         x = torch.randn(IMAGE)
         ours, batch = ek.UnitizedBatchNorm2d(6), ek.BatchNorm2d(6)
         assert torch.equal(ours(x), batch(x))
-        assert torch.equal(ours.eval()(x), batch.eval()(x))
+        # whether a product and a sum are rounded once or twice depends on the processor
+        torch.testing.assert_close(ours.eval()(x), batch.eval()(x), rtol=1e-6, atol=1e-6)
 
     def test_output_norm_is_bounded_by_weight_at_alpha_one(self) -> None:
         layer = ek.UnitizedBatchNorm2d(6, norm="rms")
