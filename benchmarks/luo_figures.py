@@ -1,15 +1,15 @@
 """Fig. 2 of Luo et al. (ICLR 2019) from trainings of our own: one command per figure.
 
     python -m benchmarks.luo_figures 2e --data cifar10.npz --scale small
-    python -m benchmarks.luo_figures 2a 2b 2c 2d 2e 2f dropout --data cifar10.npz
+    python -m benchmarks.luo_figures 2a 2b 2c 2d 2e 2f --data cifar10.npz
 
 Writes ``results/luo_2e.json`` (``--out``) and ``docs/theory/figure-2e.png`` (``--plot``). The trainings are those of
 `benchmarks.luo_runs`, kept in ``runs/luo``; figures share them, what is complete is not repeated, and an interrupted
 command goes on where it was. Fig. 1 needs no training: ``evenkeel theory generalization``.
 
 2a, 2b: population normalization with gamma decay against BatchNorm, losses and accuracy. 2c, 2d: the parts of
-BatchNorm, training and test loss. 2e, 2f: BatchNorm at a single layer, gamma^2 and test loss against the batch size.
-dropout: what dropout gives back at batch size 1024.
+BatchNorm, training and test loss. 2e: BatchNorm at a single layer, gamma^2 and test loss against the batch size. 2f:
+what dropout gives back at batch size 1024, and to weight normalization.
 """
 
 from __future__ import annotations
@@ -72,23 +72,16 @@ FIGURES = {
     ),
     "2e": Recipe(
         "single",
-        "BN at a single layer: gamma squared",
-        ("gamma_squared",),
-        "gamma^2 grows with the batch size",
+        "BN at a single layer",
+        ("gamma_squared", "test_loss"),
+        "gamma^2 and the validation loss grow with the batch size",
         against="batch size M",
     ),
     "2f": Recipe(
-        "single",
-        "BN at a single layer: test loss",
-        ("test_loss",),
-        "the validation loss grows with the batch size",
-        against="batch size M",
-    ),
-    "dropout": Recipe(
         "dropout",
-        "Dropout after each residual block at a large batch",
+        "Dropout in place of the noise of batches",
         ("test_loss", "test_accuracy"),
-        "at M = 1024 dropout 0.1 recovers validation loss and accuracy",
+        "at M = 1024 dropout 0.1 recovers validation loss and accuracy; WN + dropout 0.2: accuracy 0.90 to 0.93",
     ),
 }
 WORDS = {
@@ -111,12 +104,12 @@ def images(spec: str, scale: str, limit: int | None) -> ImageData:
     return dataclasses.replace(data, x_train=(train - mean) / std, x_test=(test - mean) / std, digest=digest)
 
 
-def measure(folder: Path, config: Config, data: Callable[[], ImageData]) -> Result:
+def measure(folder: Path, config: Config, data: Callable[[int | None], ImageData]) -> Result:
     """Run an experiment, or what is missing of it, and return the curves of its seeds."""
     path = folder / "results.json"
     done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if done.get("config") != json.loads(json.dumps(config.as_dict())):
-        done = compare(config, folder, data=data(), command="python -m benchmarks.luo_figures")
+        done = compare(config, folder, data=data(config.limit), command="python -m benchmarks.luo_figures")
     complete = [run for run in done["runs"] if run["status"] == "complete"]
     tables = [read_rows(folder / run["path"] / "metrics.csv") for run in complete]
     seeds = {
@@ -189,12 +182,14 @@ def draw(panels: list[Figure], path: Path) -> None:
     canvas.savefig(path, dpi=90)
 
 
-def make(name: str, scale: str, spec: str, runs: Path, out: Path, picture: Path, data: Callable[[], ImageData]) -> None:
+def make(
+    name: str, scale: str, spec: str, runs: Path, out: Path, picture: Path, data: Callable[[int | None], ImageData]
+) -> None:
     """Make one figure: run what is missing, write numbers and picture."""
     recipe, found = FIGURES[name], {}
     experiments = configs(recipe.group, scale, spec)
     for label, config in experiments.items():
-        found[label] = measure(runs / scale / slug(label, recipe.group), config, data)
+        found[label] = measure(runs / scale / slug(label, config), config, data)
         last = {k: [round(v[-1], 4) for v in values] for k, values in found[label]["seeds"].items()}
         print(f"{name}: {label}: {last} ({found[label]['seconds']:.0f} s)", flush=True)
     panels = curves(recipe, found)
@@ -219,10 +214,9 @@ def make(name: str, scale: str, spec: str, runs: Path, out: Path, picture: Path,
     print(f"written: {out}, {picture}")
 
 
-def slug(label: str, group: str) -> str:
-    """A folder name; the plain BN runs of the dropout figure are those of 2a."""
-    shared = "resnet" if group == "dropout" else group
-    return shared + "-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+def slug(label: str, config: Config) -> str:
+    """The folder of a variant; the network is part of it, so that figures share what they have in common."""
+    return f"{config.model}-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
 
 
 def main() -> None:
@@ -236,13 +230,12 @@ def main() -> None:
     options = parser.parse_args()
     if len(options.figures) > 1 and (options.out or options.plot):
         parser.error("--out and --plot name the files of one figure; give one figure, or neither")
-    loaded: list[ImageData] = []
+    loaded: dict[int | None, ImageData] = {}
 
-    def data() -> ImageData:
-        if not loaded:
-            limit = configs("parts", options.scale, options.data)["SGD"].limit
-            loaded.append(images(options.data, options.scale, limit))
-        return loaded[0]
+    def data(limit: int | None) -> ImageData:
+        if limit not in loaded:
+            loaded[limit] = images(options.data, options.scale, limit)
+        return loaded[limit]
 
     suffix = "" if options.scale == "small" else f"_{options.scale}"
     for name in options.figures:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 from evenkeel.models.bricks import Bricks, NormSpec
 from evenkeel.models.networks import assemble
+from evenkeel.nn import PopulationNorm2d
 
 __all__ = ["conv4fc2"]
 
@@ -40,8 +41,9 @@ def conv4fc2(
         width: Channels of the first two convolutions.
         only: Number of the only layer that is normalized, 1 to 5 (5 is the hidden dense layer); the others are plain
             layers with a bias. By default all are normalized.
-        weight_norm: Weight normalization (Salimans & Kingma 2016) of the five layers: ``w = g v / |v|``. Where the
-            normalization behind a layer has a scale of its own, g is held at its initial value.
+        weight_norm: Weight normalization (Salimans & Kingma 2016) of the five layers: ``w = g v / |v|``, g at the norm
+            of the initial v. What is learned of g is the scale of the layer behind: that of the normalization, or
+            one that scales alone, so that the scales of all variants are alike and gamma decay finds them.
         dropout: Share of the activations that is dropped after each pooling and after the hidden layer, 0 to 1.
         **norm_args: Handed to the normalization.
 
@@ -66,7 +68,7 @@ def conv4fc2(
             layers.append(("pool3", nn.AdaptiveAvgPool2d(2)))
         layer = bricks.conv(channels, out, 2 if dense else 3, padding=0 if dense else 1)
         if weight_norm:
-            _normalize(layer)
+            _normalize(layer, out)
         layers.append((f"layer{number}", layer))
         if number in (2, 4):
             layers.append((f"pool{number // 2}", nn.MaxPool2d(2)))
@@ -76,8 +78,11 @@ def conv4fc2(
     return assemble(layers, channels, num_classes, [f"layer{number}" for number in range(1, LAYERS + 1)])
 
 
-def _normalize(layer: nn.Module) -> None:
-    """Normalize the weights of a brick; one of two scales in a row is enough."""
+def _normalize(layer: nn.Module, channels: int) -> None:
+    """Normalize the weights of a brick and see to it that a scale per channel follows."""
     parametrizations.weight_norm(layer.conv, dim=0)
-    if getattr(layer.norm, "weight", None) is not None:
-        layer.conv.parametrizations.weight.original0.requires_grad_(False)  # type: ignore[union-attr]
+    layer.conv.parametrizations.weight.original0.requires_grad_(False)  # type: ignore[union-attr]
+    if getattr(layer.norm, "weight", None) is None:
+        # With statistics frozen at mean 0 and variance 1, population normalization is a scale; the layer has the shift.
+        layer.norm = PopulationNorm2d(channels, eps=0.0, bias=False)
+        layer.norm.frozen = True
