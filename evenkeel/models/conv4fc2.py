@@ -35,7 +35,8 @@ def conv4fc2(
     """Conv(w) Conv(w) pool Conv(2w) Conv(2w) pool Dense(4w) Dense(classes); a normalization behind all but the last.
 
     Args:
-        norm: Name of a normalization or a callable ``channels -> module``.
+        norm: Name of a normalization or a callable ``channels -> module``. ``"instance"`` builds, but cannot train: a
+            dense layer has one position.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
         width: Channels of the first two convolutions.

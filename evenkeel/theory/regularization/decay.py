@@ -45,9 +45,9 @@ class GammaDecay:
     """Decay of the scales gamma with the strength that BN's batch noise would have (Luo et al. 2019, Eq. 3).
 
     As a penalty: add `penalty` to the loss. As decoupled decay: call `decay` after ``optimizer.step()``. Use one of
-    them. With ``coefficient="adaptive"`` call `update` on a batch now and then (every 50 steps, say); it costs one forward and
-    one backward pass in evaluation mode and leaves gradients, buffers, modes and the random state alone. In a process
-    group the estimates are averaged over all processes, so every process must call `update`.
+    them. With ``coefficient="adaptive"`` call `update` on a batch now and then (every 50 steps, say); it costs one
+    forward and one backward pass in evaluation mode and leaves gradients, buffers, modes and the random state alone. In
+    a process group the estimates are averaged over all processes, so every process must call `update`.
 
     Args:
         model: A model with layers that normalize by population or batch statistics and have a ``weight`` per channel:
