@@ -159,7 +159,7 @@ def curves(recipe: Recipe, found: dict[str, Result]) -> list[Figure]:
 
 
 def table(recipe: Recipe, found: dict[str, Result]) -> list[Result]:
-    """Last values of every variant: mean and standard error over the seeds that came to the end."""
+    """Last values of every variant, and the lowest test loss of an epoch: mean and standard error over the seeds."""
     rows = []
     for label, result in found.items():
         row: Result = {"variant": label, "seeds": len(result["seeds"]["test_loss"]), "failed": result["bad"]}
@@ -167,6 +167,10 @@ def table(recipe: Recipe, found: dict[str, Result]) -> list[Result]:
             last = [values[-1] for values in result["seeds"][column]]
             if last:
                 row[column], row[f"{column}_error"] = spread(last)
+        if result["seeds"]["test_loss"]:
+            row["lowest_test_loss"], row["lowest_test_loss_error"] = spread(
+                [min(values) for values in result["seeds"]["test_loss"]]
+            )
         rows.append(row)
     return rows
 

@@ -95,7 +95,7 @@ def _single(scale: str) -> dict[str, Settings]:
     """Fig. 2(e): BN at one layer at a time, at several batch sizes; the learning rate is linear in the batch size."""
     layers, sizes, rate, epochs = {
         "full": ((1, 2, 3, 4, 5), (16, 64, 256, 1024), 4e-5, 100),
-        "small": ((1, 3, 5), (16, 64, 256), 2e-4, 12),
+        "small": ((3, 5), (16, 64, 256), 2e-4, 36),
     }[scale]
     base = _CONV[scale]
     return {
