@@ -27,7 +27,8 @@ class Curve:
         x: Abscissae.
         y: Values, as many.
         error: Standard errors, as many, or empty.
-        points: Whether it is measured (drawn as points with error bars) or computed (drawn as a line).
+        points: Whether it is drawn as points with error bars, as what is simulated is; else it is a line, with a band
+            where it has errors.
     """
 
     label: str
@@ -339,6 +340,9 @@ def plot(figure: Figure, path: str | None = None, ax: Any = None) -> Any:
             ax.errorbar(curve.x, curve.y, yerr=curve.error or None, fmt="o", markersize=4, capsize=2, **style)
         else:
             colors[curve.label] = ax.plot(curve.x, curve.y, **style)[0].get_color()
+            if curve.error:
+                low, high = zip(*((y - e, y + e) for y, e in zip(curve.y, curve.error, strict=True)), strict=True)
+                ax.fill_between(curve.x, low, high, color=colors[curve.label], alpha=0.2, linewidth=0)
     for axis in figure.log:
         getattr(ax, f"set_{axis}scale")("log")
     if figure.y_limit is not None:
