@@ -219,8 +219,8 @@ def make(
 
 
 def slug(label: str, config: Config) -> str:
-    """The folder of a variant; the network is part of it, so that figures share what they have in common."""
-    return f"{config.model}-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    """The folder of a variant: network and label without what is in brackets, so that figures share trainings."""
+    return f"{config.model}-" + re.sub(r"[^a-z0-9]+", "-", label.lower().partition(" (")[0]).strip("-")
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def _dropout(scale: str) -> dict[str, Settings]:
         "BN, M=128": variants["BN, M=128"],
         "BN, M=1024": variants["BN, M=1024"],
         "BN + dropout 0.1, M=1024": {**variants["BN, M=1024"], "model_args": args},
-        **{label: parts[label] for label in ("BN", "WN", "WN + dropout 0.2")},
+        **{f"{label} (conv4fc2)": parts[label] for label in ("BN", "WN", "WN + dropout 0.2")},
     }
 
 
