@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -158,13 +159,13 @@ def curves(recipe: Recipe, found: dict[str, Result]) -> list[Figure]:
     return panels
 
 
-def table(recipe: Recipe, found: dict[str, Result]) -> list[Result]:
+def table(found: dict[str, Result]) -> list[Result]:
     """Last values of every variant, and the lowest test loss of an epoch: mean and standard error over the seeds."""
     rows = []
     for label, result in found.items():
         row: Result = {"variant": label, "seeds": len(result["seeds"]["test_loss"]), "failed": result["bad"]}
-        for column in dict.fromkeys(("train_loss", "test_loss", "test_accuracy", *recipe.columns)):
-            last = [values[-1] for values in result["seeds"][column]]
+        for column in WORDS:
+            last = [values[-1] for values in result["seeds"][column] if math.isfinite(values[-1])]
             if last:
                 row[column], row[f"{column}_error"] = spread(last)
         if result["seeds"]["test_loss"]:
@@ -207,7 +208,7 @@ def make(
         "seconds": sum(result["seconds"] for result in found.values()),
         "pixels_averaged": POOLING[scale],
         "variants": {label: {**config.as_dict(), "data": Path(spec).name} for label, config in experiments.items()},
-        "table": table(recipe, found),
+        "table": table(found),
         "panels": [panel.asdict() for panel in panels],
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ Each group of figures is one set of variants, each an ordinary comparison of `ev
 text gives is in ``full`` (CIFAR-10, ResNet-18, SGD with momentum, learning rate linear in the batch size, population
 statistics from 10,000 samples); what is in its appendix, which we have not seen (lengths, rates, augmentation, widths),
 is the usual choice for these networks. ``small`` is for one core: 10,000 images for the residual network and 5,000
-for the other, averaged to 16 x 16 pixels, narrow networks, lengths that take the six figures together about 25 minutes.
+for the other, averaged to 16 x 16 pixels, narrow networks, lengths that take the six figures together half an hour.
 """
 
 from __future__ import annotations

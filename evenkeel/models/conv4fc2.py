@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from evenkeel.models.bricks import Bricks, NormSpec
 from evenkeel.models.networks import assemble
-from evenkeel.nn import PopulationNorm2d
+from evenkeel.nn import NoNorm, PopulationNorm2d
 
 __all__ = ["conv4fc2"]
 
@@ -42,9 +42,10 @@ def conv4fc2(
         width: Channels of the first two convolutions.
         only: Number of the only layer that is normalized, 1 to 5 (5 is the hidden dense layer); the others are plain
             layers with a bias. By default all are normalized.
-        weight_norm: Weight normalization (Salimans & Kingma 2016) of the five layers: ``w = g v / |v|``, g at the norm
-            of the initial v. What is learned of g is the scale of the layer behind: that of the normalization, or
-            one that scales alone, so that the scales of all variants are alike and gamma decay finds them.
+        weight_norm: Weight normalization (Salimans & Kingma 2016) of the five layers: ``w = g v / |v|``, g held
+            at the norm of the initial v. The scale that is learned is that of the layer behind, the normalization
+            or, with ``"none"``, one that only scales: so the scales of all variants are alike, and gamma decay
+            finds them. Behind a normalization without a scale g is learned.
         dropout: Share of the activations that is dropped after each pooling and after the hidden layer, 0 to 1.
         **norm_args: Handed to the normalization.
 
@@ -81,9 +82,10 @@ def conv4fc2(
 
 def _normalize(layer: nn.Module, channels: int) -> None:
     """Normalize the weights of a brick and see to it that a scale per channel follows."""
-    parametrizations.weight_norm(layer.conv, dim=0)
-    layer.conv.parametrizations.weight.original0.requires_grad_(False)  # type: ignore[union-attr]
-    if getattr(layer.norm, "weight", None) is None:
+    convolution = parametrizations.weight_norm(layer.get_submodule("conv"), dim=0)
+    if isinstance(layer.norm, NoNorm):
         # With statistics frozen at mean 0 and variance 1, population normalization is a scale; the layer has the shift.
         layer.norm = PopulationNorm2d(channels, eps=0.0, bias=False)
         layer.norm.frozen = True
+    if getattr(layer.norm, "weight", None) is not None:
+        convolution.get_parameter("parametrizations.weight.original0").requires_grad_(False)

@@ -20,6 +20,7 @@ from evenkeel.theory.regularization.capture import evaluation
 __all__ = ["PopulationEstimator", "estimate_population"]
 
 _KINDS = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
+_BUFFERS = ("running_mean", "running_var")
 
 
 @torch.no_grad()
@@ -47,11 +48,11 @@ def estimate_population(model: nn.Module, pool: Tensor, *, chunk: int | None = N
     """
     if chunk is not None and chunk < 2:
         raise ValueError(f"chunk must be at least 2 samples, whose statistics stand for the pool's, got {chunk}")
-    layers = [module for module in model.modules() if isinstance(module, _KINDS)]
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, _KINDS)]
     if not layers:
         return 0
     sums: dict[nn.Module, _Moments] = {}
-    before = {layer: (layer.running_mean.clone(), layer.running_var.clone()) for layer in layers}
+    before = {layer: [layer.get_buffer(name).clone() for name in _BUFFERS] for layer in layers}
     handles = [layer.register_forward_pre_hook(partial(_renew, sums)) for layer in layers]
     try:
         with evaluation(model):
@@ -61,8 +62,9 @@ def estimate_population(model: nn.Module, pool: Tensor, *, chunk: int | None = N
         for handle in handles:
             handle.remove()
     for layer, (mean, squares, count) in sums.items():
-        layer.running_mean.copy_(before[layer][0])
-        layer.running_var.copy_(before[layer][1])
+        # What is not finite in any part keeps the value that it had before the first.
+        for name, value in zip(_BUFFERS, before[layer], strict=True):
+            layer.get_buffer(name).copy_(value)
         _set(layer, mean, squares / count)
     return len(layers)
 
@@ -97,8 +99,8 @@ def _renew(sums: dict[nn.Module, _Moments], module: nn.Module, args: tuple[Any, 
 
 def _set(module: nn.Module, mean: Tensor, var: Tensor) -> None:
     usable = torch.isfinite(mean) & torch.isfinite(var)
-    for name, value in (("running_mean", mean), ("running_var", var)):
-        kept = getattr(module, name)
+    for name, value in zip(_BUFFERS, (mean, var), strict=True):
+        kept = module.get_buffer(name)
         kept.copy_(torch.where(usable, value.to(kept), kept))
 
 

@@ -1,4 +1,7 @@
-"""The callbacks for population statistics under stand-ins that call them as the real trainers do."""
+"""The callbacks for population statistics under stand-ins that call them as the real trainers do.
+
+They were also run under Lightning 2.6.6 and Transformers 5.24.0: renewals, evaluations and resumption are the same.
+"""
 
 from __future__ import annotations
 

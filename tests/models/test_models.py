@@ -144,6 +144,12 @@ def test_weight_normalization_of_conv4fc2(norm: str) -> None:
         assert GammaDecay(net, 128, 0.5).penalty().item() == pytest.approx(0.5 * (4 + 4 * 4 + 8 + 8 + 16))
 
 
+def test_weight_normalization_learns_its_length_where_nothing_else_scales() -> None:
+    net = models.build("conv4fc2", norm="mean_only", width=4, weight_norm=True, affine=False)
+    assert isinstance(net.layer2.norm, ek.MeanOnlyBatchNorm2d)
+    assert net.layer2.conv.parametrizations.weight.original0.requires_grad
+
+
 def test_dropout_stands_between_the_convolutions_of_a_wide_block() -> None:
     for norm in ("batch", "normprop"):
         net = models.build("wrn10", norm=norm, widen=1, dropout=0.3)

@@ -45,6 +45,10 @@ def test_non_finite_channels_keep_their_statistics():
     estimate_population(norm, x)
     assert norm.running_mean[1] == 0
     assert norm.running_mean[0] == pytest.approx(float(x[:, 0].mean()))
+    norm.reset_running_stats()
+    estimate_population(norm, x.flip(0), chunk=5)  # the first chunk alone would be usable
+    assert norm.running_mean[1] == 0
+    assert norm.running_mean[0] == pytest.approx(float(x[:, 0].mean()))
 
 
 def test_estimator_keeps_time_draws_anew_and_resumes():
