@@ -1,9 +1,12 @@
-"""Callbacks that watch the shift in other training frameworks, none of which is needed to import this room.
+"""Callbacks for other training frameworks, none of which is needed to import this room.
 
-* :class:`LightningShiftCallback` for Lightning's ``Trainer`` (``lightning`` or ``pytorch_lightning``).
-* :class:`TransformersShiftCallback` for the ``Trainer`` of Hugging Face Transformers.
+For Lightning's ``Trainer`` (``lightning`` or ``pytorch_lightning``) and for that of Hugging Face Transformers:
 
-TensorBoard, with either of them or with a loop of your own, is :class:`evenkeel.shift.TensorBoardSink`.
+* :class:`LightningShiftCallback` and :class:`TransformersShiftCallback` watch the shift of every layer.
+* :class:`LightningPopulationCallback` and :class:`TransformersPopulationCallback` renew the statistics of population
+  normalization.
+
+TensorBoard, with any of them or with a loop of your own, is :class:`evenkeel.shift.TensorBoardSink`.
 """
 
 from __future__ import annotations
@@ -12,13 +15,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evenkeel.integrations.lightning_population import LightningPopulationCallback
     from evenkeel.integrations.lightning_trainer import LightningShiftCallback
+    from evenkeel.integrations.transformers_population import TransformersPopulationCallback
     from evenkeel.integrations.transformers_trainer import TransformersShiftCallback
 
-__all__ = ["LightningShiftCallback", "TransformersShiftCallback"]
+__all__ = [
+    "LightningPopulationCallback",
+    "LightningShiftCallback",
+    "TransformersPopulationCallback",
+    "TransformersShiftCallback",
+]
 
 _HOMES = {
+    "LightningPopulationCallback": "evenkeel.integrations.lightning_population",
     "LightningShiftCallback": "evenkeel.integrations.lightning_trainer",
+    "TransformersPopulationCallback": "evenkeel.integrations.transformers_population",
     "TransformersShiftCallback": "evenkeel.integrations.transformers_trainer",
 }
 

@@ -10,17 +10,21 @@ from torch import nn
 
 from evenkeel._messages import unknown_name
 from evenkeel.models.bricks import Bricks, NormSpec, norm_names
-from evenkeel.models.networks import convnet, nin, resnet, vgg, watched_layers
+from evenkeel.models.conv4fc2 import conv4fc2
+from evenkeel.models.networks import convnet, nin, vgg, watched_layers
+from evenkeel.models.residual import resnet, resnet18
 from evenkeel.models.wide import wide_resnet
 
 __all__ = [
     "MODELS",
     "Bricks",
     "build",
+    "conv4fc2",
     "convnet",
     "nin",
     "norm_names",
     "resnet",
+    "resnet18",
     "vgg",
     "watched_layers",
     "wide_resnet",
@@ -30,9 +34,11 @@ _VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 _VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "conv4fc2": conv4fc2,
     "convnet": convnet,
     "nin": nin,
     "resnet8": partial(resnet, 8),
+    "resnet18": resnet18,
     "resnet20": partial(resnet, 20),
     "resnet56": partial(resnet, 56),
     "resnet110": partial(resnet, 110),

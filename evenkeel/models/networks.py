@@ -10,7 +10,7 @@ from torch import nn
 
 from evenkeel.models.bricks import Bricks, NormSpec
 
-__all__ = ["assemble", "convnet", "nin", "resnet", "vgg", "watched_layers"]
+__all__ = ["assemble", "convnet", "nin", "vgg", "watched_layers"]
 
 
 def _head(features: int, num_classes: int) -> nn.Linear:
@@ -80,53 +80,6 @@ def convnet(
         layers.append((f"layer{index + 1}", bricks.conv(channels, width, stride=2 if index else 1)))
         channels = width
     return assemble(layers, channels, num_classes, [name for name, _ in layers])
-
-
-def resnet(
-    depth: int,
-    norm: NormSpec = "batch",
-    in_channels: int = 3,
-    num_classes: int = 10,
-    *,
-    width: int = 16,
-    **norm_args: Any,
-) -> nn.Sequential:
-    """Pre-activation residual network for small images (He et al. 2016): three stages of ``(depth - 2) / 6`` blocks.
-
-    Args:
-        depth: Number of weight layers, ``6 n + 2``: 8, 20, 56, 110.
-        norm: Name of a normalization or a callable ``channels -> module``.
-        in_channels: Channels of the images.
-        num_classes: Number of outputs.
-        width: Channels of the first stage; the next have twice and four times as many.
-        **norm_args: Handed to the normalization.
-
-    Returns:
-        A module from (N, in_channels, H, W) to logits (N, num_classes).
-
-    Raises:
-        ValueError: If ``depth`` is not ``6 n + 2`` with n at least 1.
-    """
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
-    bricks = Bricks(norm, **norm_args)
-    # The stem of a pre-activation network is bare: the first block normalizes. A propagating stem standardizes itself.
-    stem = bricks.conv(in_channels, width) if bricks.propagates else bricks.convolution(in_channels, width, 3, 1, 1)
-    layers: list[tuple[str, nn.Module]] = [("stem", stem)]
-    channels = width
-    for stage in range(3):
-        for block in range((depth - 2) // 6):
-            out = width * 2**stage
-            stride = 2 if stage and block == 0 else 1
-            layers.append((f"stage{stage + 1}_block{block + 1}", bricks.block(channels, out, stride)))
-            channels = out
-    blocks = [name for name, _ in layers[1:]]
-    if bricks.propagates:
-        watched = ["stem", *(name for block in blocks for name in (f"{block}.branch.conv1", block))]
-    else:
-        watched = [*(name for block in blocks for name in (f"{block}.relu1", f"{block}.relu2")), "relu"]
-        layers += [("norm", bricks.norm(channels)), ("relu", nn.ReLU(inplace=True))]
-    return assemble(layers, channels, num_classes, watched)
 
 
 def vgg(

@@ -8,7 +8,10 @@ way:
 * The moving average is bias-corrected: after the first batch it equals that batch, so there is no cold start.
 * Variances average by the exponentially weighted form of Chan's formula, which keeps the variance *between* batches. At
   batch size 1 that is most of the variance; averaging variances alone would lose it.
-* A guard bounds how far the statistics may be from those of the batch, for the batch where they are stale.
+Both kinds have in common:
+
+* A guard bounds how far the statistics may be from those of the batch, for the batch where they are stale. Estimates
+  that are renewed every few steps lag behind large steps of the weights, and training on them can diverge.
 * By default the derivative of the batch statistics stands for that of the population's (``gradient="batch"``): the
   paper's statistics follow the weights, as those of weight normalization do, and constants do not.
 
@@ -45,8 +48,9 @@ class _PopulationNorm(FlexNorm):
     """Population normalization (Luo et al. 2019, sec. 2): the statistics of the population in training too.
 
     Training works at any batch size, 1 included. With ``statistics="estimated"`` every sample is normalized alike,
-    whatever else is in its batch, and training and evaluation are the same function; the default ``"running"`` lets
-    each batch enter the statistics first, with the weight ``momentum``, and normalizes the very first batch by itself.
+    whatever else is in its batch, and training and evaluation are the same function as long as the guard does not act;
+    the default ``"running"`` lets each batch enter the statistics first, with the weight ``momentum``, and normalizes
+    the very first batch by itself.
 
     Args:
         num_features: Number of channels C of the input.
@@ -62,9 +66,10 @@ class _PopulationNorm(FlexNorm):
             values per channel, or ``"none"``: the statistics are constants, as if they did not follow the weights; the
             gradient of a sample is then its own, and scale-invariant weights drift (use a smaller learning rate, or
             an optimizer on the sphere).
-        max_ratio: Guard for ``"running"``: in training the standard deviation used lies within this factor of the
-            batch's own, and the mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None``
-            switches it off. It never acts in evaluation, and never on a batch with one value per channel.
+        max_ratio: Guard: in training the standard deviation used lies within this factor of the batch's own, and the
+            mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None`` switches it off. It never
+            acts in evaluation, on a batch with one value per channel, or on estimated statistics as constants
+            (``gradient="none"``, or fewer than 16 values), which promise that no sample depends on the others.
         bias: ``False`` leaves out the bias only.
         process_group: Pool the statistics over the processes of this group (any backend).
         device: Device of parameters and buffers.
@@ -130,7 +135,7 @@ class _PopulationNorm(FlexNorm):
             mean, var = self.kept_statistics()
             return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
         pooled = moments.pool("batch") if through else moments.detach().pool("batch")
-        mean, var = self.kept_statistics() if self.source == "estimated" else self._follow(pooled)
+        mean, var = self._bounded(pooled) if self.source == "estimated" else self._follow(pooled)
         if not through:
             return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
         if pooled.native is not None and pooled.mean.dtype == mean.dtype:
@@ -167,6 +172,11 @@ class _PopulationNorm(FlexNorm):
     def _follow(self, pooled: Moments) -> tuple[Tensor, Tensor]:
         """Let the batch enter the statistics and return them as they are now, within the guard."""
         self.track(pooled)
+        return self._bounded(pooled)
+
+    @torch.no_grad()
+    def _bounded(self, pooled: Moments) -> tuple[Tensor, Tensor]:
+        """Return the statistics within the guard about those of the batch."""
         native = self._native(pooled)
         if self.max_ratio is not None and native is not None:
             mean, var, share = native.guard(pooled.mean, pooled.var, *self._population(), self.eps, self.max_ratio)

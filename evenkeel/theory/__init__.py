@@ -4,7 +4,7 @@ Luo, Wang, Shao and Peng, "Towards Understanding Regularization in Batch Normali
 simulations that check them, and tools that use them on a network. Derivations and findings: docs/theory.md.
 """
 
-from evenkeel.theory import dynamics, experiments, figures, generalization, regularization
+from evenkeel.theory import dynamics, figures, generalization, regularization
 from evenkeel.theory.population import PopulationEstimator, estimate_population
 from evenkeel.theory.regularization import Advice, BatchNoise, GammaDecay, advise
 
@@ -16,7 +16,6 @@ __all__ = [
     "advise",
     "dynamics",
     "estimate_population",
-    "experiments",
     "figures",
     "generalization",
     "regularization",

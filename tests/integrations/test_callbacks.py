@@ -325,7 +325,9 @@ def test_base_class_is_that_of_the_framework_in_use(monkeypatch: pytest.MonkeyPa
 
 
 def test_room_needs_no_framework() -> None:
-    assert set(dir(integrations)) == {"LightningShiftCallback", "TransformersShiftCallback"}
+    assert set(dir(integrations)) == {
+        f"{frame}{what}Callback" for frame in ("Lightning", "Transformers") for what in ("Shift", "Population")
+    }
     with pytest.raises(AttributeError, match="no attribute 'KerasShiftCallback'"):
         _ = integrations.KerasShiftCallback
     code = "import sys, evenkeel.integrations; print([n for n in ('lightning', 'transformers') if n in sys.modules])"

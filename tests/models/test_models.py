@@ -11,9 +11,10 @@ from torch import nn
 
 from evenkeel import models
 from evenkeel import nn as ek
+from evenkeel.theory import GammaDecay
 
-SMALL = ("convnet", "resnet8", "resnet20", "vgg_small", "nin", "wrn10")
-NARROW = {"nin": {"width": 12}, "wrn10": {"widen": 1, "dropout": 0.1}}
+SMALL = ("conv4fc2", "convnet", "resnet8", "resnet20", "vgg_small", "nin", "wrn10")
+NARROW = {"conv4fc2": {"width": 4}, "nin": {"width": 12}, "wrn10": {"widen": 1, "dropout": 0.1}}
 
 
 def _inputs(name: str, channels: int) -> torch.Tensor:
@@ -21,8 +22,11 @@ def _inputs(name: str, channels: int) -> torch.Tensor:
     return torch.randn(3, channels, size, size)
 
 
-@pytest.mark.parametrize("norm", models.norm_names())
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    # A dense layer has one position: nothing to normalize by instance.
+    [(n, m) for n in SMALL for m in models.norm_names() if (n, m) != ("conv4fc2", "instance")],
+)
 def test_shapes_gradients_and_copies(name: str, norm: str) -> None:
     net = models.build(name, norm=norm, in_channels=1, num_classes=7, **NARROW.get(name, {}))
     x = _inputs(name, 1)
@@ -82,6 +86,68 @@ def test_wide_resnets_have_the_published_size() -> None:
         for name, widen, millions in (("wrn28", 10, 36.5), ("wrn40", 4, 8.9), ("wrn16", 4, 2.7)):
             count = sum(p.numel() for p in models.build(name, widen=widen).parameters())
             assert count == pytest.approx(1e6 * millions, rel=0.02)
+
+
+def test_resnet18_has_the_published_size() -> None:
+    """11.2 million parameters, as everywhere on CIFAR-10; 17 convolutions and 3 on shortcuts."""
+    with torch.device("meta"):
+        net = models.build("resnet18")
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(11.17e6, rel=0.005)
+    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == 20
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet8", 3), ("resnet18", 8), ("conv4fc2", 3)])
+def test_dropout_of_blocks_and_layers(name: str, count: int) -> None:
+    net = models.build(name, width=4, dropout=0.2)
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.2] * count
+    assert not any(isinstance(m, nn.Dropout) for m in models.build(name, width=4).modules())
+
+
+def test_conv4fc2_normalizes_one_layer_alone() -> None:
+    for only in (1, 5):
+        net = models.build("conv4fc2", width=4, only=only)
+        layers = [net.get_submodule(f"layer{number}") for number in range(1, 6)]
+        assert [isinstance(layer.norm, ek.BatchNorm2d) for layer in layers] == [n == only for n in range(1, 6)]
+        assert [layer.conv.bias is None for layer in layers] == [n == only for n in range(1, 6)]
+
+
+@pytest.mark.parametrize("norm", ["none", "mean_only", "variance_only"])
+def test_weight_normalization_of_conv4fc2(norm: str) -> None:
+    """The direction of a weight vector is learned in v, its length in the scale behind it, and nowhere else."""
+    net = models.build("conv4fc2", norm=norm, width=4, weight_norm=True)
+    plain = models.build("conv4fc2", norm=norm, width=4)
+    plain.load_state_dict(
+        {
+            name: net.get_parameter(name) if "conv.weight" not in name else net.get_submodule(name[:-7]).weight.detach()
+            for name in plain.state_dict()
+            if name in dict(net.named_parameters()) or "conv.weight" in name
+        },
+        strict=False,
+    )
+    x = torch.randn(6, 3, 8, 8)
+    torch.testing.assert_close(net(x), plain(x))
+    conv, scale = net.layer2.conv, net.layer2.norm.weight
+    with torch.no_grad():
+        before = net(x)
+        conv.parametrizations.weight.original1.mul_(3.0)
+        torch.testing.assert_close(net(x), before)
+        scale.mul_(2.0)
+        assert not torch.allclose(net(x), before)
+    net(x).sum().backward()
+    assert conv.parametrizations.weight.original0.grad is None
+    assert scale.grad.abs().sum() > 0
+    scales = [m.weight for m in net.modules() if ek.is_norm(m)]
+    assert [len(weight) for weight in scales] == [4, 4, 8, 8, 16]
+    if norm == "none":
+        assert net.layer2.norm.training
+        assert torch.equal(net.layer2.norm.running_mean, torch.zeros(4))  # statistics never follow
+        assert GammaDecay(net, 128, 0.5).penalty().item() == pytest.approx(0.5 * (4 + 4 * 4 + 8 + 8 + 16))
+
+
+def test_weight_normalization_learns_its_length_where_nothing_else_scales() -> None:
+    net = models.build("conv4fc2", norm="mean_only", width=4, weight_norm=True, affine=False)
+    assert isinstance(net.layer2.norm, ek.MeanOnlyBatchNorm2d)
+    assert net.layer2.conv.parametrizations.weight.original0.requires_grad
 
 
 def test_dropout_stands_between_the_convolutions_of_a_wide_block() -> None:
@@ -183,6 +249,8 @@ def test_errors() -> None:
         (lambda: models.build("resnet2"), "did you mean 'resnet20'"),
         (lambda: models.build("convnet", norm="unitised"), "did you mean 'unitized'"),
         (lambda: models.resnet(21), "got 21"),
+        (lambda: models.conv4fc2(only=6), "1 to 5, got 6"),
+        (lambda: models.conv4fc2("normprop", weight_norm=True), "unit norm as they are"),
         (lambda: models.wide_resnet(20), "got 20"),
         (lambda: models.build("vgg13", width=0), "width must be at least 1 channel, got 0"),
         (lambda: models.convnet(widths=()), "at least one"),

@@ -558,7 +558,7 @@ class TestUnitized:
 
 class TestPopulation:
     def test_values_of_the_population_and_derivatives_of_the_batch(self) -> None:
-        layer = ek.PopulationNorm2d(6, statistics="estimated", dtype=torch.float64)
+        layer = ek.PopulationNorm2d(6, statistics="estimated", max_ratio=None, dtype=torch.float64)
         layer.running_mean.normal_()
         layer.running_var.uniform_(0.5, 2)
         x = torch.randn(IMAGE, dtype=torch.float64, requires_grad=True)
@@ -657,6 +657,24 @@ class TestPopulation:
         for _ in range(50):
             free(x)
         assert free(x * 100 + 700).mean() > 3
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_guard_bounds_estimates_that_lag_behind(self, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not native:
+            monkeypatch.setattr(_native, "load", lambda: None)
+        x = torch.randn(32, 2, 8, 8) * torch.tensor([1.0, 50.0])[:, None, None]
+        y = {}
+        for ratio in (2.0, None):
+            layer = ek.PopulationNorm2d(2, statistics="estimated", max_ratio=ratio, affine=False)
+            y[ratio] = layer(x)
+            assert layer.clipped == (0.5 if ratio else 0.0)
+            assert layer.running_var.eq(1).all()
+            torch.testing.assert_close(layer.eval()(x), x / (1 + layer.eps) ** 0.5)  # never in evaluation
+        torch.testing.assert_close(y[2.0][:, 0], y[None][:, 0])
+        assert y[2.0][:, 1].std() == pytest.approx(2.0, rel=1e-3)
+        assert y[None][:, 1].std() > 40
+        constants = ek.PopulationNorm2d(2, statistics="estimated", gradient="none", max_ratio=2.0, affine=False)
+        torch.testing.assert_close(constants(x), y[None])
 
     def test_estimated_statistics_change_only_from_outside(self) -> None:
         layer = ek.PopulationNorm2d(6, statistics="estimated")

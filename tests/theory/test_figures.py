@@ -81,6 +81,15 @@ def test_plot_writes_a_file(tmp_path, log):
     assert figures.plot(figure, ax=axes) is axes
 
 
+def test_a_line_with_errors_has_a_band():
+    pytest.importorskip("matplotlib")
+    line = figures.Curve("measured", (1.0, 2.0), (1.0, 3.0), (0.5, 0.25))
+    axes = figures.plot(figures.Figure("f", "t", "x", "y", (line,)))
+    (band,) = axes.collections
+    corners = {tuple(map(float, corner)) for corner in band.get_paths()[0].vertices}
+    assert {(1.0, 0.5), (1.0, 1.5), (2.0, 2.75), (2.0, 3.25)} <= corners
+
+
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"evenkeel\[plot\]"):

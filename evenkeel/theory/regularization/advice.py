@@ -73,10 +73,9 @@ class Advice:
     def compensation(self, batch_size: int) -> dict[str, tuple[float, ...]]:
         """Return the decay per channel that keeps the regularization when the batch size changes.
 
-        Added to the loss as ``sum(value gamma^2)`` it keeps the regularization that `self.batch_size` exerts: ``zeta(M)
-        - zeta(M')``. Negative where the new batch is smaller: then BN itself regularizes more than before, which no
-          decay can undo (lower other regularization
-        instead).
+        Added to the loss as ``sum(value gamma^2)`` it keeps the regularization that `self.batch_size` exerts:
+        ``zeta(M) - zeta(M')``. Negative where the new batch is smaller: then BN itself regularizes more than before,
+        which no decay can undo (lower other regularization instead).
 
         Args:
             batch_size: The new batch size M', at least 2.

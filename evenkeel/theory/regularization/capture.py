@@ -138,7 +138,7 @@ def capture(
     if not isinstance(loss, str) and targets is None:
         raise ValueError("a callable loss needs targets; give them, or name the loss to use its curvature instead")
     seen: list[tuple[str, Tensor, Tensor]] = []
-    with _evaluation(model), _taps(chosen, seen), torch.enable_grad():
+    with evaluation(model), _taps(chosen, seen), torch.enable_grad():
         outputs = model(inputs)
         total = _total(outputs, loss, targets, generator)
         gradients = torch.autograd.grad(total, [y for _, _, y in seen], allow_unused=True)
@@ -169,7 +169,12 @@ def _reduce(name: str, x: Tensor, g: Tensor) -> ImageTables:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode; afterwards modes and global random state are as before.
+
+    Args:
+        model: The model.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

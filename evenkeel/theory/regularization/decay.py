@@ -45,10 +45,9 @@ class GammaDecay:
     """Decay of the scales gamma with the strength that BN's batch noise would have (Luo et al. 2019, Eq. 3).
 
     As a penalty: add `penalty` to the loss. As decoupled decay: call `decay` after ``optimizer.step()``. Use one of
-        them. With
-    ``coefficient="adaptive"`` call `update` on a batch now and then (every 50 steps, say); it costs one forward and
-    one backward pass in evaluation mode and leaves gradients, buffers, modes and the random state alone. In a process
-    group the estimates are averaged over all processes, so every process must call `update`.
+    them. With ``coefficient="adaptive"`` call `update` on a batch now and then (every 50 steps, say); it costs one
+    forward and one backward pass in evaluation mode and leaves gradients, buffers, modes and the random state alone. In
+    a process group the estimates are averaged over all processes, so every process must call `update`.
 
     Args:
         model: A model with layers that normalize by population or batch statistics and have a ``weight`` per channel:
@@ -116,6 +115,11 @@ class GammaDecay:
         self.updates = 0
         self._average: dict[str, Tensor] = {}
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether zeta is estimated, so that `update` has to be called now and then."""
+        return isinstance(self.coefficient, str)
+
     def update(self, inputs: Tensor, targets: Tensor | None = None) -> None:
         """Estimate zeta on a batch and let it enter the moving average.
 
@@ -137,7 +141,8 @@ class GammaDecay:
         for name, value in new.items():
             value = _across_processes(value)
             old = self._average.get(name)
-            self._average[name] = self.momentum * value + (0.0 if old is None else (1.0 - self.momentum) * old)
+            kept = 0.0 if old is None else (1.0 - self.momentum) * old.to(value)
+            self._average[name] = self.momentum * value + kept
         self.updates += 1
 
     def zeta(self) -> dict[str, Tensor]:
@@ -174,7 +179,8 @@ class GammaDecay:
         """Shrink every gamma by ``max(0, 1 - 2 lr zeta)``, the decoupled form of the penalty's gradient step.
 
         Args:
-            lr: The learning rate of the step just taken.
+            lr: The learning rate of the step just taken. With SGD of momentum m a gradient moves the scales by ``lr /
+                (1 - m)`` in the end: give that, if the decay is to weigh against the loss as the penalty does.
 
         Raises:
             RuntimeError: As `zeta`.

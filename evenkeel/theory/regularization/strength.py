@@ -131,9 +131,8 @@ def joint_strength(tables: ImageTables, gamma: Tensor) -> float:
     """Return M times the loss that a whole layer's noise adds, without taking its channels for independent.
 
     The channels of one batch are noisy together: with g the (2C,) derivatives of an image's loss by shift and scale,
-        and t the
-    (2C,) noise that an image brings to mean and standard deviation, it is ``mean over pairs of images of (g . t)^2 /
-    2``.
+    and t the (2C,) noise that an image brings to mean and standard deviation, it is the mean over pairs of images of
+    ``(g . t)^2 / 2``.
 
     Args:
         tables: Of one layer.
