@@ -64,10 +64,11 @@ of the training); ``decoupled``: shrink gamma after the step instead of adding a
 between two estimates of an adaptive zeta.
 """
 
-ESTIMATE: dict[str, Any] = {"every": 50, "samples": 10_000}
+ESTIMATE: dict[str, Any] = {"every": 50, "samples": 10_000, "chunk": None}
 """Settings of the population statistics and their defaults (:class:`evenkeel.theory.PopulationEstimator`).
 
-``every``: updates between two renewals; ``samples``: training images per renewal.
+``every``: updates between two renewals (one more comes before each evaluation); ``samples``: training images per
+renewal; ``chunk``: images that go through at a time, where the memory does not take all at once.
 """
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -194,7 +195,8 @@ class Config:
         for key, value in self.estimate.items():
             if key not in ESTIMATE:
                 raise ValueError(f"estimate: {unknown_name('setting', key, ESTIMATE)}")
-            _check_count(f"estimate: {key}", value, 1)
+            if not (key == "chunk" and value is None):
+                _check_count(f"estimate: {key}", value, 2 if key == "chunk" else 1)
         schedules.checked(self.schedule, self.schedule_args)
 
     def optim_settings(self, norm: str, optim: str) -> dict[str, Any]:

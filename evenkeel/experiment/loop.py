@@ -200,6 +200,7 @@ class _Run:
                 while self.epoch < self.config.epochs:
                     times = len(self.step_times)
                     train_loss, lr = self._train_epoch(check_stop)
+                    self.extras.before_evaluation()
                     test_loss, test_accuracy = self._evaluate()
                     if not math.isfinite(test_loss):
                         raise DivergedError(f"the test loss became {test_loss} after epoch {self.epoch + 1}")

@@ -22,7 +22,8 @@ _POPULATION = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
 class Extras:
     """The additions of one run, none by default.
 
-    In each update: `before` the forward pass, `penalty` added to the loss, `after` the optimizer's step.
+    In each update: `before` the forward pass, `penalty` added to the loss, `after` the optimizer's step; and
+    `before_evaluation`.
 
     Args:
         config: The experiment; its ``gamma_decay``, ``coherence`` and ``estimate``.
@@ -67,7 +68,9 @@ class Extras:
             from evenkeel.theory import PopulationEstimator
 
             pool = {**ESTIMATE, **config.estimate}
-            self._estimator = PopulationEstimator(model, samples, size=pool["samples"], every=pool["every"], seed=seed)
+            self._estimator = PopulationEstimator(
+                model, samples, size=pool["samples"], every=pool["every"], chunk=pool["chunk"], seed=seed
+            )
 
     def before(self, x: Tensor) -> None:
         """Renew what is due before an update on the images ``x`` (N, C, H, W)."""
@@ -91,17 +94,27 @@ class Extras:
         return torch.stack(terms).sum() if terms else None
 
     def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Shrink the scales, if they decay apart from the loss, at the learning rate of their parameter group."""
+        """Shrink the scales, if they decay apart from the loss, as far as a penalty would move them in the long run.
+
+        That is the learning rate of their parameter group, divided by 1 - momentum where momentum adds its steps up.
+        """
         if not (self._gammas and self._decoupled):
             return
         first = self._gammas[0]
-        lr = next(group["lr"] for group in optimizer.param_groups if any(p is first for p in group["params"]))
+        group = next(group for group in optimizer.param_groups if any(p is first for p in group["params"]))
+        momentum = group.get("momentum", group["betas"][0] if group.get("off_manifold") == "sgd" else 0.0)
+        lr = group["lr"] / (1 - momentum)
         if self._decay is not None:
             self._decay.decay(lr)
             return
         with torch.no_grad():
             for gamma in self._gammas:
                 gamma.mul_(max(0.0, 1.0 - 2.0 * lr * self._coefficient))
+
+    def before_evaluation(self) -> None:
+        """Let population statistics follow the last weights."""
+        if self._estimator is not None:
+            self._estimator.renew()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: tensors, numbers and strings."""

@@ -109,8 +109,8 @@ BAD = [
     ({"norm_args": {"grop": {}}}, "norm_args: unknown norm 'grop'"),
     ({"norm_args": 3}, "norm_args must be a mapping"),
     (
-        {"model": "resnet18"},
-        "unknown model 'resnet18'; did you mean 'resnet",
+        {"model": "resnet19"},
+        "unknown model 'resnet19'; did you mean 'resnet",
     ),
     ({"baseline": "btach"}, "unknown baseline 'btach'"),
     ({"augment": "flop"}, "unknown augment 'flop'; did you mean 'flip'"),

@@ -66,6 +66,30 @@ def test_decoupled_decay_shrinks_gamma_at_the_learning_rate_of_its_group(small, 
     assert len(gammas) == 2
     for old, new in zip(before, gammas, strict=True):
         torch.testing.assert_close(new.detach(), 0.9 * old)
+    # momentum 0.5 adds the steps of a penalty up to twice one of them
+    decay.after(torch.optim.SGD([{"params": rest, "lr": 7.0}, {"params": gammas, "lr": 0.1}], momentum=0.5))
+    for old, new in zip(before, gammas, strict=True):
+        torch.testing.assert_close(new.detach(), 0.9 * 0.8 * old)
+
+
+def test_statistics_are_those_of_the_weights_that_are_evaluated(small, images):
+    arguments = {"norm_args": {"population": {"statistics": "estimated"}}, "estimate": {"every": 99, "samples": 10_000}}
+    model, ours = extras(small, images, "population", **arguments)
+    other, chunked = extras(small, images, "population", **arguments | {"estimate": {"samples": 10_000, "chunk": 48}})
+    layers = [[m for m in net.modules() if hasattr(m, "running_mean")] for net in (model, other)]
+    ours.before(images.x_train[:8])
+    before = layers[0][0].running_mean.clone()
+    for net in (model, other):
+        with torch.no_grad():
+            next(p for p in net.parameters() if p.ndim == 4).add_(0.1)
+    ours.before_evaluation()
+    chunked.before_evaluation()
+    assert not torch.allclose(layers[0][0].running_mean, before)
+    seen = []
+    layers[0][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.eval()(images.x_train)
+    torch.testing.assert_close(layers[0][0].running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layers[1][0].running_mean, layers[0][0].running_mean, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
