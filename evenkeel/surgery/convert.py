@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.flexnorm import FlexNorm
-from evenkeel.nn import NoNorm, NormPropLayer
+from evenkeel.nn import NoNorm, NormPropUnits
 from evenkeel.surgery._axes import guess, observe
 from evenkeel.surgery._compare import difference, outputs
 from evenkeel.surgery._effect import UNKNOWN, effect, notes
@@ -212,7 +212,7 @@ def _step(
         if dry and type(new) is type(module) and new.__dict__.keys() == module.__dict__.keys():
             row = replace(row, notes=("same class",))
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
-    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropLayer)):
+    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropUnits)):
         return _Step(place, replace(row, status="keep", reason="not a layer of this package"))
     source = read(module)
     ndim = _spatial_axes(source, target, seen, neighbours)

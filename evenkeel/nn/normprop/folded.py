@@ -81,6 +81,29 @@ class ChannelAffine(_Table):
         return x + shift if self.scale is None else torch.addcmul(shift, x, self.scale.to(x.dtype))
 
 
+class ChannelPad(_Table):
+    """Pad an image with a constant per channel.
+
+    Args:
+        value: ``(C,)``.
+        pads: Widths as of :func:`torch.nn.functional.pad`: two per axis, last axis first.
+        spatial: Number of axes after the channels.
+        dtype: Of the stored table.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor, pads: list[int], spatial: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.pads = list(pads)
+        self._put("value", value, spatial, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the padded ``x``."""
+        value = self.value.to(x.dtype)
+        return F.pad(x - value, self.pads) + value
+
+
 class Elementwise(nn.Module):
     """An elementwise function as a module.
 
