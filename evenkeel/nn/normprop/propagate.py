@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from evenkeel.nn.normprop.base import NormPropLayer
 from evenkeel.nn.normprop.coherence import CanonicalError, canonical_error
 from evenkeel.nn.normprop.constants import GaussianMoments
+from evenkeel.nn.normprop.elementwise import per_channel
 from evenkeel.nn.normprop.units import NormPropUnits
 
 _SEED_OFFSET = 0x6B65656C
@@ -152,8 +153,8 @@ class PropagationReport:
 
 def _predict(name: str, layer: NormPropUnits, before: float) -> LayerPropagation:
     # Without a linear map there are no filters that could be coherent.
-    linear = isinstance(layer, NormPropLayer)
-    gains, error = layer.gains(), canonical_error(layer) if linear else CanonicalError(0.0, 0.0, 0.0)
+    gains = layer.gains()
+    error = canonical_error(layer) if isinstance(layer, NormPropLayer) else CanonicalError(0.0, 0.0, 0.0)
     mean, var = _pooled(layer.predicted_moments())
     chi = float(gains.chi.mean())
     return LayerPropagation(
@@ -194,6 +195,8 @@ def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dic
     # A unit filter turns a white perturbation of unit variance into one of unit variance, borders aside: measure
     # against that.
     linear = layer._preactivations(x + direction) - layer._preactivations(x) if not layer.unitize else direction
+    if layer.spread is not None and not layer.unitize:
+        linear = linear * per_channel(layer.spread, layer.spatial, linear)
     flat = y.double()
     conditional = _pooled(layer.predicted_moments(mean, var))
     return {
