@@ -191,7 +191,7 @@ def linear_layer(
         new.unit_norm_()
         if moments is not None:
             new.calibrate_(center, spread)
-        if linear.pad is not None and hasattr(new, "pad_with_"):
+        if linear.pad is not None and isinstance(new, NormPropConv1d | NormPropConv2d | NormPropConv3d):
             new.pad_with_(linear.pad)
         if activation is not None:
             carry = _fill(new, gamma, bias, slope)

@@ -116,7 +116,7 @@ def is_cat(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.concatenate):
         return False
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return axis == 1 and isinstance(node.args[0] if node.args else None, (tuple, list))
+    return bool(axis == 1) and isinstance(node.args[0] if node.args else None, (tuple, list))
 
 
 def is_shape_query(node: fx.Node) -> bool:
