@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evenkeel._messages import unknown_name
 from evenkeel.flexnorm import FlexNorm
 from evenkeel.nn import batch, mixture, partial, population, renorm, sample, unitized
-from evenkeel.nn.normprop import NormPropLayer
+from evenkeel.nn.normprop import NormPropUnits
 
 __all__ = ["NORMS", "NoNorm", "is_norm", "make_norm", "needs_batch"]
 
@@ -124,7 +124,7 @@ def is_norm(module: nn.Module) -> bool:
 
     Normalization Propagation layers, whose linear map, activation and standardization are one module, count too.
     """
-    return isinstance(module, (FlexNorm, NoNorm, NormPropLayer, *_TORCH_NORMS))
+    return isinstance(module, (FlexNorm, NoNorm, NormPropUnits, *_TORCH_NORMS))
 
 
 def needs_batch(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     family = (our_family(plain) or ("",))[0]
     if family in ("unitized", "batch_instance") and canonical(family, norm, norm.num_features) == "batch":
         return _from_running_statistics(norm, family)
-    exact = copy.deepcopy(norm).double()
+    exact = copy.deepcopy(norm).double().eval()
     try:
         scale, shift = exact.rule(Moments(count=1, _compute=_unknown))
     except _NeedsMomentsError:

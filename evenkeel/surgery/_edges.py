@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from evenkeel.flexnorm import FlexNorm
-from evenkeel.nn import NormPropLayer
+from evenkeel.nn import NormPropUnits
 from evenkeel.shift._isolate import isolated
 from evenkeel.shift._probe import call
 from evenkeel.surgery._compare import tensors
@@ -55,7 +55,7 @@ class _Tracer(fx.Tracer):
     """Keeps normalizations and the layers of this package in one piece."""
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        if is_candidate(m) or isinstance(m, (*LINEAR, FlexNorm, NormPropLayer)):
+        if is_candidate(m) or isinstance(m, (*LINEAR, FlexNorm, NormPropUnits)):
             return True
         return bool(super().is_leaf_module(m, qualified_name))
 

@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from evenkeel.flexnorm import FlexNorm
-from evenkeel.nn import NORMS, NoNorm, NormPropLayer, is_norm, make_norm
+from evenkeel.nn import NORMS, NoNorm, NormPropUnits, is_norm, make_norm
 from evenkeel.surgery._act import ThenAct
 from evenkeel.surgery.frozen import Frozen, is_frozen
 
@@ -172,7 +172,7 @@ def _refuse_what_is_more(module: nn.Module) -> None:
         raise RefusedError("parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations first")
     if "forward" in module.__dict__:
         raise RefusedError("its forward was replaced on the instance")
-    if isinstance(module, NormPropLayer):
+    if isinstance(module, NormPropUnits):
         raise RefusedError("Normalization Propagation: linear map and normalization are one layer; see fold()")
     if isinstance(module, nn.LocalResponseNorm):
         raise RefusedError("local response normalization divides by a window of neighbouring channels")

@@ -150,12 +150,6 @@ def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
 
 def _resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     if isinstance(to, str):
-        if to == "normprop":
-            raise ValueError(
-                "convert() does not build Normalization Propagation networks: a NormProp layer is a linear map, "
-                "activation and standardization in one, so a normalization alone cannot become one. "
-                "Use the layers of evenkeel.nn.normprop"
-            )
         if to == "torch":
             return Target("torch", native=True, kwargs=kwargs)
         if to.startswith("torch.") and to[6:] in _TORCH_NAMES:

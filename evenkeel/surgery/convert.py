@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.flexnorm import FlexNorm
-from evenkeel.nn import NoNorm, NormPropLayer
+from evenkeel.nn import NoNorm, NormPropUnits
 from evenkeel.surgery._axes import guess, observe
 from evenkeel.surgery._compare import difference, outputs
 from evenkeel.surgery._effect import UNKNOWN, effect, notes
@@ -21,6 +21,7 @@ from evenkeel.surgery._kinds import BATCH_LIKE, RefusedError, Source, is_candida
 from evenkeel.surgery._targets import Target, To, resolve
 from evenkeel.surgery._tree import Place, Selector, find, select
 from evenkeel.surgery.plan import ConversionPlan, ConversionRow
+from evenkeel.surgery.propagation import normprop_plan, to_normprop
 
 __all__ = ["conversion_plan", "convert"]
 
@@ -40,6 +41,7 @@ def conversion_plan(
     include: Selector | None = None,
     exclude: Selector | None = None,
     example_input: Any = None,
+    calibrate: Iterable[Any] | None = None,
     **kwargs: Any,
 ) -> ConversionPlan:
     """Say what :func:`convert` would do with the same arguments, without doing it.
@@ -52,6 +54,7 @@ def conversion_plan(
         example_input: A tensor, a tuple of positional or a mapping of keyword arguments of the model. The report then
             says whether the function is preserved: the largest difference of the outputs before and after, in
             evaluation and in training mode, measured on copies.
+        calibrate: As of :func:`convert`.
         **kwargs: As of :func:`convert`.
 
     Returns:
@@ -72,6 +75,11 @@ def conversion_plan(
         <BLANKLINE>
         1 converted, 0 kept, 0 refused
     """
+    if isinstance(to, str) and to == "normprop":
+        return normprop_plan(
+            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
+        )
+    _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if example_input is not None:
         # What the model itself raises is the user's to see, not a finding about the conversion.
@@ -101,6 +109,7 @@ def convert(
     exclude: Selector | None = None,
     inplace: bool = False,
     example_input: Any = None,
+    calibrate: Iterable[Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Exchange the normalization layers of a model, and nothing else of it.
@@ -109,6 +118,14 @@ def convert(
     momentum, ``requires_grad``, device, dtype, training and frozen flags, hooks of all kinds, names, and the sharing of
     a layer between several places. A layer that cannot be exchanged without changing more than the normalization stays
     and is named in a warning with the reason; :func:`conversion_plan` says all that beforehand.
+
+    ``to="normprop"`` is more than an exchange, because a layer of Normalization Propagation is a linear map, its
+    normalization and its activation in one. It makes such layers out of ``linear map -> normalization -> activation``
+    (any part of which may be missing), weighted sums out of residual sums, and leaves what it does not understand. The
+    result computes the same function as the model does in evaluation, in which batch normalization is a fixed scale
+    and shift, with values that are standardized in between; from there it may be trained further, with any batch size.
+    A model whose forward has to change for that, as residual networks do, comes back as a ``torch.fx.GraphModule``
+    with the names of the modules kept.
 
     Args:
         model: Any model with normalization layers of torch (``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, ``GroupNorm``,
@@ -125,14 +142,23 @@ def convert(
             parameters that are new, such as ``alpha``.
         example_input: Where the number of spatial axes decides the class and neither the layer nor its neighbours tell
             (``GroupNorm``, ``LayerNorm``), it is seen with this input. A tensor, tuple or mapping of arguments.
-        **kwargs: Constructor arguments of the new layers; they win over those of the old ones.
+            ``to="normprop"`` needs it, and checks the result on it.
+        calibrate: Only for ``to="normprop"``: a few batches (tensors, tuples whose first element is the input, or
+            mappings) on which mean and variance of every value are measured. Without them the running statistics of
+            the normalizations are taken, and residual summands to be independent.
+        **kwargs: Constructor arguments of the new layers; they win over those of the old ones. For ``to="normprop"``
+            ``constants``, ``eps``, ``unitize``, ``border`` of the NormProp layers, and ``padding``: ``"keep"``
+            (default: with the values that stand for the original's zeros) or ``"zeros"`` (cheaper by a pass, and the
+            function changes at borders).
 
     Returns:
         The converted copy (``model`` itself if ``inplace``; a new layer if ``model`` is itself a normalization).
 
     Raises:
         ValueError: For an unknown name, a model without normalization layers, ``include`` or ``exclude`` that fit
-            nothing, or constructor arguments that no layer accepts.
+            nothing, or constructor arguments that no layer accepts; ``to="normprop"`` without example input or in
+            place.
+        RuntimeError: If a model converted to NormProp differs from the original on ``example_input``.
         TypeError: For ``to`` of another kind, unknown constructor arguments, or a scripted model.
 
     Examples:
@@ -143,6 +169,13 @@ def convert(
         >>> type(convert(unitized, "torch")[1]).__name__
         'BatchNorm2d'
     """
+    if isinstance(to, str) and to == "normprop":
+        if inplace:
+            raise ValueError("to='normprop' makes new layers out of several old ones; it returns a copy, not inplace")
+        return to_normprop(
+            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
+        )
+    _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if not inplace:
         chosen = _by_name(_steps(model, target, include, exclude, example_input, dry=True))
@@ -151,6 +184,11 @@ def convert(
     steps = _steps(model, target, include, exclude, example_input, dry=False)
     _warn(steps)
     return _apply(model, steps, target)
+
+
+def _refuse_calibration(calibrate: Iterable[Any] | None) -> None:
+    if calibrate is not None:
+        raise TypeError("calibrate is for to='normprop' only; for other layers see recalibrate()")
 
 
 def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
@@ -212,7 +250,7 @@ def _step(
         if dry and type(new) is type(module) and new.__dict__.keys() == module.__dict__.keys():
             row = replace(row, notes=("same class",))
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
-    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropLayer)):
+    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropUnits)):
         return _Step(place, replace(row, status="keep", reason="not a layer of this package"))
     source = read(module)
     ndim = _spatial_axes(source, target, seen, neighbours)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from evenkeel.nn import NormPropLayer
+from evenkeel.nn import NormPropUnits
 from evenkeel.shift._select import unwrap
 from evenkeel.surgery._affine import MatrixOnly, absorb, as_affine
 from evenkeel.surgery._compare import Difference, difference
@@ -195,7 +195,7 @@ def _fold(
     rows = []
     for place in places:
         row = FoldRow(place.name, tuple(place.names), type(place.module).__name__)
-        if isinstance(place.module, NormPropLayer):
+        if isinstance(place.module, NormPropUnits):
             row, model = _fold_normprop(model, place, row)
         else:
             row = _fold_one(place, row, edges, failure, names, owners)

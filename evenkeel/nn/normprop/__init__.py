@@ -1,10 +1,10 @@
 """Normalization Propagation: normalization by constants that follow from the parameters, instead of by statistics.
 
-Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation: A Parametric Technique for Removing Internal
-    Covariate Shift in Deep
-Networks" (ICML 2016, arXiv 1603.01431). The guide is ``docs/normprop.md``.
+Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation: A Parametric Technique for
+Removing Internal Covariate Shift in Deep Networks" (ICML 2016, arXiv 1603.01431). The guide is ``docs/normprop.md``.
 """
 
+from evenkeel.nn.normprop.activation import NormPropActivation
 from evenkeel.nn.normprop.activations import ACTIVATIONS, Activation
 from evenkeel.nn.normprop.base import NormPropLayer
 from evenkeel.nn.normprop.border import border_variance
@@ -31,7 +31,8 @@ from evenkeel.nn.normprop.pooling import (
     window_correlation,
 )
 from evenkeel.nn.normprop.propagate import LayerPropagation, PropagationReport, propagate
-from evenkeel.nn.normprop.residual import NormPropConcat, NormPropResidual, normprop_add
+from evenkeel.nn.normprop.residual import NormPropAdd, NormPropConcat, NormPropResidual, normprop_add
+from evenkeel.nn.normprop.units import NormPropUnits
 from evenkeel.nn.normprop.weights import normalize_weights_, register_unit_norm
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "Gains",
     "GaussianMoments",
     "LayerPropagation",
+    "NormPropActivation",
+    "NormPropAdd",
     "NormPropAvgPool1d",
     "NormPropAvgPool2d",
     "NormPropAvgPool3d",
@@ -58,6 +61,7 @@ __all__ = [
     "NormPropMaxPool2d",
     "NormPropMaxPool3d",
     "NormPropResidual",
+    "NormPropUnits",
     "PropagationReport",
     "UnitizeSamples",
     "activation_gains",

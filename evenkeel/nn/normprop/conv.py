@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel._messages import unknown_name
-from evenkeel.nn.normprop.base import DEFAULT_EPS, NormPropLayer
+from evenkeel.nn.normprop.base import NormPropLayer
 from evenkeel.nn.normprop.border import BORDERS, inverse_deviation
 from evenkeel.nn.normprop.checks import positive, sizes
 from evenkeel.nn.normprop.constants import ActivationLike
+from evenkeel.nn.normprop.folded import ChannelPad
+from evenkeel.nn.normprop.units import DEFAULT_EPS
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Size = int | Sequence[int]
@@ -22,6 +24,7 @@ Size = int | Sequence[int]
 class _NormPropConv(NormPropLayer):
     _conv: ClassVar[Callable[..., Tensor]]
     _plain: ClassVar[type[nn.Module]]
+    padding_value: Tensor | None
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class _NormPropConv(NormPropLayer):
         self.dilation = sizes("dilation", dilation, self.spatial, 1)
         self.padding_mode = padding_mode
         self.border = border
+        self.register_buffer("padding_value", None)
 
     def _check(self, x: Tensor) -> None:
         axis = x.dim() - 1 - self.spatial
@@ -109,6 +113,36 @@ class _NormPropConv(NormPropLayer):
         x = F.pad(x, self._explicit_padding(), mode=self.padding_mode)
         return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
+    @torch.no_grad()
+    def pad_with_(self, value: Tensor | None) -> None:
+        """State what zero padding is to put around the image instead of zeros: a constant per input channel.
+
+        A converted network needs it: the zeros around the original's feature maps are not the zeros of the
+        standardized ones. It costs one more pass over the output, and a convolution of a single image.
+
+        Args:
+            value: ``(in_channels,)``, or None for zeros.
+
+        Raises:
+            ValueError: For another shape, or a layer that does not pad with zeros.
+        """
+        if value is not None and value.shape != (self.in_channels,):
+            raise ValueError(f"the padding needs {self.in_channels} values, got shape {tuple(value.shape)}")
+        if value is not None and (self.padding_mode != "zeros" or self.border == "exact"):
+            raise ValueError("only a layer with padding_mode='zeros' and border='paper' can pad with other values")
+        self.padding_value = None if value is None else value.to(self.weight)
+
+    def _padding_shift(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        if self.padding_value is None:
+            return None
+        # Padding with v is padding x - v with zeros and adding v everywhere; the difference does not depend on x.
+        value = self.padding_value.reshape(-1, *(1,) * self.spatial)
+        image = value.expand(self.in_channels, *x.shape[-self.spatial :]).unsqueeze(0)
+        taps = value.reshape(self.groups, 1, -1, *(1,) * self.spatial)
+        everywhere = (weight.reshape(self.groups, -1, *weight.shape[1:]) * taps).flatten(0, 1).flatten(1).sum(1)
+        inside: Tensor = type(self)._conv(image, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return everywhere.reshape(-1, *(1,) * self.spatial) - inside[0]
+
     def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:
         if self.border != "exact":
             return None
@@ -123,20 +157,25 @@ class _NormPropConv(NormPropLayer):
                 "a layer with border='exact' does not fold: its correction depends on the size of the input; "
                 "build it with border='paper'"
             )
+        padded = self.padding_value is not None
         plain = type(self)._plain(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
             stride=self.stride,
-            padding=self.padding,
+            padding=0 if padded else self.padding,
             dilation=self.dilation,
             groups=self.groups,
-            bias=self.bias is not None,
+            bias=self._has_shift(),
             padding_mode=self.padding_mode,
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        return self._fold_into(plain)
+        folded = self._fold_into(plain)
+        if self.padding_value is None:
+            return folded
+        pad = ChannelPad(self.padding_value, self._explicit_padding(), self.spatial, self.weight.dtype)
+        return nn.Sequential(pad, *(folded if isinstance(folded, nn.Sequential) else [folded]))
 
     def extra_repr(self) -> str:
         """Arguments that define the layer, defaults left out."""
@@ -151,6 +190,8 @@ class _NormPropConv(NormPropLayer):
             parts.append(f"padding_mode={self.padding_mode!r}")
         if self.border != "paper":
             parts.append(f"border={self.border!r}")
+        if self.padding_value is not None:
+            parts.append("padding_value=...")
         return ", ".join([*parts, self._options()])
 
 

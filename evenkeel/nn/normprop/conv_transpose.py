@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel._messages import unknown_name
-from evenkeel.nn.normprop.base import DEFAULT_EPS, NormPropLayer
+from evenkeel.nn.normprop.base import NormPropLayer
 from evenkeel.nn.normprop.border import BORDERS, inverse_deviation
 from evenkeel.nn.normprop.checks import positive, sizes
 from evenkeel.nn.normprop.constants import ActivationLike
 from evenkeel.nn.normprop.conv import Size
+from evenkeel.nn.normprop.units import DEFAULT_EPS
 
 
 class _NormPropConvTranspose(NormPropLayer):
@@ -121,7 +122,7 @@ class _NormPropConvTranspose(NormPropLayer):
             padding=self.padding,
             output_padding=self.output_padding,
             groups=self.groups,
-            bias=self.bias is not None,
+            bias=self._has_shift(),
             dilation=self.dilation,
             device=self.weight.device,
             dtype=self.weight.dtype,

@@ -24,17 +24,23 @@ class ChannelFloor(_Table):
         floor: ``(C,)``.
         spatial: Number of axes after the channels.
         dtype: Of the stored table.
+        inplace: Overwrite the input where no gradient is asked for, as ``nn.ReLU(inplace=True)`` does: behind a linear
+            map of one's own.
     """
 
     floor: Tensor
 
-    def __init__(self, floor: Tensor, spatial: int, dtype: torch.dtype) -> None:
+    def __init__(self, floor: Tensor, spatial: int, dtype: torch.dtype, inplace: bool = False) -> None:
         super().__init__()
+        self.inplace = inplace
         self._put("floor", floor, spatial, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``max(x, floor)``, of the shape of ``x``."""
-        return torch.maximum(x, self.floor.to(x.dtype))
+        floor = self.floor.to(x.dtype)
+        if self.inplace and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+            return x.clamp_(min=floor)
+        return torch.maximum(x, floor)
 
 
 class ChannelPReLU(_Table):
@@ -79,6 +85,29 @@ class ChannelAffine(_Table):
         """Return the affine map of ``x``."""
         shift = self.shift.to(x.dtype)
         return x + shift if self.scale is None else torch.addcmul(shift, x, self.scale.to(x.dtype))
+
+
+class ChannelPad(_Table):
+    """Pad an image with a constant per channel.
+
+    Args:
+        value: ``(C,)``.
+        pads: Widths as of :func:`torch.nn.functional.pad`: two per axis, last axis first.
+        spatial: Number of axes after the channels.
+        dtype: Of the stored table.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor, pads: list[int], spatial: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.pads = list(pads)
+        self._put("value", value, spatial, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the padded ``x``."""
+        value = self.value.to(x.dtype)
+        return F.pad(x - value, self.pads) + value
 
 
 class Elementwise(nn.Module):

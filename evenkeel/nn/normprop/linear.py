@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.nn.normprop.base import DEFAULT_EPS, NormPropLayer
+from evenkeel.nn.normprop.base import NormPropLayer
 from evenkeel.nn.normprop.checks import positive
 from evenkeel.nn.normprop.constants import ActivationLike
+from evenkeel.nn.normprop.units import DEFAULT_EPS
 
 
 class NormPropLinear(NormPropLayer):
@@ -84,7 +85,7 @@ class NormPropLinear(NormPropLayer):
     def fold(self) -> nn.Module:
         """Return plain modules that compute the same function; see :meth:`NormPropLayer.fold`."""
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
-        return self._fold_into(nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, **options))
+        return self._fold_into(nn.Linear(self.in_features, self.out_features, bias=self._has_shift(), **options))
 
     def extra_repr(self) -> str:
         """Arguments that define the layer."""

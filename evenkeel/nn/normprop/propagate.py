@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.nn.normprop.base import NormPropLayer
-from evenkeel.nn.normprop.coherence import canonical_error
+from evenkeel.nn.normprop.coherence import CanonicalError, canonical_error
 from evenkeel.nn.normprop.constants import GaussianMoments
+from evenkeel.nn.normprop.elementwise import per_channel
+from evenkeel.nn.normprop.units import NormPropUnits
 
 _SEED_OFFSET = 0x6B65656C
 
@@ -149,8 +151,10 @@ class PropagationReport:
         return "\n".join([*lines, *note])
 
 
-def _predict(name: str, layer: NormPropLayer, before: float) -> LayerPropagation:
-    gains, error = layer.gains(), canonical_error(layer)
+def _predict(name: str, layer: NormPropUnits, before: float) -> LayerPropagation:
+    # Without a linear map there are no filters that could be coherent.
+    gains = layer.gains()
+    error = canonical_error(layer) if isinstance(layer, NormPropLayer) else CanonicalError(0.0, 0.0, 0.0)
     mean, var = _pooled(layer.predicted_moments())
     chi = float(gains.chi.mean())
     return LayerPropagation(
@@ -158,7 +162,7 @@ def _predict(name: str, layer: NormPropLayer, before: float) -> LayerPropagation
         kind=type(layer).__name__,
         activation=None if layer.activation is None else layer.activation.name,
         units=layer.out_channels,
-        fan_in=layer.weight.numel() // layer.out_channels,
+        fan_in=layer.weight.numel() // layer.out_channels if isinstance(layer, NormPropLayer) else 1,
         chi=chi,
         cumulative_chi=before * chi,
         jacobian_gain=float(gains.jacobian.mean()),
@@ -181,7 +185,7 @@ def _pooled(moments: GaussianMoments) -> tuple[float, float]:
     return float(moments.mean.mean()), float(moments.var.mean() + moments.mean.var(correction=0))
 
 
-def _measure(layer: NormPropLayer, x: Tensor, generator: torch.Generator) -> dict[str, Any]:
+def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dict[str, Any]:
     z = _by_unit(layer._preactivations(x), layer.spatial)
     mean, var = z.mean(1), z.var(1, correction=0)
     scaled = (z - mean.unsqueeze(1)) * var.clamp_min(1e-30).rsqrt().unsqueeze(1)
@@ -191,6 +195,8 @@ def _measure(layer: NormPropLayer, x: Tensor, generator: torch.Generator) -> dic
     # A unit filter turns a white perturbation of unit variance into one of unit variance, borders aside: measure
     # against that.
     linear = layer._preactivations(x + direction) - layer._preactivations(x) if not layer.unitize else direction
+    if layer.spread is not None and not layer.unitize:
+        linear = linear * per_channel(layer.spread, layer.spatial, linear)
     flat = y.double()
     conditional = _pooled(layer.predicted_moments(mean, var))
     return {
@@ -229,12 +235,12 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
         >>> round(report[0].chi, 2), report[1].activation
         (0.81, None)
     """
-    named = {name: module for name, module in model.named_modules() if isinstance(module, NormPropLayer)}
+    named = {name: module for name, module in model.named_modules() if isinstance(module, NormPropUnits)}
     if not named:
         raise ValueError("the model has no NormProp layer; nothing propagates by constants in it")
     rows: list[LayerPropagation] = []
 
-    def add(name: str, layer: NormPropLayer, measured: dict[str, Any]) -> None:
+    def add(name: str, layer: NormPropUnits, measured: dict[str, Any]) -> None:
         row = _predict(name, layer, rows[-1].cumulative_chi if rows else 1.0)
         rows.append(dataclasses.replace(row, **measured))
 
@@ -249,7 +255,7 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
         names = {id(layer): name for name, layer in named.items()}
 
         def after(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-            if isinstance(module, NormPropLayer):
+            if isinstance(module, NormPropUnits):
                 name = names[id(module)]
                 calls[name] = calls.get(name, 0) + 1
                 label = name if calls[name] == 1 else f"{name}#{calls[name]}"

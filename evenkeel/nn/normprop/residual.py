@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from evenkeel.nn.normprop.elementwise import per_channel
+
 
 def normprop_add(
     x: Tensor, fx: Tensor, a: float | Tensor = 1.0, b: float | Tensor = 1.0, correlation: float = 0.0
@@ -98,6 +100,56 @@ class NormPropResidual(nn.Module):
         """The weights."""
         a, b = (float(w.detach()) if isinstance(w, Tensor) else w for w in (self.a, self.b))
         return f"a={a:g}, b={b:g}, correlation={self.correlation:g}, trainable={self.trainable}"
+
+
+class NormPropAdd(nn.Module):
+    """``(a x + b y) / sqrt(a^2 + b^2 + 2 a b correlation)`` with weights per channel: a sum that keeps unit variance.
+
+    Args:
+        channels: Number of channels C.
+        spatial: Number of axes after the channels.
+        device: Of the weights.
+        dtype: Of the weights.
+
+    Attributes:
+        a: ``(C,)``, weights of the first branch, initially 1.
+        b: ``(C,)``, weights of the second, initially 1.
+        correlation: Buffer ``(C,)``: assumed correlation of the branches, initially 0.
+
+    Examples:
+        >>> NormPropAdd(4)(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    correlation: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        spatial: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.a = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.register_buffer("correlation", torch.zeros(channels, device=device, dtype=dtype))
+
+    def variance(self) -> Tensor:
+        """``a^2 + b^2 + 2 a b correlation``, ``(C,)``: by whose root the sum is divided."""
+        return self.a.square() + self.b.square() + 2 * self.correlation * self.a * self.b
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the weighted sum of ``x`` and ``y``, both ``(N, C, *spatial)``."""
+        inverse = self.variance().clamp_min(torch.finfo(self.a.dtype).tiny).rsqrt()
+        a, b = (per_channel(table * inverse, self.spatial, x) for table in (self.a, self.b))
+        return torch.addcmul(x * a, y, b)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.a.numel()}, spatial={self.spatial}"
 
 
 class NormPropConcat(nn.Module):
