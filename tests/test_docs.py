@@ -136,6 +136,19 @@ def test_three_lines_put_a_script_on_the_sphere(capsys: pytest.CaptureFixture[st
     assert "scale invariant" in printed
 
 
+def test_tutorial_for_batches_of_one_image(capsys: pytest.CaptureFixture[str]) -> None:
+    pages = blocks((ROOT / "docs" / "normprop.md").read_text(encoding="utf-8"))
+    (script,) = (block for block in pages if "accuracy_after_one_epoch" in block)
+    short = script.replace("range(3)", "range(2)").replace("torch.randperm(len(data.x_train))", "torch.arange(40)")
+    assert short.count("range(2)") == short.count("torch.arange(40)") == 1
+    threads = torch.get_num_threads()
+    try:
+        exec(compile(short, "docs/normprop.md", "exec"), {})
+    finally:
+        torch.set_num_threads(threads)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["normprop", "group", "batch"]
+
+
 def test_links_of_the_pages_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

@@ -38,6 +38,8 @@ class NormPropActivation(NormPropUnits):
         torch.Size([2, 8, 16, 16])
     """
 
+    _own_shift = False
+
     def __init__(
         self,
         channels: int,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel._messages import unknown_name
+from evenkeel.nn.normprop import floor
 from evenkeel.nn.normprop.activations import Activation, resolve_activation
 from evenkeel.nn.normprop.constants import ActivationLike, Gains, GaussianMoments, activation_gains, activation_moments
 from evenkeel.nn.normprop.elementwise import channel_affine, per_channel
@@ -53,6 +54,8 @@ class NormPropUnits(nn.Module):
     unitize: bool = False
     center: Tensor | None
     spread: Tensor | None
+
+    _own_shift = True  # whether the linear map may leave the shift to a kernel of ours
 
     def __init__(
         self,
@@ -237,17 +240,33 @@ class NormPropUnits(nn.Module):
             return linear(self.gamma, self.bias)
         a = self.activation.negative_slope
         if a is not None and self.slope is None and self.constants == "exact":
-            scale, shift, offset = rectifier_tables(self.gamma, self.bias, a, self.eps)
-            # Add the negative table: the gradient of a subtraction would negate a whole activation before it is summed.
-            u = linear(scale, shift)
-            return self._rectify(u, self.activation) + per_channel(-offset, self.spatial, u)
+            return self._rectified(linear, *rectifier_tables(self.gamma, self.bias, a, self.eps), self.activation)
         mean, var = self.standardization()
         inverse = var.rsqrt()
         if a is not None:
-            u = linear(self.gamma * inverse, self.bias * inverse)
-            return self._rectify(u, self.activation) + per_channel(-mean * inverse, self.spatial, u)
+            tables = self.gamma * inverse, self.bias * inverse, mean * inverse
+            return self._rectified(linear, *tables, self.activation)
         u = linear(self.gamma, self.bias)
         return channel_affine(self.activation(u), inverse, -mean * inverse, self.spatial)
+
+    def _rectified(
+        self,
+        linear: Callable[[Tensor | None, Tensor | None], Tensor],
+        scale: Tensor,
+        shift: Tensor,
+        offset: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        """``act(scale z + shift) - offset`` for a rectifier."""
+        if self._own_shift and self.slope is None and activation.negative_slope == 0.0 and floor.may(scale):
+            u = linear(scale, None)
+            if u.dim() == self.spatial + 2 and floor.takes(u):
+                return floor.shift_and_floor_(u, shift - offset, -offset)
+            u = u + per_channel(shift, self.spatial, u)
+        else:
+            u = linear(scale, shift)
+        # Add the negative table: the gradient of a subtraction would negate a whole activation before it is summed.
+        return self._rectify(u, activation) + per_channel(-offset, self.spatial, u)
 
     def _rectify(self, u: Tensor, activation: Activation) -> Tensor:
         if self.slope is not None:
