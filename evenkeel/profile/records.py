@@ -18,8 +18,8 @@ class Finding:
 
     Attributes:
         level: ``"fine"``, ``"look"`` or ``"act"``.
-        topic: ``"shift"``, ``"noise"``, ``"statistics"``, ``"decay"``, ``"rate"``, ``"channels"``, ``"loss"`` or
-            ``"layers"``.
+        topic: ``"shift"``, ``"noise"``, ``"statistics"``, ``"decay"``, ``"rate"``, ``"channels"``,
+            ``"propagation"``, ``"loss"`` or ``"layers"``.
         value: The number that the sentence rests on; the sentence contains it.
         text: The sentence.
     """
@@ -63,6 +63,9 @@ class LayerProfile:
         dead: Channels whose output is constant, or never positive where a rectifier follows, on all images looked at.
         saturated: Channels of which 95 % of the outputs lie where the activation that follows is flat (within 1 % of
             its limits).
+        chi: For layers of Normalization Propagation: growth of a sample's deviation in mean square, from the
+            parameters alone (:func:`evenkeel.nn.propagate`).
+        input_var: For the same layers: variance of the normalized pre-activations, which propagation takes for 1.
         findings: The verdict.
     """
 
@@ -89,6 +92,8 @@ class LayerProfile:
     activation: str | None = None
     dead: int | None = None
     saturated: int | None = None
+    chi: float | None = None
+    input_var: float | None = None
     findings: tuple[Finding, ...] = ()
 
     @property

@@ -20,6 +20,7 @@ from evenkeel.data import ImageData, load, stratified
 from evenkeel.experiment import environment
 from evenkeel.experiment.optimizers import make_optimizer
 from evenkeel.nn import needs_batch
+from evenkeel.nn.normprop import NormPropUnits, propagate
 from evenkeel.optim import scale_invariant_weights
 from evenkeel.profile.bound import BoundWatch, bounded
 from evenkeel.profile.load import load_model, load_weights
@@ -248,9 +249,11 @@ class _Run:
         self.images = count * batch_size
         counted = census(self.model, chosen, self.sites)
         decay = _decay(self.model, torch.cat(chosen), max(batch_size, 2))
+        propagated = _propagated(self.model, self.probe)
         rows = []
         for name, row in self.rows.items():
             seen, (zeta, added) = counted[name], decay.get(name, (None, None))
+            chi, variance = propagated.get(name, (None, None))
             rows.append(
                 replace(
                     row,
@@ -260,6 +263,8 @@ class _Run:
                     saturated=seen.saturated,
                     zeta=zeta,
                     decay=added,
+                    chi=chi,
+                    input_var=variance,
                 )
             )
         return rows
@@ -282,6 +287,13 @@ def _decay(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, tuple
     # The theory is that of BatchNorm: layers that use batch statistics in another way are not covered by it.
     known = {name for name, module in model.named_modules() if bounded(module)}
     return {row.layer: (row.zeta, row.penalty) for row in advice.layers if row.layer.split("#")[0] in known}
+
+
+def _propagated(model: nn.Module, images: Tensor) -> dict[str, tuple[float, float | None]]:
+    """By layer of Normalization Propagation, chi and the measured variance of its pre-activations."""
+    if not any(isinstance(module, NormPropUnits) for module in model.modules()):
+        return {}
+    return {row.name: (row.chi, _finite(row.input_var)) for row in propagate(model, images)}
 
 
 def _network(

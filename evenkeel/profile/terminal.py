@@ -23,8 +23,22 @@ _LEGEND = {
     "angle": "angle: radians that the weight before turns in one update",
     "eff. rate": "eff. rate: learning rate over squared length of that weight, where its length does not matter",
     "dead": "dead: channels that are constant or cut off by their rectifier",
+    "chi": "chi: growth of a sample's deviation, by the parameters alone",
+    "in var": "in var: variance of the pre-activations, which Normalization Propagation takes for 1",
     "saturated": "saturated: channels on the flat parts of their activation",
 }
+_NARROW = (
+    (142, "low"),
+    (132, "high"),
+    (122, "eff. rate"),
+    (112, "bound"),
+    (100, "decay"),
+    (95, "in var"),
+    (92, "chi"),
+    (90, "W1"),
+)
+"""Below which width of the terminal a column is left out."""
+
 _STYLE = {"fine": "green", "look": "yellow", "act": "bold red"}
 
 
@@ -40,7 +54,7 @@ def print_profile(result: Profile, console: Any, *, everything: bool = False) ->
     from rich.table import Table
 
     shown = _columns(result.layers)
-    for limit, dropped in ((142, "low"), (132, "high"), (122, "eff. rate"), (112, "bound"), (100, "decay"), (90, "W1")):
+    for limit, dropped in _NARROW:
         if console.width < limit:
             shown.pop(dropped, None)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -101,6 +115,8 @@ def _columns(layers: tuple[LayerProfile, ...]) -> dict[str, Callable[[LayerProfi
         "angle": ("angle", lambda r: _cell(r.angle, ".2g")),
         "eff. rate": ("effective_rate", lambda r: _cell(r.effective_rate, ".2g") if r.invariant else ""),
         "dead": ("dead", lambda r: _cell(r.dead, "d")),
+        "chi": ("chi", lambda r: _cell(r.chi, ".2f")),
+        "in var": ("input_var", lambda r: _cell(r.input_var, ".2g")),
         "saturated": ("saturated", lambda r: _cell(r.saturated, "d")),
         "verdict": (None, lambda r: r.level),
     }

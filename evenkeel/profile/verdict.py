@@ -22,6 +22,8 @@ class Limits:
         angle: From this turn of a weight in one update (radians) look, and act.
         still: Below this turn (radians) a weight hardly learns.
         dead: From this share of dead or saturated channels on look, and act.
+        variance: From this factor on, by which the pre-activations of Normalization Propagation are off variance 1,
+            look, and act.
     """
 
     noise: tuple[float, float] = (0.1, 0.25)
@@ -31,6 +33,7 @@ class Limits:
     angle: tuple[float, float] = (0.1, 0.3)
     still: float = 1e-5
     dead: tuple[float, float] = (0.05, 0.25)
+    variance: tuple[float, float] = (3.0, 10.0)
 
 
 LIMITS = Limits()
@@ -65,6 +68,7 @@ def _layer(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
     yield from _decay(layer, result, limits)
     yield from _rate(layer, limits)
     yield from _channels(layer, result, limits)
+    yield from _propagation(layer, limits)
 
 
 def _noise(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
@@ -175,6 +179,21 @@ def _channels(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[
                 f"{count} of {layer.channels} channels of {layer.layer} ({_percent(share)}) are {state} on "
                 f"{result.images} images: {cure}",
             )
+
+
+def _propagation(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
+    variance = layer.input_var
+    if variance is None or layer.chi is None:
+        return
+    off = max(variance, 1 / variance) if variance > 0 else math.inf
+    level = _level(off, limits.variance)
+    text = (
+        f"the pre-activations of {layer.layer} have variance {_number(variance)} where propagation takes them for 1 "
+        f"(chi {_number(layer.chi)})"
+    )
+    if level != "fine":
+        text += ": unitize=True restores 1 by construction, and a positive bias lowers chi (evenkeel.nn.propagate)"
+    yield Finding(level, "propagation", variance, text)
 
 
 def _whole(result: Profile, limits: Limits) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from evenkeel.data import ImageData
 from evenkeel.data.images import from_arrays
 from evenkeel.models import build
-from evenkeel.nn import NORMS, make_norm, needs_batch
+from evenkeel.nn import NORMS, NormPropConv2d, NormPropLinear, make_norm, needs_batch, propagate
 from evenkeel.profile import LIMITS, Finding, LayerProfile, Limits, Profile, command, profile
 from evenkeel.profile.population import census, statistics_error
 from evenkeel.profile.run import _device
@@ -521,3 +521,21 @@ def test_weights_of_a_module_from_a_file(tmp_path: Path) -> None:
     assert first.checkpoint == str(tmp_path / "m.pt")
     assert first.loss_first == profile(model, pictures(), **SMALL).loss_first
     assert build("convnet") is not None
+
+
+def test_propagation_of_normprop_layers_is_told_with_its_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        NormPropConv2d(1, 4, 3, constants="paper"), NormPropConv2d(4, 4, 3, constants="paper"), nn.Flatten()
+    ).append(NormPropLinear(64, 3, activation=None))
+    result = profile(model, pictures(), lr=1e-9, **SMALL)
+    before = {row.name: row for row in propagate(model, pictures().x_train[:32])}
+    for row in result.layers:
+        assert row.chi == pytest.approx(before[row.layer].chi, abs=1e-4)
+        assert row.input_var is not None
+    told = judge(replace(WHOLE, layers=(replace(ROW, chi=2.0, input_var=0.05),))).layers[0].findings[-1]
+    assert (told.topic, told.level, told.value) == ("propagation", "act", 0.05)
+    assert "have variance 0.05 where propagation takes them for 1 (chi 2): unitize=True" in told.text
+    calm = judge(replace(WHOLE, layers=(replace(ROW, chi=0.8, input_var=1.1),))).layers[0].findings[-1]
+    assert (calm.topic, calm.level) == ("propagation", "fine")
+    assert judge(replace(WHOLE, layers=(replace(ROW, chi=0.8, input_var=0.0),))).layers[0].findings[-1].level == "act"
