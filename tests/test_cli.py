@@ -50,6 +50,10 @@ def test_help_and_version(run):
     run("nonsense", code=2)
 
 
+def test_help_keeps_the_extra_that_plots_need(run):
+    assert "evenkeel[plot]" in run("theory", "dynamics", "--help").output
+
+
 def test_help_needs_no_heavy_import():
     """Only what `import evenkeel` itself needs may load before a command runs."""
     code = (

@@ -17,7 +17,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="What theory says BatchNorm does: numbers, simulations, plots.", no_args_is_help=True)
 
-Plot = Annotated[Path | None, typer.Option(help="Write the figure here (.png, .svg, .pdf; needs evenkeel[plot]).")]
+Plot = Annotated[Path | None, typer.Option(help="Write the figure here (.png, .svg, .pdf; needs evenkeel\\[plot]).")]
 AsJson = Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")]
 Runs = Annotated[int, typer.Option(help="Simulated runs per point.")]
 Size = Annotated[int, typer.Option("--inputs", help="Inputs N of the simulated students.")]
