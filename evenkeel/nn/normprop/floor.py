@@ -39,13 +39,14 @@ def _kernel() -> ctypes.CDLL | None:
 
 def may(table: Tensor) -> bool:
     """Tell, from a table of its layer, whether what comes of it has a chance to be taken."""
-    if torch.compiler.is_exporting():
+    traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    if traced or torch.compiler.is_exporting():
         return False  # an exported program is to hold torch's operations only
     return (
         table.device.type == "cpu"
         and table.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and (torch.compiler.is_compiling() or not passes.transformed())
+        and not passes.transformed()
         and torch.autograd.forward_ad._current_level < 0
         and _available()
     )

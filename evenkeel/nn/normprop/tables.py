@@ -119,7 +119,7 @@ def rectifier_tables(gamma: Tensor, beta: Tensor, a: float, eps: float) -> Table
         a: Negative slope; 0 for ReLU.
         eps: Added to the variance.
     """
-    if torch.compiler.is_compiling() or gamma.device.type == "mps":
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or gamma.device.type == "mps":
         return plain_tables(gamma, beta, a, eps)
     scale, shift, offset = _RectifierTables.apply(gamma, beta, a, eps)[:3]  # type: ignore[no-untyped-call]
     return scale, shift, offset

@@ -138,3 +138,24 @@ def test_exported_programs_hold_operations_of_torch_only() -> None:
 def test_the_operations_keep_to_the_rules_of_torch_library() -> None:
     u, shift, low, _ = operands((2, 3, 4, 4), last=False)
     torch.library.opcheck(floor._forward, tuple(t.requires_grad_() for t in (u, shift, low)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_programs_hold_operations_of_torch_only() -> None:
+    layer, x = NormPropConv2d(3, 5, 3).eval(), torch.randn(2, 3, 6, 6)
+    traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(2 * x), layer(2 * x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_gradients_per_sample_equal_eager_ones() -> None:
+    layer, x = NormPropConv2d(3, 4, 3), torch.randn(5, 3, 6, 6)
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(values: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, values, (image[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    for ours, wanted in zip(
+        torch.compile(per_sample, backend="aot_eager")(params, x).values(), per_sample(params, x).values(), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
