@@ -17,7 +17,6 @@ from torch import Tensor
 
 from evenkeel.flexnorm import passes
 from evenkeel.flexnorm._compile import library
-from evenkeel.nn.normprop.elementwise import per_channel
 
 __all__ = ["may", "shift_and_floor_", "takes"]
 
@@ -30,9 +29,9 @@ def _kernel() -> ctypes.CDLL | None:
     if found is None:
         return None
     kernel, pointer, size = found[0], ctypes.c_void_p, ctypes.c_int64
-    kernel.floor_forward.argtypes = [size] * 3 + [pointer] * 4 + [ctypes.c_int]
+    kernel.floor_forward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
     kernel.floor_forward.restype = None
-    kernel.floor_backward.argtypes = [size] * 3 + [pointer] * 6 + [ctypes.c_int]
+    kernel.floor_backward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
     kernel.floor_backward.restype = ctypes.c_int
     return kernel
 
@@ -46,7 +45,7 @@ def may(table: Tensor) -> bool:
         table.device.type == "cpu"
         and table.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not passes.transformed()
+        and not _transformed()
         and torch.autograd.forward_ad._current_level < 0
         and _available()
     )
@@ -56,6 +55,12 @@ def takes(u: Tensor) -> bool:
     """Tell whether :func:`shift_and_floor_` takes a tensor, where :func:`may` said yes."""
     plain = torch.compiler.is_compiling() or type(u) is Tensor
     return plain and u.dtype == torch.float32 and u.dim() >= 2 and u.numel() > 0 and _order(u) is not None
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    # Asked while a compiler traces, when transforms are in force as in eager code; Dynamo itself would guess yes.
+    return passes.transformed()
 
 
 @torch.compiler.assume_constant_result
@@ -73,7 +78,7 @@ def shift_and_floor_(u: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         # Inductor's own reductions over the channels of an activation are slower than all of the rest.
-        compiled: Tensor = _forward(u, shift, floor)
+        compiled: Tensor = _forward(u, shift, floor)[0]
         return compiled
     return _ShiftFloor.apply(u, shift, floor)  # type: ignore[no-untyped-call,no-any-return]
 
@@ -94,42 +99,45 @@ def _threads(u: Tensor) -> int:
 
 
 class _ShiftFloor(torch.autograd.Function):
+    """The mask is kept and not the output, which whoever takes it may overwrite, as a residual sum in place does."""
+
     @staticmethod
     def forward(ctx: Any, u: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
-        shift, floor = shift.contiguous(), floor.contiguous()
-        _run_forward(u, u, shift, floor)
+        mask = torch.empty_like(u, dtype=torch.bool) if any(ctx.needs_input_grad) else None
+        _run_forward(u, u, mask, shift.contiguous(), floor.contiguous())
         ctx.mark_dirty(u)
-        ctx.save_for_backward(u, floor)
+        ctx.save_for_backward(mask)
         return u
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, floor = ctx.saved_tensors
-        if torch.is_grad_enabled() or passes.transformed(g) or type(g) is not Tensor or g.dtype != y.dtype:
-            d = g * (y > per_channel(floor, y.dim() - 2, y)).to(g.dtype)
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or passes.transformed(g) or type(g) is not Tensor or g.dtype != torch.float32:
+            d = g * mask.to(g.dtype)
             axes = [0, *range(2, g.dim())]
             return d, d.sum(axes), (g - d).sum(axes)
-        d, sums = _run_backward(g, y, floor)
+        d, sums = _run_backward(g, mask)
         return d, sums[0], sums[1]
 
 
-def _run_forward(u: Tensor, y: Tensor, shift: Tensor, floor: Tensor) -> None:
+def _run_forward(u: Tensor, y: Tensor, mask: Tensor | None, shift: Tensor, floor: Tensor) -> None:
     order, kernel = _order(u), _kernel()
     assert order is not None
     assert kernel is not None
-    pointers = (u, y, shift, floor)
-    kernel.floor_forward(*order, *(t.data_ptr() for t in pointers), _threads(u))
+    pointers = (u, y, mask, shift, floor)
+    kernel.floor_forward(*order, *(None if t is None else t.data_ptr() for t in pointers), _threads(u))
 
 
-def _run_backward(g: Tensor, y: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    if g.stride() != y.stride():
-        g = torch.empty_like(y).copy_(g)
-    order, kernel = _order(y), _kernel()
+def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    d = torch.empty_like(mask, dtype=g.dtype)
+    if g.stride() != mask.stride():
+        g = torch.empty_like(d).copy_(g)
+    order, kernel = _order(mask), _kernel()
     assert order is not None
     assert kernel is not None
-    d, sums = torch.empty_like(y), y.new_empty(2, order[1])
-    pointers = (g, y, floor, d, sums[0], sums[1])
-    if kernel.floor_backward(*order, *(t.data_ptr() for t in pointers), _threads(y)):
+    sums = g.new_empty(2, order[1])
+    pointers = (g, mask, d, sums[0], sums[1])
+    if kernel.floor_backward(*order, *(t.data_ptr() for t in pointers), _threads(mask)):
         raise MemoryError("no memory for the sums of a backward pass")
     return d, sums
 
@@ -138,34 +146,33 @@ def _run_backward(g: Tensor, y: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("evenkeel::shift_and_floor", mutates_args=())
-def _forward(u: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
-    y = torch.empty_like(u)
-    _run_forward(u, y, shift.contiguous(), floor.contiguous())
-    return y
+def _forward(u: Tensor, shift: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    y, mask = torch.empty_like(u), torch.empty_like(u, dtype=torch.bool)
+    _run_forward(u, y, mask, shift.contiguous(), floor.contiguous())
+    return y, mask
 
 
 @_forward.register_fake
-def _(u: Tensor, shift: Tensor, floor: Tensor) -> Tensor:  # noqa: ARG001
-    return torch.empty_like(u)
+def _(u: Tensor, shift: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(u), torch.empty_like(u, dtype=torch.bool)
 
 
 @torch.library.custom_op("evenkeel::shift_and_floor_backward", mutates_args=())
-def _backward(g: Tensor, y: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    return _run_backward(g, y, floor.contiguous())
+def _backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return _run_backward(g, mask)
 
 
 @_backward.register_fake
-def _(g: Tensor, y: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(y), y.new_empty(2, y.shape[1])
+def _(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mask, dtype=g.dtype), g.new_empty(2, mask.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[2])
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+    ctx.save_for_backward(output[1])
 
 
-def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    y, floor = ctx.saved_tensors
-    d, sums = _backward(g, y, floor)
+def _differentiate(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    d, sums = _backward(g, ctx.saved_tensors[0])
     return d, sums[0], sums[1]
 
 

@@ -159,3 +159,26 @@ def test_compiled_gradients_per_sample_equal_eager_ones() -> None:
         torch.compile(per_sample, backend="aot_eager")(params, x).values(), per_sample(params, x).values(), strict=True
     ):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_output_may_be_overwritten() -> None:
+    torch.manual_seed(0)
+    layer, x = NormPropConv2d(3, 3, 3, padding=1), torch.randn(2, 3, 6, 6)
+    found = []
+    for add in (torch.add, torch.Tensor.add_):
+        layer.zero_grad()
+        add(layer(x), x).square().sum().backward()
+        found.append([p.grad.clone() for p in layer.parameters()])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_compiled_code_calls_the_kernel() -> None:
+    called: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(NormPropConv2d(3, 5, 3), backend=record)(torch.randn(2, 3, 6, 6))
+    assert any("shift_and_floor" in name for name in called)
