@@ -9,7 +9,7 @@ WORKERS ?= auto
 .PHONY: demo test lint types imports unit bench results docs clean
 
 demo: $(STAMP)
-	$(BIN)/evenkeel compare --out $(DEMO_OUT)
+	$(BIN)/flexnorm compare --out $(DEMO_OUT)
 
 test: lint types imports unit
 
@@ -37,7 +37,7 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "evenkeel needs Python 3.11 or newer, this is " + sys.version.split()[0] + " (set PYTHON=...)")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flexnorm needs Python 3.11 or newer, this is " + sys.version.split()[0] + " (set PYTHON=...)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

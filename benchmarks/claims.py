@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenkeel.data import ImageData, load
-from evenkeel.experiment import environment
-from evenkeel.nn import make_norm
-from evenkeel.shift import ShiftMonitor, layer_bound
+from flexnorm.lab.data import ImageData, load
+from flexnorm.lab.run import environment
+from flexnorm.nn import make_norm
+from flexnorm.shift import ShiftMonitor, layer_bound
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -193,8 +193,8 @@ def slopes(rows: list[Row]) -> dict[str, Row]:
 
 def training(spec: str) -> None:
     """Run the recipe, and put together the shift per layer."""
-    from evenkeel.experiment import compare
-    from evenkeel.experiment.config import Config, load_config
+    from flexnorm.lab.run import compare
+    from flexnorm.lab.run.config import Config, load_config
 
     values = {**load_config(ROOT / "recipes" / "shift_cifar10.yaml", "small"), "data": spec}
     folder = ROOT / "runs" / "shift_cifar10-small"

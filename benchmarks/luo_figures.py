@@ -5,7 +5,7 @@
 
 Writes ``results/luo_2e.json`` (``--out``) and ``docs/theory/figure-2e.png`` (``--plot``). The trainings are those of
 `benchmarks.luo_runs`, kept in ``runs/luo``; figures share them, what is complete is not repeated, and an interrupted
-command goes on where it was. Fig. 1 needs no training: ``evenkeel theory generalization``.
+command goes on where it was. Fig. 1 needs no training: ``flexnorm theory generalization``.
 
 2a, 2b: population normalization with gamma decay against BatchNorm, losses and accuracy. 2c, 2d: the parts of
 BatchNorm, training and test loss. 2e: BatchNorm at a single layer, gamma^2 and test loss against the batch size. 2f:
@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from benchmarks.luo_runs import POOLING, configs
-from evenkeel.data import ImageData, load
-from evenkeel.experiment import Config, compare
-from evenkeel.experiment.files import read_rows
-from evenkeel.theory.figures import Curve, Figure, plot
+from flexnorm.lab.data import ImageData, load
+from flexnorm.lab.figures import Curve, Figure, plot
+from flexnorm.lab.run import Config, compare
+from flexnorm.lab.run.files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = dict[str, Any]

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from benchmarks.luo_figures import ROOT, draw, images, measure, slug, spread
 from benchmarks.luo_runs import POOLING, configs
-from evenkeel import models
-from evenkeel.data import ImageData
-from evenkeel.surgery import fold
-from evenkeel.theory.figures import Curve, Figure
+from flexnorm.lab import models
+from flexnorm.lab.data import ImageData
+from flexnorm.lab.figures import Curve, Figure
+from flexnorm.surgery import fold
 
 LR, MOMENTUM, BATCH = 1e-3, 0.9, 128
 WORDS = {"train_loss": "training loss", "test_loss": "test loss", "kernel_norm": "norm of the folded kernels"}

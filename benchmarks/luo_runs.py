@@ -1,6 +1,6 @@
 """The trainings behind Fig. 2 of Luo et al. (ICLR 2019, arXiv 1809.00846), as settings of experiments.
 
-Each group of figures is one set of variants, each an ordinary comparison of `evenkeel.experiment`. What the paper's
+Each group of figures is one set of variants, each an ordinary comparison of `flexnorm.lab.run`. What the paper's
 text gives is in ``full`` (CIFAR-10, ResNet-18, SGD with momentum, learning rate linear in the batch size, population
 statistics from 10,000 samples); what is in its appendix, which we have not seen (lengths, rates, augmentation, widths),
 is the usual choice for these networks. ``small`` is for one core: 10,000 images for the residual network and 5,000
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evenkeel.experiment import Config
+from flexnorm.lab.run import Config
 
 __all__ = ["GROUPS", "POOLING", "configs"]
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import interleave, ratios, save
-from evenkeel.models import build
-from evenkeel.nn.normprop import register_unit_norm
-from evenkeel.surgery import fold
+from flexnorm.lab.models import build
+from flexnorm.nn.normprop import register_unit_norm
+from flexnorm.surgery import fold
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import interleave, ratios, save
-from evenkeel import Moments, flex_norm
-from evenkeel import nn as ek
-from evenkeel.models import build
+from flexnorm import Moments, flex_norm
+from flexnorm import nn as ek
+from flexnorm.lab.models import build
 
 SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from benchmarks.timing import interleave, ratios, save
-from evenkeel.optim import SGDG, AdamG, _native
+from flexnorm.kernels import sphere as _native
+from flexnorm.optim import SGDG, AdamG
 
 Step = Callable[[], object]
 Shapes = list[tuple[int, ...]]

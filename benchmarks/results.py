@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from evenkeel.experiment import load_variants
-from evenkeel.experiment.files import read_rows
-from evenkeel.report import picture
+from flexnorm.lab.report import picture
+from flexnorm.lab.run import load_variants
+from flexnorm.lab.run.files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results of the demo -->", "<!-- end of the results -->"
@@ -27,7 +27,7 @@ BEGIN, END = "<!-- results of the demo -->", "<!-- end of the results -->"
 
 def run(name: str, scale: str | None, data: str | None, folder: Path) -> None:
     """Run one recipe in its folder."""
-    command = [sys.executable, "-m", "evenkeel", "recipe", "run", name, "--out", str(folder)]
+    command = [sys.executable, "-m", "flexnorm", "recipe", "run", name, "--out", str(folder)]
     command += ["--scale", scale] if scale else []
     command += ["--data", data] if data else []
     subprocess.run(command, check=True, cwd=ROOT)
@@ -46,7 +46,7 @@ def condense(name: str, scale: str | None, folder: Path) -> dict[str, Any]:
         "paper": recipe["paper"],
         "figure": recipe["figure"],
         "published": recipe["published"],
-        "command": f"evenkeel recipe run {name}" + (f" --scale {scale} --data {data}" if scale else ""),
+        "command": f"flexnorm recipe run {name}" + (f" --scale {scale} --data {data}" if scale else ""),
         "environment": first["environment"],
         "total_seconds": sum(part["total_seconds"] for part in parts.values()),
     }

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import interleave, ratios, save
-from evenkeel.models import build
-from evenkeel.shift import ShiftMonitor, measure_shift, shift_bounds, wasserstein
+from flexnorm.lab.models import build
+from flexnorm.shift import ShiftMonitor, measure_shift, shift_bounds, wasserstein
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Row = dict[str, Any]

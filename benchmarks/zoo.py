@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import evenkeel
-from evenkeel.nn import UnitizedBatchNorm2d
-from evenkeel.surgery import conversion_plan, convert, fold, fold_plan, recalibrate
+import flexnorm
+from flexnorm.nn import UnitizedBatchNorm2d
+from flexnorm.statistics import recalibrate
+from flexnorm.surgery import conversion_plan, convert, fold, fold_plan
 
 
 def register_torchvision_operators() -> None:
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if options.out:
         versions = {
-            "evenkeel": evenkeel.__version__,
+            "flexnorm": flexnorm.__version__,
             "torch": torch.__version__,
             "timm": timm.__version__,
             "torchvision": torchvision.__version__,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("evenkeel", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("evenkeel")
+settings.register_profile("flexnorm", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("flexnorm")
 
 
 @pytest.fixture(autouse=True)

@@ -17,25 +17,29 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel
-from evenkeel import flex_norm
-from evenkeel.models import build
-from evenkeel.nn import reference
+import flexnorm
+from flexnorm import flex_norm
+from flexnorm.lab.models import build
+from flexnorm.nn import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
-    "data",
-    "experiment",
-    "flexnorm",
-    "models",
+    "engine",
+    "kernels",
+    "lab.data",
+    "lab.models",
+    "lab.profile",
+    "lab.report",
+    "lab.run",
     "nn",
     "nn.normprop",
     "optim",
-    "profile",
-    "report",
+    "probe",
     "shift",
+    "statistics",
     "surgery",
     "theory",
+    "transport",
 )
 
 
@@ -81,7 +85,7 @@ def test_rules_of_the_guide_are_those_of_the_package() -> None:
 @pytest.mark.filterwarnings("ignore:.*(could not be|not) folded")
 def test_code_of_the_pages_runs(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    names: dict[str, Any] = {"FlexNorm": evenkeel.FlexNorm}
+    names: dict[str, Any] = {"FlexNorm": flexnorm.FlexNorm}
     for block in blocks(text):
         exec(compile(block, page, "exec"), names)
     assert blocks(text)
@@ -158,7 +162,7 @@ def test_links_of_the_pages_lead_somewhere() -> None:
 def public() -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for room in ("", *ROOMS):
-        module = importlib.import_module(f"evenkeel.{room}".rstrip("."))
+        module = importlib.import_module(f"flexnorm.{room}".rstrip("."))
         found += [(f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__]
     return found
 
@@ -170,7 +174,7 @@ def test_every_public_name_is_documented() -> None:
             continue
         if not inspect.getdoc(value) or (inspect.isclass(value) and not value.__dict__.get("__doc__")):
             missing.append(name)
-        if inspect.isclass(value) and value.__module__.startswith("evenkeel"):
+        if inspect.isclass(value) and value.__module__.startswith("flexnorm"):
             for key, member in vars(value).items():
                 if not key.startswith("_") and inspect.isfunction(member) and not inspect.getdoc(member):
                     missing.append(f"{name}.{key}")
@@ -180,7 +184,7 @@ def test_every_public_name_is_documented() -> None:
 def test_every_argument_of_a_public_function_is_explained() -> None:
     missing = []
     for name, value in public():
-        if not inspect.isfunction(value) or not value.__module__.startswith("evenkeel"):
+        if not inspect.isfunction(value) or not value.__module__.startswith("flexnorm"):
             continue
         text = inspect.getdoc(value) or ""
         parameters = inspect.signature(value).parameters
@@ -190,7 +194,7 @@ def test_every_argument_of_a_public_function_is_explained() -> None:
 
 MODULES = sorted(
     info.name
-    for info in pkgutil.walk_packages(evenkeel.__path__, "evenkeel.")
+    for info in pkgutil.walk_packages(flexnorm.__path__, "flexnorm.")
     if not info.name.endswith(("__main__", ".cli")) and ".integrations" not in info.name
 )
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import evenkeel
-from evenkeel._messages import unknown_name
+import flexnorm
+from flexnorm._messages import unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("scipy", "ot", "sklearn", "rich", "typer", "lightning", "lightning_fabric", "matplotlib", "datasets", "yaml")
@@ -23,7 +23,7 @@ def _run(code: str, cwd: Path = ROOT) -> str:
 
 
 @pytest.mark.parametrize(
-    "rooms", ["evenkeel", "evenkeel.nn, evenkeel.optim, evenkeel.shift, evenkeel.surgery, evenkeel.models"]
+    "rooms", ["flexnorm", "flexnorm.nn, flexnorm.optim, flexnorm.shift, flexnorm.surgery, flexnorm.lab.models"]
 )
 def test_importing_pulls_in_torch_and_nothing_heavy(rooms: str) -> None:
     code = f"import {rooms}, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
@@ -31,13 +31,13 @@ def test_importing_pulls_in_torch_and_nothing_heavy(rooms: str) -> None:
 
 
 def test_importing_runs_little_code_of_its_own() -> None:
-    """Counted, not timed: modules that `import evenkeel` adds to what `import torch` loads."""
+    """Counted, not timed: modules that `import flexnorm` adds to what `import torch` loads."""
     code = (
-        "import sys, torch; before = set(sys.modules); import evenkeel; "
+        "import sys, torch; before = set(sys.modules); import flexnorm; "
         "print(sorted(m for m in set(sys.modules) - before))"
     )
     added = _run(code)
-    assert added.count("'evenkeel") <= 12
+    assert added.count("'flexnorm") <= 12
     assert added.count("'") // 2 <= 30
 
 
@@ -48,20 +48,20 @@ def test_the_wheel_holds_what_runs(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in (
-        "evenkeel/py.typed",
-        "evenkeel/flexnorm/kernels.c",
-        "evenkeel/recipes/demo.yaml",
-        "evenkeel/report/style.css",
-        "evenkeel/report/page.js",
+        "flexnorm/py.typed",
+        "flexnorm/kernels/normalization.c",
+        "flexnorm/lab/recipes/demo.yaml",
+        "flexnorm/lab/report/style.css",
+        "flexnorm/lab/report/page.js",
     ):
         assert needed in names, needed
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
     code = (
-        f"import sys; sys.path.insert(0, {str(target)!r}); import evenkeel; from evenkeel.cli import app; "
+        f"import sys; sys.path.insert(0, {str(target)!r}); import flexnorm; from flexnorm.lab.cli import app; "
         "from typer.testing import CliRunner; r = CliRunner().invoke(app, ['recipe', 'list']); "
-        "print(evenkeel.__file__, r.exit_code, r.output)"
+        "print(flexnorm.__file__, r.exit_code, r.output)"
     )
     out = _run(code, cwd=tmp_path)
     assert str(target) in out
@@ -70,10 +70,10 @@ def test_the_wheel_holds_what_runs(tmp_path: Path) -> None:
 
 
 def test_version() -> None:
-    assert evenkeel.__version__.split(".")[0].isdigit()
-    command = [sys.executable, "-m", "evenkeel", "--version"]
+    assert flexnorm.__version__.split(".")[0].isdigit()
+    command = [sys.executable, "-m", "flexnorm", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == f"evenkeel {evenkeel.__version__}"
+    assert done.stdout.strip() == f"flexnorm {flexnorm.__version__}"
 
 
 def test_unknown_names() -> None:

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import evenkeel.integrations as integrations
-from evenkeel.integrations import LightningShiftCallback, TransformersShiftCallback
-from evenkeel.integrations._watch import base_class, to_device
-from evenkeel.shift import MemorySink
+import flexnorm.integrations as integrations
+from flexnorm.integrations import LightningShiftCallback, TransformersShiftCallback
+from flexnorm.integrations._watch import base_class, to_device
+from flexnorm.shift import MemorySink
 
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(32) % 3
@@ -330,5 +330,5 @@ def test_room_needs_no_framework() -> None:
     }
     with pytest.raises(AttributeError, match="no attribute 'KerasShiftCallback'"):
         _ = integrations.KerasShiftCallback
-    code = "import sys, evenkeel.integrations; print([n for n in ('lightning', 'transformers') if n in sys.modules])"
+    code = "import sys, flexnorm.integrations; print([n for n in ('lightning', 'transformers') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

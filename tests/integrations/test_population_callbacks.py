@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel.integrations as integrations
-from evenkeel.integrations import LightningPopulationCallback, TransformersPopulationCallback
-from evenkeel.nn import PopulationNorm1d
+import flexnorm.integrations as integrations
+from flexnorm.integrations import LightningPopulationCallback, TransformersPopulationCallback
+from flexnorm.nn import PopulationNorm1d
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)) * 2 + 1
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import evenkeel.nn as ek
-from evenkeel.flexnorm import FlexNorm, Moments, _native
-from evenkeel.nn import reference
+import flexnorm.nn as ek
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.kernels import normalization as _native
+from flexnorm.nn import reference
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,12 @@
-"""Makes the helper module of this folder importable whichever way pytest is started."""
-
-import sys
-from pathlib import Path
+"""Fixtures for the ways to take a step on the sphere."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
 def torch_only(monkeypatch):
     """A machine without a C compiler: the batched path runs on torch's own kernels."""
-    from evenkeel.optim import _native
+    from flexnorm.kernels import sphere as _native
 
     monkeypatch.setattr(_native, "load", lambda: None)
 
@@ -19,7 +14,7 @@ def torch_only(monkeypatch):
 @pytest.fixture(params=["native", "packed", "loop"])
 def foreach(request):
     """The argument ``foreach`` for each of the three ways to take a step."""
-    from evenkeel.optim import _native
+    from flexnorm.kernels import sphere as _native
 
     if request.param == "packed":
         request.getfixturevalue("torch_only")
@@ -31,6 +26,6 @@ def foreach(request):
 @pytest.fixture
 def untraced(monkeypatch):
     """The path of ``compile=True`` with the function as it is, for compiling takes seconds per shape."""
-    from evenkeel.optim import kernels
+    from flexnorm.optim import kernels
 
     monkeypatch.setattr(kernels, "_compiled", lambda: kernels._walk_fused)

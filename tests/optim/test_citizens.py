@@ -9,7 +9,7 @@ import torch
 from sphere_cases import PAIRS, SMALL, drive, gradients, parameters
 from torch import nn
 
-from evenkeel.optim import SGDG, AdamG
+from flexnorm.optim import SGDG, AdamG
 
 CLASSES = [cls for cls, _ in PAIRS.values()]
 both = pytest.mark.parametrize("cls", CLASSES)

@@ -5,8 +5,8 @@ import torch
 from sphere_cases import PAIRS, drive, parameters
 from torch import nn
 
-from evenkeel.optim import SGDG, SphereMonitor
-from evenkeel.optim.manifold import angle, coherence
+from flexnorm.optim import SGDG, SphereMonitor
+from flexnorm.optim.manifold import angle, coherence
 
 
 @pytest.mark.parametrize("name", PAIRS)

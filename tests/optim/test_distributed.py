@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sphere_worker import data, network, optimizer_for, train
 from torch import nn
 
-from evenkeel.optim import SGDG, AdamG, param_groups
+from flexnorm.optim import SGDG, AdamG, param_groups
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gloo")
-    script = Path(__file__).with_name("sphere_worker.py")
+    script = Path(__file__).parents[1] / "helpers" / "sphere_worker.py"
     commands = [[sys.executable, str(script), str(rank), str(folder)] for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [subprocess.Popen(command, **pipes) for command in commands]
@@ -75,7 +75,7 @@ def test_placements_in_one_process(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    from evenkeel.optim.rows import local_part, local_parts
+    from flexnorm.optim.rows import local_part, local_parts
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:

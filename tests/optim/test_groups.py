@@ -5,8 +5,8 @@ import torch
 from sphere_networks import IMAGES, zoo
 from torch import nn
 
-from evenkeel.optim import SGDG, AdamG, param_groups
-from evenkeel.optim.rows import RowLayout, to_rows
+from flexnorm.optim import SGDG, AdamG, param_groups
+from flexnorm.optim.rows import RowLayout, to_rows
 
 
 def trained():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sphere_networks import IMAGES, zoo
 from torch import nn
 
-from evenkeel.optim import SGDG, param_groups, scale_invariant_weights
+from flexnorm.optim import SGDG, param_groups, scale_invariant_weights
 
 INVARIANT = ["stem.weight", "block.conv1.weight", "up.weight", "depthwise.weight", "grouped.weight", "linear.weight"]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenkeel.optim import manifold as mf
+from flexnorm.optim import manifold as mf
 
 EPS32 = torch.finfo(torch.float32).eps
 

@@ -7,7 +7,7 @@ import torch
 from sphere_cases import drive, gradients, parameters
 from torch import nn
 
-from evenkeel.optim import SGDG, SGDP, AdamG, AdamP
+from flexnorm.optim import SGDG, SGDP, AdamG, AdamP
 
 
 def test_first_step_starts_from_the_projected_gradient():

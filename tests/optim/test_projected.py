@@ -5,8 +5,8 @@ import torch
 from sphere_cases import SMALL, drive, gradients, parameters
 from torch import nn
 
-from evenkeel.optim import SGDP, AdamP
-from evenkeel.optim.projected import projected_update
+from flexnorm.optim import SGDP, AdamP
+from flexnorm.optim.projected import projected_update
 
 
 def test_projection_by_hand():

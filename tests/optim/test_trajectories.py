@@ -72,7 +72,7 @@ def test_compiled_by_inductor_equals_reference():
 
 
 def test_a_failing_compiler_costs_a_warning_and_no_step(monkeypatch, torch_only):
-    from evenkeel.optim import kernels
+    from flexnorm.optim import kernels
 
     def fail(*args):
         raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no compiler"), None)
@@ -131,7 +131,7 @@ def test_step_is_the_arc_it_claims():
     (grad,) = gradients(params, 0)
     params[0].grad = grad
     PAIRS["sgdg"][0](params, lr=0.3, ortho=0.0, grad_clip=0.1).step()
-    from evenkeel.optim.manifold import angle, project
+    from flexnorm.optim.manifold import angle, project
 
     expected = 0.3 * project(before, grad).norm(dim=1).clamp(max=0.1)
     torch.testing.assert_close(angle(before, params[0].detach()), expected, rtol=1e-12, atol=0)

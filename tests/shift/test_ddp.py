@@ -17,8 +17,8 @@ SCRIPT = """
 import json, sys, torch
 import torch.distributed as dist
 from torch import nn
-from evenkeel.nn import make_norm
-from evenkeel.shift import ShiftMonitor
+from flexnorm.nn import make_norm
+from flexnorm.shift import ShiftMonitor
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from evenkeel.nn import GroupNorm, make_norm
-from evenkeel.shift import batch_norm_radius, layer_bound, statistics_noise, unitized_radius, wasserstein
+from flexnorm.nn import GroupNorm, make_norm
+from flexnorm.shift import batch_norm_radius, layer_bound, statistics_noise, unitized_radius, wasserstein
 
 NORMS = ("batch", "population", "unitized")
 
@@ -113,7 +113,7 @@ def test_layers_that_do_not_standardize_have_no_bound(norm: str) -> None:
 
 def test_without_noise_nothing_is_claimed_of_running_statistics() -> None:
     """In evaluation the input may be anything: a finite bound from the parameters alone would be false."""
-    from evenkeel.nn import BatchNorm1d, PopulationNorm1d
+    from flexnorm.nn import BatchNorm1d, PopulationNorm1d
 
     before, after = nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4).eval()
     nn.init.constant_(after.weight, -1.0)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evenkeel.nn import NORMS, NoNorm, make_norm
-from evenkeel.shift import EverySteps, MemorySink, ShiftMonitor, measure_shift, wasserstein
+from flexnorm.nn import NORMS, NoNorm, make_norm
+from flexnorm.shift import EverySteps, MemorySink, ShiftMonitor, measure_shift, wasserstein
 
 
 def convnet(norm: str = "batch") -> nn.Sequential:
@@ -540,5 +540,5 @@ def test_scripted_modules_are_refused() -> None:
 
 def test_import_brings_in_nothing_heavy() -> None:
     heavy = ("scipy", "ot", "tensorboard", "torch.utils.tensorboard", "torch._dynamo")
-    code = f"import sys, evenkeel.shift; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, flexnorm.shift; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -12,10 +12,10 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
-from evenkeel.nn import make_norm
-from evenkeel.optim import scale_invariant_weights
-from evenkeel.shift import CSVSink, OptimizationMonitor, ShiftMonitor, WeightMonitor
-from evenkeel.shift.metrics import Seen
+from flexnorm.nn import make_norm
+from flexnorm.optim import scale_invariant_weights
+from flexnorm.shift import CSVSink, OptimizationMonitor, ShiftMonitor, WeightMonitor
+from flexnorm.shift.metrics import Seen
 
 X = torch.randn(16, 3, 5, 5, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(16) % 4

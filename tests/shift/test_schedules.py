@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenkeel.shift import AtSteps, EverySeconds, EverySteps, Logarithmic, Schedule
-from evenkeel.shift.schedules import as_schedule
+from flexnorm.shift import AtSteps, EverySeconds, EverySteps, Logarithmic, Schedule
+from flexnorm.shift.schedules import as_schedule
 
 
 def steps(schedule: Schedule, stop: int) -> list[int]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from evenkeel.shift import CSVSink, JSONLSink, MemorySink, ShiftRecord, Sink, TensorBoardSink
-from evenkeel.shift.records import record_from_dict
-from evenkeel.shift.sinks import as_sink
+from flexnorm.shift import CSVSink, JSONLSink, MemorySink, ShiftRecord, Sink, TensorBoardSink
+from flexnorm.shift.records import record_from_dict
+from flexnorm.shift.sinks import as_sink
 
 
 def record(step: int, w1: float = 0.1, layer: str = "a", **metrics: float) -> ShiftRecord:

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from _models import (
+from model_zoo import (
     ZOO,
     BatchNormAct2d,
     FrozenBatchNorm2d,
@@ -22,9 +22,10 @@ from _models import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
-import evenkeel.nn as ek
-from evenkeel.flexnorm import FlexNorm
-from evenkeel.surgery import conversion_plan, convert, freeze, is_frozen
+import flexnorm.nn as ek
+from flexnorm.engine import FlexNorm
+from flexnorm.statistics import freeze, is_frozen
+from flexnorm.surgery import conversion_plan, convert
 
 IMAGE = (4, 3, 6, 6)
 INPUTS = {1: (4, 6, 5), 2: (4, 6, 5, 3), 3: (3, 6, 2, 3, 4)}

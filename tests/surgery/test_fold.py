@@ -8,13 +8,14 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from _models import ZOO, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, randomized, same_state, zoo
+from model_zoo import ZOO, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, randomized, same_state, zoo
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import evenkeel.nn as ek
-from evenkeel.flexnorm import FlexNorm
-from evenkeel.surgery import convert, fold, fold_plan, freeze
+import flexnorm.nn as ek
+from flexnorm.engine import FlexNorm
+from flexnorm.statistics import freeze
+from flexnorm.surgery import convert, fold, fold_plan
 
 CONVOLUTIONS = {
     "conv1d": (lambda b: nn.Conv1d(4, 6, 3, bias=b), (3, 4, 8), 1),

@@ -7,14 +7,14 @@ import pickle
 
 import pytest
 import torch
-from _models import ZOO, Residual, randomized, zoo
+from model_zoo import ZOO, Residual, randomized, zoo
 from torch import nn
 from torch.nn import functional as F
 
-from evenkeel.data.digits import load_digits
-from evenkeel.models import build
-from evenkeel.nn.normprop import NormPropActivation, NormPropConv2d, NormPropLayer, NormPropUnits, propagate
-from evenkeel.surgery import conversion_plan, convert, fold
+from flexnorm.lab.data.digits import load_digits
+from flexnorm.lab.models import build
+from flexnorm.nn.normprop import NormPropActivation, NormPropConv2d, NormPropLayer, NormPropUnits, propagate
+from flexnorm.surgery import conversion_plan, convert, fold
 
 MODELS = ("convnet", "nin", "resnet8", "vgg_small")
 

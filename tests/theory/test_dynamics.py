@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenkeel.theory import dynamics
+from flexnorm.theory import dynamics
 
 STUDENTS = [("bn", 0.125), ("wn", 0.0), ("sgd", 0.0)]
 gammas = st.floats(0.1, 2.0)

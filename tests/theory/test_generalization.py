@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evenkeel.theory import generalization as gen
+from flexnorm.theory import generalization as gen
 
 NOISE = 0.25
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evenkeel import nn as enn
-from evenkeel.theory import regularization as reg
+from flexnorm import nn as enn
+from flexnorm import optim
+from flexnorm.optim import batch_noise
+from flexnorm.theory import regularization as reg
 
 D = torch.float64
 
@@ -177,7 +179,7 @@ def test_capture_works_on_a_frozen_model_and_a_shared_layer():
     tables = reg.capture(net, x)
     assert [t.name for t in tables] == ["0", "0#2"]
     assert tables[1].shift.abs().sum() > 0
-    decay = reg.GammaDecay(net, 32, momentum=1.0)
+    decay = optim.GammaDecay(net, 32, momentum=1.0)
     decay.update(x)
     generator = torch.Generator().manual_seed(0)
     again = [reg.layer_strength(t) for t in reg.capture(net, x, generator=generator)]
@@ -249,7 +251,7 @@ def small_model(norm=nn.BatchNorm1d):
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, enn.BatchNorm1d, enn.PopulationNorm1d, enn.UnitizedBatchNorm1d])
 def test_gamma_decay_finds_every_batch_normalization(norm):
     model = small_model(norm)
-    decay = reg.GammaDecay(model, 32)
+    decay = optim.GammaDecay(model, 32)
     decay.update(torch.randn(64, 4))
     zeta = decay.zeta()["1"]
     assert zeta.shape == (8,)
@@ -260,7 +262,7 @@ def test_gamma_decay_finds_every_batch_normalization(norm):
 
 def test_penalty_and_its_gradient():
     model = small_model()
-    decay = reg.GammaDecay(model, 32, momentum=1.0)
+    decay = optim.GammaDecay(model, 32, momentum=1.0)
     decay.update(torch.randn(64, 4))
     with torch.no_grad():
         model[1].weight.uniform_(0.5, 2.0)
@@ -280,7 +282,7 @@ def test_penalty_and_its_gradient():
 
 def test_decoupled_decay_is_one_gradient_step_of_the_penalty():
     model = small_model()
-    decay = reg.GammaDecay(model, 32, coefficient=0.25)
+    decay = optim.GammaDecay(model, 32, coefficient=0.25)
     before = model[1].weight.detach().clone()
     decay.decay(lr=0.1)
     torch.testing.assert_close(model[1].weight.detach(), before * (1 - 0.05))
@@ -291,15 +293,15 @@ def test_decoupled_decay_is_one_gradient_step_of_the_penalty():
 def test_adaptive_zeta_scales_with_the_batch_size_and_averages():
     model = small_model()
     x = torch.randn(64, 4)
-    small, large = (reg.GammaDecay(model, size, momentum=0.3) for size in (16, 64))
+    small, large = (optim.GammaDecay(model, size, momentum=0.3) for size in (16, 64))
     for decay in (small, large):
         decay.update(x)
     first = small.zeta()["1"]
     torch.testing.assert_close(first, 4 * large.zeta()["1"])
-    once = reg.GammaDecay(model, 16, momentum=1.0)
+    once = optim.GammaDecay(model, 16, momentum=1.0)
     once.update(x)
     torch.testing.assert_close(first, once.zeta()["1"])  # the average is bias-corrected
-    second = reg.GammaDecay(model, 16, momentum=1.0, seed=1)
+    second = optim.GammaDecay(model, 16, momentum=1.0, seed=1)
     second.update(x)
     small.update(x)
     expected = (0.7 * first + second.zeta()["1"]) / 1.7
@@ -308,12 +310,12 @@ def test_adaptive_zeta_scales_with_the_batch_size_and_averages():
 
 def test_state_goes_through_a_file_and_is_a_copy():
     model = small_model()
-    decay = reg.GammaDecay(model, 32)
+    decay = optim.GammaDecay(model, 32)
     decay.update(torch.randn(64, 4))
     file = io.BytesIO()
     torch.save(decay.state_dict(), file)
     file.seek(0)
-    other = reg.GammaDecay(copy.deepcopy(model), 32)
+    other = optim.GammaDecay(copy.deepcopy(model), 32)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(decay.zeta()["1"], other.zeta()["1"])
     kept = decay.state_dict()
@@ -324,7 +326,7 @@ def test_state_goes_through_a_file_and_is_a_copy():
     other.update(x)
     assert torch.equal(decay.zeta()["1"], other.zeta()["1"])
     with pytest.raises(ValueError, match="layer '1'"):
-        reg.GammaDecay(nn.Sequential(nn.BatchNorm1d(3)), 32).load_state_dict(kept)
+        optim.GammaDecay(nn.Sequential(nn.BatchNorm1d(3)), 32).load_state_dict(kept)
     copied = copy.deepcopy(decay)
     copied.decay(0.1)
     assert torch.equal(decay._scales["1"], model[1].weight)
@@ -332,11 +334,11 @@ def test_state_goes_through_a_file_and_is_a_copy():
 
 def test_estimates_are_averaged_over_processes(tmp_path):
     model, x = small_model(), torch.randn(64, 4)
-    alone = reg.GammaDecay(model, 32)
+    alone = optim.GammaDecay(model, 32)
     alone.update(x)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        together = reg.GammaDecay(model, 32)
+        together = optim.GammaDecay(model, 32)
         together.update(x)
     finally:
         torch.distributed.destroy_process_group()
@@ -353,8 +355,8 @@ def test_gamma_decay_matches_the_shrinkage_that_bn_noise_makes():
     for kind in ("decay", "noise"):
         norm = nn.BatchNorm1d(1, dtype=D, eps=0.0).eval()  # population statistics 0 and 1
         optimizer = torch.optim.SGD(norm.parameters(), lr=0.05)
-        decay = reg.GammaDecay(norm, size, loss="squared", momentum=0.5)
-        noise = reg.BatchNoise(norm, size, per="image", distribution="gaussian") if kind == "noise" else None
+        decay = optim.GammaDecay(norm, size, loss="squared", momentum=0.5)
+        noise = optim.BatchNoise(norm, size, per="image", distribution="gaussian") if kind == "noise" else None
         trace = []
         for step in range(150):
             if noise is not None:
@@ -382,7 +384,7 @@ def test_gamma_decay_matches_the_shrinkage_that_bn_noise_makes():
 def test_noise_moments(distribution):
     torch.manual_seed(0)
     v_m, v_q, size = torch.tensor([1.0, 0.2], dtype=D), torch.tensor([2.0, 5.0], dtype=D), 64
-    r, s = reg.sample_noise(v_m, v_q, size, distribution=distribution, rows=200_000)
+    r, s = batch_noise.sample_noise(v_m, v_q, size, distribution=distribution, rows=200_000)
     assert r.shape == s.shape == (200_000, 2)
     torch.testing.assert_close(r.mean(0), torch.ones(2, dtype=D), atol=2e-3, rtol=0)
     torch.testing.assert_close(s.mean(0), torch.zeros(2, dtype=D), atol=2e-3, rtol=0)
@@ -394,12 +396,12 @@ def test_compensation_removes_the_inflation():
     torch.manual_seed(0)
     one, two = torch.ones(1, dtype=D), 2 * torch.ones(1, dtype=D)
     size = 32
-    r, _ = reg.sample_noise(one, two, size, compensate=False, rows=400_000)
+    r, _ = batch_noise.sample_noise(one, two, size, compensate=False, rows=400_000)
     error = float(r.std() / 400_000**0.5)
-    assert abs(float(r.mean()) - 1 - reg.inverse_std_bias(size)) < 4 * error
-    assert reg.inverse_std_bias(size) == pytest.approx(3 / (4 * size), rel=0.1)
+    assert abs(float(r.mean()) - 1 - batch_noise.inverse_std_bias(size)) < 4 * error
+    assert batch_noise.inverse_std_bias(size) == pytest.approx(3 / (4 * size), rel=0.1)
     assert float(r.square().mean()) - 1 == pytest.approx(2 / (size - 2), rel=0.05)  # six times 1/(2M), as documented
-    r, _ = reg.sample_noise(one, two, size, rows=400_000)
+    r, _ = batch_noise.sample_noise(one, two, size, rows=400_000)
     assert abs(float(r.mean()) - 1) < 4 * error
     assert float(r.square().mean()) - 1 == pytest.approx(1 / (2 * size), rel=0.1)
 
@@ -416,7 +418,7 @@ def test_batch_noise_costs_what_zeta_says():
             return -(labels * net(x).log_softmax(1)).sum(1).mean()
 
         base = loss()
-        with reg.BatchNoise(net, size, strengths=advice.strengths, per="image") as noise:
+        with optim.BatchNoise(net, size, strengths=advice.strengths, per="image") as noise:
             assert torch.equal(loss(), base)  # evaluation mode
             net.bn.training, net.bn.forward = (
                 True,
@@ -439,7 +441,7 @@ def test_batch_noise_on_population_norm(mean, variance):
     x = torch.randn(4, 3, 2, 2, dtype=D)
     plain = norm(x)
     torch.manual_seed(0)
-    with reg.BatchNoise(norm, 16, mean=mean, variance=variance):
+    with optim.BatchNoise(norm, 16, mean=mean, variance=variance):
         gap = norm(x) - plain
     spread = gap.flatten(2).movedim(1, 0).reshape(3, -1).std(1)
     if variance:
@@ -490,25 +492,25 @@ def test_empirical_information_at_true_labels_agrees_with_the_curvature_where_la
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: reg.GammaDecay(small_model(), 1), ValueError, "at least 2, got 1"),
-        (lambda: reg.GammaDecay(small_model(), 32, "adaptve"), ValueError, "'adaptve'"),
-        (lambda: reg.GammaDecay(small_model(), 32, None), TypeError, "NoneType"),
-        (lambda: reg.GammaDecay(small_model(), 32, -1.0), ValueError, "-1.0"),
-        (lambda: reg.GammaDecay(small_model(), 32, momentum=0.0), ValueError, "0.0"),
-        (lambda: reg.GammaDecay(small_model(), 32, layers=["l"]), ValueError, "Valid: 1"),
-        (lambda: reg.GammaDecay(nn.Linear(2, 2), 32), ValueError, "no layer with a scale"),
-        (lambda: reg.GammaDecay(small_model(), 32).penalty(), RuntimeError, "call update"),
-        (lambda: reg.GammaDecay(small_model(), 32, 0.1).decay(-1.0), ValueError, "-1.0"),
+        (lambda: optim.GammaDecay(small_model(), 1), ValueError, "at least 2, got 1"),
+        (lambda: optim.GammaDecay(small_model(), 32, "adaptve"), ValueError, "'adaptve'"),
+        (lambda: optim.GammaDecay(small_model(), 32, None), TypeError, "NoneType"),
+        (lambda: optim.GammaDecay(small_model(), 32, -1.0), ValueError, "-1.0"),
+        (lambda: optim.GammaDecay(small_model(), 32, momentum=0.0), ValueError, "0.0"),
+        (lambda: optim.GammaDecay(small_model(), 32, layers=["l"]), ValueError, "Valid: 1"),
+        (lambda: optim.GammaDecay(nn.Linear(2, 2), 32), ValueError, "no layer with a scale"),
+        (lambda: optim.GammaDecay(small_model(), 32).penalty(), RuntimeError, "call update"),
+        (lambda: optim.GammaDecay(small_model(), 32, 0.1).decay(-1.0), ValueError, "-1.0"),
         (lambda: reg.capture(nn.Linear(2, 2), torch.zeros(4, 2)), ValueError, "no layer"),
         (lambda: reg.capture(small_model(), torch.zeros(4, 4), "mae"), ValueError, "did you mean 'mse'"),
         (lambda: reg.capture(small_model(), torch.zeros(4, 4), F.cross_entropy), ValueError, "needs targets"),
         (lambda: reg.advise(small_model(), [], 32), ValueError, "no batches"),
         (lambda: reg.advise(small_model(), [torch.zeros(2, 4)], 32), ValueError, "at least 4 images"),
-        (lambda: reg.BatchNoise(nn.Linear(2, 2), 32), ValueError, "no layer"),
-        (lambda: reg.BatchNoise(small_model(), 32, per="batches"), ValueError, "did you mean 'batch'"),
-        (lambda: reg.BatchNoise(small_model(), 32, distribution="xi"), ValueError, "chi"),
-        (lambda: reg.sample_noise(torch.ones(1), torch.ones(1), 8, distribution="xi"), ValueError, "chi"),
-        (lambda: reg.inverse_std_bias(4, kurtosis=10.0), ValueError, "batch_size 4 is too small"),
+        (lambda: optim.BatchNoise(nn.Linear(2, 2), 32), ValueError, "no layer"),
+        (lambda: optim.BatchNoise(small_model(), 32, per="batches"), ValueError, "did you mean 'batch'"),
+        (lambda: optim.BatchNoise(small_model(), 32, distribution="xi"), ValueError, "chi"),
+        (lambda: batch_noise.sample_noise(torch.ones(1), torch.ones(1), 8, distribution="xi"), ValueError, "chi"),
+        (lambda: batch_noise.inverse_std_bias(4, kurtosis=10.0), ValueError, "batch_size 4 is too small"),
     ],
 )
 def test_errors_name_the_value(call, error, message):

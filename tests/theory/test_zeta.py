@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evenkeel.theory import regularization as reg
+from flexnorm.theory import regularization as reg
 
 SIZES = (16, 32, 128)
 GAMMA, BETA = 0.9, 0.2

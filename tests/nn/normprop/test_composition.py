@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from evenkeel.nn.normprop import (
+from flexnorm.nn.normprop import (
     NormPropAvgPool1d,
     NormPropAvgPool2d,
     NormPropAvgPool3d,

@@ -13,10 +13,10 @@ from scipy import integrate
 from scipy.stats import norm
 from torch import nn
 
-from evenkeel.nn.normprop import ACTIVATIONS, Activation, activation_gains, activation_moments
-from evenkeel.nn.normprop.activations import resolve_activation
-from evenkeel.nn.normprop.quadrature import gaussian_nodes
-from evenkeel.nn.normprop.tables import plain_tables, rectifier_tables
+from flexnorm.nn.normprop import ACTIVATIONS, Activation, activation_gains, activation_moments
+from flexnorm.nn.normprop.activations import resolve_activation
+from flexnorm.nn.normprop.quadrature import gaussian_nodes
+from flexnorm.nn.normprop.tables import plain_tables, rectifier_tables
 
 SMOOTH_AND_KINKED = sorted(ACTIVATIONS)
 POINTS = [(1.0, 0.0), (1.0, 0.5), (0.3, -0.8), (2.0, 1.0), (-1.5, 0.7), (0.01, 0.4)]

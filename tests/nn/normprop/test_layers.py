@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evenkeel.nn.normprop import ACTIVATIONS as ALL_ACTIVATIONS
-from evenkeel.nn.normprop import (
+from flexnorm.nn.normprop import ACTIVATIONS as ALL_ACTIVATIONS
+from flexnorm.nn.normprop import (
     Activation,
     NormPropConv1d,
     NormPropConv2d,
@@ -17,7 +17,7 @@ from evenkeel.nn.normprop import (
     NormPropLinear,
     unitize_samples,
 )
-from evenkeel.nn.normprop.reference import reference_normprop
+from flexnorm.nn.normprop.reference import reference_normprop
 
 ACTIVATIONS = ["relu", "leaky_relu", "prelu", "identity", "gelu", "silu", "tanh", "sigmoid", "elu", "hardtanh", None]
 

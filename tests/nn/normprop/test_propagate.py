@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.nn.normprop import (
+from flexnorm.nn.normprop import (
     NormPropConv2d,
     NormPropLinear,
     NormPropResidual,

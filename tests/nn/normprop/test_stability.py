@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.nn.normprop import NormPropConv2d, NormPropLinear, NormPropResidual
+from flexnorm.nn.normprop import NormPropConv2d, NormPropLinear, NormPropResidual
 
 
 def gaussian(*shape, seed=0):

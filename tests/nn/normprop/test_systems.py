@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from evenkeel.nn.normprop import (
+from flexnorm.nn.normprop import (
     Activation,
     NormPropAvgPool2d,
     NormPropConv1d,

@@ -1,1 +1,0 @@
-"""Subcommands of the command line that need more than a line: each a typer app that ``evenkeel.cli`` mounts."""

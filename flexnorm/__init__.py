@@ -1,0 +1,90 @@
+"""Normalization in deep networks: measure its shift, explain BatchNorm, replace it by something better.
+
+The names below are all that most users need; the rooms load when they are first used. ``flexnorm.lab``, the application
+on top (experiments, reports, networks, data, the command line), needs ``pip install 'flexnorm[lab]'``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flexnorm._version import __version__
+
+if TYPE_CHECKING:
+    from flexnorm import (
+        engine,
+        integrations,
+        kernels,
+        lab,
+        nn,
+        optim,
+        probe,
+        shift,
+        statistics,
+        surgery,
+        theory,
+        transport,
+    )
+    from flexnorm.engine import FlexNorm, Moments, flex_norm
+    from flexnorm.statistics import accumulate, freeze, recalibrate, unfreeze
+    from flexnorm.surgery import conversion_plan, convert, fold
+
+# Loaded when first used: the command line answers before torch is there, and rooms cost what they are used for.
+_ROOMS = (
+    "engine",
+    "integrations",
+    "kernels",
+    "lab",
+    "nn",
+    "optim",
+    "probe",
+    "shift",
+    "statistics",
+    "surgery",
+    "theory",
+    "transport",
+)
+_NAMES = {
+    **dict.fromkeys(("FlexNorm", "Moments", "flex_norm"), "engine"),
+    **dict.fromkeys(("accumulate", "freeze", "recalibrate", "unfreeze"), "statistics"),
+    **dict.fromkeys(("conversion_plan", "convert", "fold"), "surgery"),
+}
+
+__all__ = [
+    "FlexNorm",
+    "Moments",
+    "__version__",
+    "accumulate",
+    "conversion_plan",
+    "convert",
+    "engine",
+    "flex_norm",
+    "fold",
+    "freeze",
+    "integrations",
+    "kernels",
+    "lab",
+    "nn",
+    "optim",
+    "probe",
+    "recalibrate",
+    "shift",
+    "statistics",
+    "surgery",
+    "theory",
+    "transport",
+    "unfreeze",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"flexnorm.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"flexnorm.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'flexnorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

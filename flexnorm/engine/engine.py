@@ -1,0 +1,242 @@
+"""flex_norm: any normalization, written as a rule on two small tables, at the speed of a fused kernel.
+
+The graph of one call is ``x -> _Moments -> rule (ordinary autograd on (N, C) tables) -> _Affine -> y``. The backward
+takes two passes over the activation: ``_Affine`` reduces the incoming gradient g to the two tables that the rule's
+autograd needs, and leaves the rest of its work to ``_Moments``, which writes ``dx = scale*g + a + b*(x - mean)`` in one
+go. For that, ``_Affine`` passes g itself along the private edge to ``_Moments``, with the scale beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from flexnorm.engine.moments import Moments
+from flexnorm.kernels import passes
+from flexnorm.kernels.passes import Layout
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Rule", "flex_norm"]
+
+Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+
+
+class _Edge:
+    """What ``_Affine`` hands to ``_Moments`` besides the gradient: the scale still to be applied to it, if any."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale: Tensor | None = None
+
+
+class _Moments(torch.autograd.Function):
+    """Moments of x, and x itself for the affine pass, so that this node sees every gradient of x at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout, edge: _Edge) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = passes.moments(x, layout)
+        ctx.save_for_backward(x, mean)
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.edge = layout, edge
+        return mean, var, x.view_as(x)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        x, mean = ctx.saved_tensors
+        scale, ctx.edge.scale = ctx.edge.scale, None
+        layout = ctx.layout
+        if torch.is_grad_enabled() or passes.transformed(dmean, dvar, g):
+            # Double backward: g is the finished part of the gradient, everything stays in the graph.
+            return _composed_gradient(x, dmean, dvar, g), None, None
+        if dmean is None and dvar is None:
+            return (g if g is None or scale is None else passes.affine(g, scale, None, layout)), None, None
+        if g is None:
+            g = torch.zeros_like(x)
+        if scale is None:
+            scale = torch.ones((), dtype=mean.dtype, device=mean.device).expand(layout.size[:2])
+        return passes.combine(g, x, scale, dmean, dvar, mean, layout), None, None
+
+
+def _composed_gradient(x: Tensor, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> Tensor | None:
+    mean, _ = passes.composed_moments(x)
+    positions = max(passes.positions_of(x), 1)
+    total = None if g is None else g.to(mean.dtype)
+    if dmean is not None:
+        term = passes.over_positions(dmean, x) / positions
+        total = term.expand(x.shape) if total is None else total + term
+    if dvar is not None:
+        term = passes.over_positions(dvar, x) * (2.0 / positions) * (x.to(mean.dtype) - passes.over_positions(mean, x))
+        total = term if total is None else total + term
+    return None if total is None else total.to(x.dtype)
+
+
+class _Affine(torch.autograd.Function):
+    """``y = scale * x + shift``; tables broadcast to (N, C), ``center`` (N, C) conditions the sums of the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor | None, layout: Layout, edge: _Edge | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, center)
+        ctx.layout, ctx.edge, ctx.shift_shape = layout, edge, shift.shape
+        size = layout.size[:2]
+        return passes.affine(x, scale.expand(size), shift.expand(size), layout)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x, scale, center = ctx.saved_tensors
+        layout = ctx.layout
+        size = layout.size[:2]
+        if ctx.edge is not None:
+            ctx.edge.scale = None
+        if torch.is_grad_enabled() or passes.transformed(g):
+            values, gradient = x.to(scale.dtype), g.to(scale.dtype)
+            axes = tuple(range(2, x.dim()))
+            s1, s0 = values * gradient, gradient
+            if axes:
+                s1, s0 = s1.sum(axes), s0.sum(axes)
+            dx = (gradient * passes.over_positions(scale.expand(size), x)).to(x.dtype)
+            return dx, s1.sum_to_size(scale.shape), s0.sum_to_size(ctx.shift_shape), None, None, None
+        g = _like(g, x, layout)
+        dscale: Tensor | None = None
+        dshift: Tensor | None = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dscale, dshift = passes.sums(g, x, center, layout)
+            if layout.kernels == "compiled" and scale.shape == ctx.shift_shape == (1, size[1]):
+                dscale, dshift = passes.kernels().fold(dscale, dshift)
+            else:
+                dscale, dshift = dscale.sum_to_size(scale.shape), dshift.sum_to_size(ctx.shift_shape)
+        if not ctx.needs_input_grad[0]:
+            return None, dscale, dshift, None, None, None
+        if ctx.edge is None:
+            return passes.affine(g, scale.expand(size), None, layout), dscale, dshift, None, None, None
+        ctx.edge.scale = scale.expand(size)
+        return g, dscale, dshift, None, None, None
+
+
+def _like(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """The gradient in the memory format of ``x``, which the kernels rely on."""
+    if layout.kernels == "composed" or g.stride() == x.stride():
+        return g
+    out = torch.empty_like(x)
+    return out.copy_(g)
+
+
+def _must_compose(x: Tensor) -> bool:
+    """Where the plain composition has to run: traced, transformed or forward-mode code, and tensors without strides."""
+    return (
+        torch.compiler.is_compiling()
+        or passes.transformed()
+        or torch.autograd.forward_ad._current_level >= 0
+        or x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or (x.requires_grad and not x.is_floating_point())
+    )
+
+
+def _validate(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"flex_norm needs a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"flex_norm needs a real floating-point tensor, got {x.dtype}; convert it with x.float()")
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(
+            f"flex_norm needs (N, C) or (N, C, *spatial) with 1 to 3 spatial axes, got shape {tuple(x.shape)}"
+        )
+
+
+def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
+    """The scale or shift of a rule as a table of two axes that broadcast to (N, C), in the type of the tables."""
+    dtype = passes.table_dtype(x.dtype)
+    if not isinstance(table, Tensor):
+        if not isinstance(table, (int, float)):
+            raise TypeError(f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)")
+        table = torch.as_tensor(float(table), device=x.device)
+    if table.dtype != dtype:
+        table = table.to(dtype)
+    shape = table.shape
+    if table.dim() < 2:
+        table = table.reshape(1, -1)
+    if table.dim() != 2 or table.shape[0] not in (1, x.shape[0]) or table.shape[1] not in (1, x.shape[1]):
+        raise ValueError(
+            f"the rule returned a {name} of shape {tuple(shape)}, "
+            f"which does not broadcast to (N, C) = {tuple(x.shape[:2])}"
+        )
+    return table
+
+
+def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    result = rule(moments, *params)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"a rule returns the pair (scale, shift), got {type(result).__name__}")
+    return _table(result[0], "scale", x), _table(result[1], "shift", x)
+
+
+def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup | None = None) -> Tensor:
+    """Normalize ``x`` by a rule: ``y[n, c, ...] = scale[n, c] * x[n, c, ...] + shift[n, c]``.
+
+    Args:
+        x: (N, C) or (N, C, *spatial) with one to three spatial axes; float64, float32, bfloat16 or float16;
+            contiguous, channels last, or any strides.
+        rule: Called as ``rule(moments, *params)`` with the :class:`Moments` of ``x``; returns ``(scale, shift)``, each
+            broadcastable to (N, C). Plain PyTorch on small tables; it may have side effects (running statistics).
+        *params: Handed to the rule, typically ``weight`` and ``bias``. Gradients also reach tensors that the rule
+            captures by itself.
+        process_group: Pool ``moments.pool("batch")`` over the processes of this group too, on any backend.
+
+    Returns:
+        A tensor of the shape, type and memory format of ``x`` (contiguous if ``x`` has holes or overlaps). Only ``x``
+        and (N, C) tables are kept for the backward.
+
+    Raises:
+        TypeError: If ``x`` is no floating-point tensor, or the rule returns no pair.
+        ValueError: If ``x`` has fewer than 2 or more than 5 axes, or a table does not broadcast to (N, C).
+
+    Examples:
+        >>> def rms(moments, weight):                       # root mean square normalization, in two lines
+        ...     scale = weight * (moments.pool("channels").mean_square + 1e-6).rsqrt()
+        ...     return scale, torch.zeros_like(scale)
+        >>> x = torch.randn(8, 16, 4, 4)
+        >>> y = flex_norm(x, rms, torch.ones(16))
+        >>> y.square().mean((1, 2, 3)).allclose(torch.ones(8), atol=1e-4)
+        True
+    """
+    _validate(x)
+    count = passes.positions_of(x)
+    if _must_compose(x):
+        moments = Moments(count=count, process_group=process_group, _compute=lambda _: passes.composed_moments(x))
+        scale, shift = _apply_rule(rule, moments, params, x)
+        return passes.composed_affine(x, scale, shift)
+    layout = passes.layout_of(x)
+    if layout.order == "none":
+        x = x.contiguous()
+        layout = passes.layout_of(x)
+    edge = _Edge()
+    through: Tensor | None = None
+    center: Tensor | None = None
+
+    def compute(differentiable: bool) -> tuple[Tensor, Tensor]:
+        nonlocal through, center
+        if differentiable and torch.is_grad_enabled() and x.requires_grad:
+            mean, var, through = _Moments.apply(x, layout, edge)  # type: ignore[no-untyped-call]
+        else:
+            mean, var = passes.moments(x, layout)
+        center = mean.detach()
+        return mean, var
+
+    native = passes.kernels() if layout.kernels == "compiled" else None
+    moments = Moments(count=count, process_group=process_group, _compute=compute, _native=native)
+    scale, shift = _apply_rule(rule, moments, params, x)
+    if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad or shift.requires_grad):
+        size = layout.size[:2]
+        return passes.affine(x, scale.expand(size), shift.expand(size), layout)
+    source, link = (x, None) if through is None else (through, edge)
+    return cast("Tensor", _Affine.apply(source, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]

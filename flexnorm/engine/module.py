@@ -1,0 +1,250 @@
+"""FlexNorm: the module around one rule, with torch's constructor arguments, parameter and buffer names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.engine.engine import flex_norm
+from flexnorm.engine.moments import Moments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["FlexNorm"]
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward, as activation checkpointing does to recompute what it dropped."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _unbias(count: int | Tensor) -> float | Tensor:
+    """The factor count / (count - 1) from a biased to an unbiased variance; 1 for a single value."""
+    if isinstance(count, Tensor):
+        return (count / (count - 1).clamp_min(1)).float()
+    return count / max(count - 1, 1)
+
+
+class FlexNorm(nn.Module):
+    """Base class of all normalization layers: parameters, running statistics and one rule.
+
+    A subclass implements :meth:`rule` and gets training, evaluation, synchronization over processes, mixed precision,
+    both memory formats, compilation and export from the engine. State dicts have torch's names, so those of
+    ``nn.BatchNorm*`` load as they are.
+
+    Args:
+        num_features: Number of channels C of the input (N, C) or (N, C, *spatial).
+        eps: Added to variances before the square root.
+        momentum: Weight of the new batch in the running statistics (torch's meaning, ``0.1`` = slow); ``None`` for the
+            cumulative average over all batches so far.
+        affine: Whether to learn a ``weight`` (C,), initialized to 1, and a ``bias`` (C,), initialized to 0.
+        track_running_stats: Whether to keep ``running_mean``, ``running_var`` (of unbiased variances, as torch does)
+            and ``num_batches_tracked`` for evaluation.
+        bias: ``False`` leaves out the bias only.
+        process_group: Pool the batch statistics over the processes of this group (any backend, gloo on CPU included);
+            ``"world"`` for the default group, resolved at the first forward; ``None`` for this process only.
+        device: Device of parameters and buffers.
+        dtype: Type of the parameters. Running statistics are kept in float32 at least, whatever the parameters are cast
+            to: in bfloat16 a running mean of 100 would stop at 96.
+
+    Attributes:
+        frozen: While true the layer uses its running statistics and leaves them alone, in training mode too, however
+            often ``train()`` is called. Set it with :meth:`freeze`.
+
+    Raises:
+        ValueError: If ``num_features``, ``eps`` or ``momentum`` is out of range.
+    """
+
+    ndims: tuple[int, ...] = (2, 3, 4, 5)
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        bias: bool = True,
+        process_group: ProcessGroup | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 0:
+            raise ValueError(f"num_features must not be negative, got {num_features}")
+        if eps < 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        if momentum is not None and not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"momentum must lie in [0, 1] or be None (cumulative average), got {momentum}")
+        if isinstance(process_group, str) and process_group != "world":
+            raise ValueError(f"process_group must be a ProcessGroup, 'world' or None, got {process_group!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.process_group = process_group
+        self.frozen = False
+        if affine:
+            self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+        if affine and bias:
+            self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        if track_running_stats:
+            kept = torch.float64 if dtype == torch.float64 else torch.float32
+            self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=kept))
+            self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=kept))
+            self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
+        else:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                self.register_buffer(name, None)
+        self.reset_parameters()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for parent in cls.__bases__:
+            # The 1d, 2d and 3d forms of a layer share a private parent, which documents their arguments.
+            if parent.__name__.startswith("_") and cls.__doc__ and parent.__doc__:
+                cls.__doc__ = f"{cls.__doc__}\n\n{inspect.cleandoc(parent.__doc__)}"
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the counter to 0."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0, and reset the running statistics."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def freeze(self, frozen: bool = True) -> FlexNorm:
+        """Use the running statistics and keep them as they are until ``freeze(False)``, whatever ``train()`` says.
+
+        Raises:
+            RuntimeError: If the layer has no running statistics to freeze.
+        """
+        if frozen and self.running_mean is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no running statistics (track_running_stats=False): nothing to freeze"
+            )
+        self.frozen = frozen
+        return self
+
+    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Turn the moments of the input into ``(scale, shift)``, each broadcastable to (N, C)."""
+        raise NotImplementedError(f"{type(self).__name__} must implement rule(moments) -> (scale, shift)")
+
+    def statistics(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Return the mean and biased variance to normalize with, (1, C) or (C,), and keep the running statistics.
+
+        In training: those of the batch, pooled over processes, which also enter the running statistics. In evaluation
+        or while frozen: the running ones (those of the batch if none are tracked).
+        """
+        if self.running_mean is not None and self.running_var is not None and (self.frozen or not self.training):
+            return self.kept_statistics()
+        pooled = moments.pool("batch")
+        if self.training:
+            self.track(pooled)
+        return pooled.mean, pooled.var
+
+    def kept_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return the running mean and variance (C,); copies if autograd may save them, since training changes them."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if torch.is_grad_enabled():
+            return self.running_mean.clone(), self.running_var.clone()
+        return self.running_mean, self.running_var
+
+    @torch.no_grad()
+    def track(self, pooled: Moments) -> None:
+        """Let batch moments (1, C) enter the running statistics, unless the layer is frozen or tracks none.
+
+        A batch with a non-finite mean or variance in any channel does not count, nor does the recomputation of
+        activation checkpointing.
+        """
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or tracked is None or self.frozen or _recomputing():
+            return
+        count = pooled.count
+        if isinstance(count, int) and count == 0:
+            return
+        native = pooled.native
+        if native is not None and isinstance(count, int) and mean.dtype == var.dtype == pooled.mean.dtype:
+            rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
+            tracked.add_(native.track(pooled.mean, pooled.var, mean, var, rate, count / max(count - 1, 1)))
+            return
+        new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
+        new_var = pooled.var.detach().reshape(-1).to(var.dtype) * _unbias(count)
+        usable = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
+        tracked.add_(usable.to(tracked.dtype))
+        share = self.momentum if self.momentum is not None else 1.0 / tracked.clamp_min(1).to(mean.dtype)
+        mean.copy_(torch.where(usable, mean + share * (new_mean - mean), mean))
+        var.copy_(torch.where(usable, var + share * (new_var - var), var))
+
+    def group(self) -> ProcessGroup | None:
+        """Return the process group to synchronize over, or ``None`` where there is nothing to synchronize."""
+        if self.process_group is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        return torch.distributed.group.WORLD if isinstance(self.process_group, str) else self.process_group
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError if ``x`` has the wrong number of axes or channels for this layer."""
+        if x.dim() not in self.ndims:
+            wanted = " or ".join(f"{ndim}-D" for ndim in self.ndims)
+            raise ValueError(f"{type(self).__name__} expects {wanted} input (N, C, ...), got shape {tuple(x.shape)}")
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} was built for {self.num_features} channels, got {x.shape[1]} "
+                f"in shape {tuple(x.shape)}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` of shape (N, C) or (N, C, *spatial); same shape, type and memory format out."""
+        self.check_input(x)
+        return flex_norm(x, self.rule, process_group=self.group())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlexNorm:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep_precision()
+        return self
+
+    def _keep_precision(self) -> None:
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                # fn has already rounded; statistics restart from the rounded value but accumulate in float32.
+                self._buffers[name] = buffer.float()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = f"{prefix}num_batches_tracked"
+        if self.num_batches_tracked is not None and key not in state_dict and f"{prefix}running_mean" in state_dict:
+            # Written by a torch before 0.4.1, or by a layer without the counter.
+            state_dict[key] = torch.zeros((), dtype=torch.long)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._keep_precision()
+
+    def extra_repr(self) -> str:
+        """Show the constructor arguments, and ``frozen`` when it is set."""
+        shown = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+        return shown + (", frozen=True" if self.frozen else "")

@@ -1,0 +1,212 @@
+"""Moments of an activation: one mean and one variance per sample and channel, and how they pool.
+
+Every pooling is exact by the parallel formula of Chan, Golub & LeVeque (1979): the variance of a union is the mean of
+the variances plus the variance of the means. ``E[x^2] - E[x]^2`` is never formed: it cancels catastrophically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexnorm._messages import unknown_name
+from flexnorm.engine._distributed import gather_tables
+from flexnorm.kernels.passes import transformed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from flexnorm.kernels.normalization import CKernels
+
+__all__ = ["Moments"]
+
+
+def _var_mean(table: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean along one axis, kept; zeros where there is nothing to average."""
+    if table.numel() == 0:
+        zeros = table.sum(dim, keepdim=True)
+        return zeros, zeros
+    return torch.var_mean(table, dim, correction=0, keepdim=True)
+
+
+class _Pool(torch.autograd.Function):
+    """Pooling over samples or channels on the compiled kernels: one call each way instead of a dozen operations."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, native: CKernels, channels: bool) -> tuple[Tensor, Tensor]:
+        m, v = native.pool(mean, var, channels)
+        ctx.channels = channels
+        ctx.save_for_backward(mean, m)
+        ctx.set_materialize_grads(False)
+        ctx.native = native
+        return m, v
+
+    @staticmethod
+    def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        mean, m = ctx.saved_tensors
+        pooled = mean.shape[1 if ctx.channels else 0]
+        dvar = None if dv is None else (dv / pooled).expand(mean.shape)
+        if not torch.is_grad_enabled() and not transformed(dm, dv):
+            if dm is None and dv is None:
+                return None, None, None, None
+            tables = (None if d is None else d.contiguous() for d in (dm, dv))
+            return ctx.native.unpool(*tables, mean, m, ctx.channels), dvar, None, None
+        dmean: Tensor | None = None if dm is None else (dm / pooled).expand(mean.shape)
+        if dv is not None:
+            through = 2 * dv * (mean - m) / pooled
+            dmean = through if dmean is None else dmean + through
+        return dmean, dvar, None, None
+
+
+class Moments:
+    """Mean and biased variance of an activation over groups of its values, as two small tables.
+
+    Handed to a rule by :func:`flexnorm.flex_norm`. For ``x`` of shape (N, C, *spatial) the tables are (N, C), in
+    float32 at least (float64 for float64 input), and are computed when they are first read: a rule that never looks
+    at them costs no pass over ``x``.
+
+    Args:
+        mean: (N, C) or any shape that broadcasts to it.
+        var: Biased variance (divided by the number of values), same shape as ``mean``.
+        count: Number of values behind each entry: an int, or a scalar tensor when it is known only after
+            communication with other processes.
+        process_group: Group over which ``pool("batch")`` and ``pool("all")`` also pool; ``None`` for this process only.
+
+    Attributes:
+        mean: Means of the entries.
+        var: Biased variances of the entries.
+        count: Number of values behind each entry.
+        native: The compiled kernels if they hold these tables, else ``None``. Not for rules.
+    """
+
+    def __init__(
+        self,
+        mean: Tensor | None = None,
+        var: Tensor | None = None,
+        count: int | Tensor = 1,
+        *,
+        process_group: ProcessGroup | None = None,
+        _compute: Callable[[bool], tuple[Tensor, Tensor]] | None = None,
+        _native: CKernels | None = None,
+    ) -> None:
+        if _compute is None and (mean is None or var is None):
+            raise TypeError("Moments needs both mean and var")
+        self._mean = mean
+        self._var = var
+        self._compute = _compute
+        self.native = _native
+        self.count = count
+        self.process_group = process_group
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        if self._mean is None or self._var is None:
+            assert self._compute is not None
+            self._mean, self._var = self._compute(True)
+        return self._mean, self._var
+
+    @property
+    def mean(self) -> Tensor:
+        """Means, (N, C) for the moments that a rule receives."""
+        return self._tables()[0]
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variances, of the shape of ``mean``."""
+        return self._tables()[1]
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Second moments about zero, ``var + mean**2``: what RMS and filter response normalization divide by."""
+        mean, var = self._tables()
+        return var + mean.square()
+
+    def detach(self) -> Moments:
+        """Return the same moments outside the graph: for running statistics, at the price of one forward pass only."""
+        if self._mean is None or self._var is None:
+            assert self._compute is not None
+            with torch.no_grad():
+                mean, var = self._compute(False)
+        else:
+            mean, var = self._mean.detach(), self._var.detach()
+        return Moments(mean, var, self.count, process_group=self.process_group, _native=self.native)
+
+    def pool(self, over: str, groups: int = 1) -> Moments:
+        """Return the moments of larger groups of values, exactly.
+
+        Args:
+            over: ``"batch"`` pools over the samples (and over the processes of the group): tables of shape (1, C), as
+                BatchNorm uses. ``"channels"`` pools over the channels of each sample, in ``groups`` equal groups of
+                neighbours: tables (N, 1) for one group, else (N, C) with equal entries inside a group, as LayerNorm
+                and GroupNorm use. ``"all"`` pools over everything: (1, 1).
+            groups: Number of channel groups; must divide C. Only for ``"channels"``.
+
+        Returns:
+            New moments with ``count`` multiplied accordingly. Gradients flow through, over processes too.
+
+        Raises:
+            ValueError: For an unknown ``over``, or ``groups`` that does not divide the number of channels.
+        """
+        if over not in ("batch", "channels", "all"):
+            raise ValueError(unknown_name("pooling", over, ["batch", "channels", "all"]))
+        if groups != 1 and over != "channels":
+            raise ValueError(f"groups={groups} only makes sense with pool('channels'), not pool({over!r})")
+        if over == "channels":
+            return self._pool_channels(groups)
+        local = self if over == "batch" else self._pool_channels(1)
+        return local._pool_batch()
+
+    def _pool_channels(self, groups: int) -> Moments:
+        mean, var = self._tables()
+        samples, channels = mean.shape
+        if groups < 1 or channels % groups:
+            raise ValueError(f"groups={groups} does not divide the {channels} channels")
+        if groups == channels:
+            return self
+        count = self.count * (channels // groups)
+        if groups == 1 and self.native is not None and mean.is_contiguous() and var.is_contiguous():
+            pooled, pooled_var = _Pool.apply(mean, var, self.native, True)  # type: ignore[no-untyped-call]
+            return Moments(pooled, pooled_var, count, process_group=self.process_group)
+        if groups == 1:
+            spread, pooled = _var_mean(mean, 1)
+            return Moments(pooled, var.mean(1, keepdim=True) + spread, count, process_group=self.process_group)
+        split = (samples, groups, channels // groups)
+        spread, pooled = _var_mean(mean.view(split), 2)
+        pooled_var = var.view(split).mean(2, keepdim=True) + spread
+        shape = (samples, channels)
+        return Moments(
+            pooled.expand(split).reshape(shape),
+            pooled_var.expand(split).reshape(shape),
+            count,
+            process_group=self.process_group,
+        )
+
+    def _pool_batch(self) -> Moments:
+        mean, var = self._tables()
+        samples = mean.shape[0]
+        if samples == 0:
+            # An empty batch has no moments; zeros keep 0/0 out of the graph and out of the other processes' tables.
+            zero = mean.sum(0, keepdim=True)
+            local = Moments(zero, zero, 0)
+        elif samples == 1:
+            local = Moments(mean, var, self.count)
+        elif self.native is not None and mean.is_contiguous() and var.is_contiguous():
+            pooled, pooled_var = _Pool.apply(mean, var, self.native, False)  # type: ignore[no-untyped-call]
+            local = Moments(pooled, pooled_var, self.count * samples, _native=self.native)
+        else:
+            spread, pooled = _var_mean(mean, 0)
+            local = Moments(pooled, var.mean(0, keepdim=True) + spread, self.count * samples)
+        if self.process_group is None:
+            return local
+        means, variances, counts = gather_tables(local.mean, local.var, local.count, self.process_group)
+        total = counts.sum()
+        share = (counts / total.clamp_min(1)).to(means.dtype).view(-1, 1)
+        pooled = (share * means).sum(0, keepdim=True)
+        pooled_var = (share * (variances + (means - pooled).square())).sum(0, keepdim=True)
+        return Moments(pooled, pooled_var, total, process_group=self.process_group)
+
+    def __repr__(self) -> str:
+        known = "not computed yet" if self._mean is None else f"shape={tuple(self._mean.shape)}"
+        return f"Moments({known}, count={self.count})"

@@ -1,0 +1,96 @@
+"""What the callbacks share: a monitor that begins when model and probe are known, and a state that outlives it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.shift import ShiftMonitor, ShiftRecord
+
+
+class ShiftWatch:
+    """A :class:`flexnorm.shift.ShiftMonitor` that is made when the training begins.
+
+    Args:
+        probe: Inputs of the model, or ``None`` for the first that the training offers.
+        options: Arguments of the monitor.
+    """
+
+    def __init__(self, probe: Any, options: Mapping[str, Any]) -> None:
+        self.probe = probe
+        self.options = dict(options)
+        self.monitor: ShiftMonitor | None = None
+        self._state: Mapping[str, Any] | None = None
+
+    @property
+    def records(self) -> list[ShiftRecord]:
+        """All measurements so far."""
+        return [] if self.monitor is None else self.monitor.records
+
+    def begin(self, model: nn.Module, inputs: Any) -> None:
+        """Make the monitor, or take up the state of the one before, and look for the first time."""
+        if self.probe is None:
+            self.probe = inputs
+        device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        monitor = ShiftMonitor(model, to_device(self.probe, device), **self.options)
+        if self._state is not None:
+            monitor.load_state_dict(self._state)
+            self._state = None
+        monitor.start()
+        self.monitor = monitor
+
+    def step(self) -> list[ShiftRecord]:
+        """Count an update; return what was measured."""
+        return [] if self.monitor is None else self.monitor.step()
+
+    def end(self) -> None:
+        """Close the sinks."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe and the state of the monitor: tensors, numbers and strings."""
+        state = self._state if self.monitor is None else self.monitor.state_dict()
+        return {} if state is None else {"probe": to_device(self.probe, torch.device("cpu")), "monitor": dict(state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep a state until the training begins."""
+        if state:
+            self.probe, self._state = state["probe"], state["monitor"]
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors of a probe on a device, in plain dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(inner, device) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(to_device(inner, device) for inner in value)
+    if isinstance(value, list):
+        return [to_device(inner, device) for inner in value]
+    return value
+
+
+def base_class(homes: Sequence[tuple[str, str]]) -> type:
+    """The class that a framework wants its callbacks to be of: of the one in use, else the first that is installed.
+
+    Args:
+        homes: Module and class, in the order of preference.
+
+    Returns:
+        The class; ``object`` where none is installed, which serves trainers that ask for methods alone.
+    """
+    in_use = [home for home in homes if home[0].split(".")[0] in sys.modules]
+    for module, name in (*in_use, *homes):
+        try:
+            found: type = getattr(importlib.import_module(module), name)
+        except ImportError:
+            continue
+        return found
+    return object

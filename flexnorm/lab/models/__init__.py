@@ -1,0 +1,82 @@
+"""The reference networks of the papers, each built around any normalization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from flexnorm._messages import unknown_name
+from flexnorm.lab.models.bricks import Bricks, NormSpec, norm_names
+from flexnorm.lab.models.conv4fc2 import conv4fc2
+from flexnorm.lab.models.networks import convnet, nin, vgg, watched_layers
+from flexnorm.lab.models.residual import resnet, resnet18
+from flexnorm.lab.models.wide import wide_resnet
+
+__all__ = [
+    "MODELS",
+    "Bricks",
+    "build",
+    "conv4fc2",
+    "convnet",
+    "nin",
+    "norm_names",
+    "resnet",
+    "resnet18",
+    "vgg",
+    "watched_layers",
+    "wide_resnet",
+]
+
+_VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
+_VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "conv4fc2": conv4fc2,
+    "convnet": convnet,
+    "nin": nin,
+    "resnet8": partial(resnet, 8),
+    "resnet18": resnet18,
+    "resnet20": partial(resnet, 20),
+    "resnet56": partial(resnet, 56),
+    "resnet110": partial(resnet, 110),
+    "vgg_small": partial(vgg, ((32, 32), (64, 64), (128, 128))),
+    "vgg13": partial(vgg, _VGG13),
+    "vgg19": partial(vgg, _VGG19),
+    "wrn10": partial(wide_resnet, 10),
+    "wrn16": partial(wide_resnet, 16),
+    "wrn22": partial(wide_resnet, 22),
+    "wrn28": partial(wide_resnet, 28),
+    "wrn40": partial(wide_resnet, 40),
+}
+
+MODELS: tuple[str, ...] = tuple(_BUILDERS)
+"""Names that :func:`build` knows."""
+
+
+def build(name: str, norm: NormSpec = "batch", in_channels: int = 3, num_classes: int = 10, **kwargs: Any) -> nn.Module:
+    """Build a reference network by name.
+
+    Args:
+        name: One of :data:`MODELS`.
+        norm: Name of a normalization (see :func:`norm_names`) or a callable ``channels -> module``.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        **kwargs: Options of the network (``width``, ``widths``) and of the normalization (``momentum``, ``eps``).
+
+    Returns:
+        A module from images (N, in_channels, H, W) to logits (N, num_classes).
+
+    Raises:
+        ValueError: For an unknown network or normalization, with the nearest valid name.
+
+    Examples:
+        >>> import torch
+        >>> build("resnet8", norm="unitized", in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    if name not in _BUILDERS:
+        raise ValueError(unknown_name("model", name, MODELS))
+    return _BUILDERS[name](norm=norm, in_channels=in_channels, num_classes=num_classes, **kwargs)

@@ -1,0 +1,103 @@
+"""The bound of each layer from its parameters alone, over the same updates as the measured shift."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.lab.profile.sites import Site
+from flexnorm.probe import first_tensor, side_forward
+from flexnorm.shift import layer_bound, statistics_noise
+
+_Noise = dict[str, Tensor | float]
+
+
+class BoundWatch:
+    """Keeps the layers as they were before an update and bounds how far the update can have moved their outputs.
+
+    Layers in training normalize by the moments of the probe itself, so the noise is 0; layers with population
+    statistics, and frozen ones, are bounded with the noise that the statistics they use have on the probe. Where the
+    guard of a population layer acted, they are others, and this update is passed over.
+
+    Args:
+        sites: The layers; those of a kind for which no bound is known are passed over.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = [site for site in sites if bounded(site.module)]
+        self._fixed = {site.name: site.module for site in self._sites if not site.mixes_batch}
+        self._kept: dict[str, nn.Module] = {}
+        self._noise: _Noise = {}
+        self._found: dict[str, list[float]] = {site.name: [] for site in self._sites}
+
+    def before(self, model: nn.Module, probe: Tensor) -> None:
+        """Keep the layers as they are.
+
+        Args:
+            model: The model before the update.
+            probe: What the shift is measured on.
+        """
+        self._kept = {site.name: copy.deepcopy(site.module) for site in self._sites}
+        self._noise = self._noises(model, probe)
+
+    def after(self, model: nn.Module, probe: Tensor) -> None:
+        """Add the bounds of the update since :meth:`before`.
+
+        Args:
+            model: The model after the update.
+            probe: What the shift is measured on.
+        """
+        now = self._noises(model, probe)
+        for site in self._sites:
+            name = site.name
+            if name in self._fixed and not (name in now and name in self._noise):
+                continue
+            noise, noise_after = self._noise.get(name, 0.0), now.get(name, 0.0)
+            self._found[name].append(
+                layer_bound(
+                    self._kept[name], site.module, noise=noise, noise_after=noise_after, positions=site.positions
+                )
+            )
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of the bounds of a layer; ``None`` where there is none.
+
+        Args:
+            name: Name of the site.
+        """
+        found = self._found.get(name, [])
+        return math.fsum(found) / len(found) if found else None
+
+    def _noises(self, model: nn.Module, probe: Tensor) -> _Noise:
+        """Noise, on the probe, of the statistics of the layers that do not use the probe's own."""
+        found: _Noise = {}
+
+        def look(name: str, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
+            x = first_tensor(inputs)
+            if name in self._fixed and x is not None and float(getattr(module, "clipped", 0.0)) == 0:
+                var, mean = torch.var_mean(x.detach().movedim(1, 0).flatten(1).double(), dim=1, correction=0)
+                # A population layer lets the batch into its statistics first; what it used is in it afterwards.
+                used_mean, used_var = (getattr(module, key).to(mean) for key in ("running_mean", "running_var"))
+                found[name] = statistics_noise(mean, var, used_mean, used_var, float(getattr(module, "eps", 0.0)))
+
+        if self._fixed:
+            side_forward(model, probe, {name.split("#")[0]: module for name, module in self._fixed.items()}, look)
+        return found
+
+
+def bounded(module: nn.Module) -> bool:
+    """Return whether a layer standardizes, or unitizes, so that its parameters bound its outputs.
+
+    Args:
+        module: The layer.
+    """
+    try:
+        layer_bound(module)
+    except TypeError:
+        return False
+    return True

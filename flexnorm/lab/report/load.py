@@ -1,0 +1,214 @@
+"""Read the folder of a comparison. A missing or broken file costs its own numbers and a note, never the report."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from flexnorm.lab.report.study import (
+    COMPLETE,
+    DIVERGED,
+    MISSING_RUN,
+    REFUSED,
+    UNFINISHED,
+    EpochRow,
+    Run,
+    ShiftRow,
+    Study,
+)
+
+_RUN = re.compile(r"runs/(?P<norm>[^/]+)/(?P<optim>[^/]+)/seed(?P<seed>-?\d+)")
+
+
+def load(out_dir: str | Path) -> Study:
+    """Return what a comparison left in its folder.
+
+    The summaries of the single runs are read wherever they are; ``results.json`` adds what only the comparison knows
+    (command, total time, step time ratios) and runs whose own folder is gone.
+
+    Args:
+        out_dir: The folder that ``flexnorm compare --out`` wrote.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds neither a results.json nor a run.
+    """
+    out = Path(out_dir)
+    if not out.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(out)!r}; give the folder that `flexnorm compare --out` wrote")
+    notes: list[str] = []
+    experiment, results = _json(out, "experiment.json", notes), _json(out, "results.json", notes)
+    config = _mapping(results.get("config")) or _mapping(experiment.get("config"))
+
+    runs: dict[tuple[str, str, int], Run] = {}
+    environment = _mapping(results.get("environment"))
+    listed = results.get("runs")
+    recorded = {str(r.get("path", "")): r for r in listed if isinstance(r, dict)} if isinstance(listed, list) else {}
+    folders = sorted({p.parent.relative_to(out).as_posix() for p in out.glob("runs/*/*/seed*/*") if p.is_file()})
+    for path in dict.fromkeys([*recorded, *folders]):
+        place = _RUN.fullmatch(path)
+        if place is None or ".." in path.split("/"):
+            continue
+        summary = _json(out, f"{path}/summary.json", notes)
+        named = {"norm": place["norm"], "optim": place["optim"], "seed": int(place["seed"])}
+        run = _run(out, path, {**named, **recorded.get(path, {}), **summary}, notes)
+        runs[run.norm, run.optim, run.seed] = run
+        environment = environment or _mapping(summary.get("environment"))
+    if not runs and not results:
+        raise FileNotFoundError(
+            f"{str(out)!r} holds neither a results.json nor a run (runs/NORM/OPTIM/seedK); "
+            "give the folder that `flexnorm compare --out` wrote"
+        )
+
+    baseline = results.get("baseline", config.get("baseline"))
+    baseline = baseline if isinstance(baseline, str) else "batch"
+    norms = _order(_names(config, "norm", "norms"), (key[0] for key in runs))
+    optims = _order(_names(config, "optim", "optims", "optimizer", "optimizers"), (key[1] for key in runs))
+    seeds = _seeds(config) or sorted({key[2] for key in runs})
+    for norm in norms:
+        for optim in optims:
+            for seed in seeds:
+                absent = Run(norm, optim, seed, MISSING_RUN, path=f"runs/{norm}/{optim}/seed{seed}")
+                runs.setdefault((norm, optim, seed), absent)
+    norms = [n for n in norms if n == baseline] + [n for n in norms if n != baseline]
+    ordered = sorted(runs.values(), key=lambda r: (norms.index(r.norm), optims.index(r.optim), r.seed))
+    return Study(
+        name=out.resolve().name,
+        runs=tuple(ordered),
+        norms=tuple(norms),
+        optims=tuple(optims),
+        baseline=baseline,
+        data=str(results.get("data") or experiment.get("data") or ""),
+        command=str(results.get("command") or experiment.get("command") or ""),
+        config=config,
+        environment=environment,
+        total_seconds=_float(results.get("total_seconds")),
+        notes=tuple(notes),
+    )
+
+
+def _run(out: Path, path: str, summary: Mapping[str, object], notes: list[str]) -> Run:
+    """Return one run from its summary and its two tables."""
+    seed = summary["seed"]
+    epochs = tuple(_epoch_row(row) for row in _csv(out, f"{path}/metrics.csv", notes))
+    shifts = tuple(_shift_row(row) for row in _csv(out, f"{path}/shift.csv", notes))
+    status = str(summary.get("status", UNFINISHED))
+    if status not in (COMPLETE, DIVERGED, REFUSED):
+        status = UNFINISHED
+    result, timing = _mapping(summary.get("result")), _mapping(summary.get("timing"))
+    said = summary.get("notes")
+    layers = [_mapping(layer) for layer in _mapping(result.get("shift")).values()]
+    run = Run(
+        norm=str(summary["norm"]),
+        optim=str(summary["optim"]),
+        seed=seed if isinstance(seed, int) else 0,
+        status=status,
+        reason=str(summary.get("reason") or ""),
+        path=path,
+        test_accuracy=_float(result.get("test_accuracy")),
+        train_loss=_float(result.get("train_loss")),
+        shift_w1=_float(result.get("shift_w1")),
+        shift_lower=_mean(_float(layer.get("lower")) for layer in layers),
+        shift_upper=_mean(_float(layer.get("upper")) for layer in layers),
+        shift_relative=_float(result.get("shift_relative")),
+        step_ms=_float(timing.get("step_ms")),
+        step_ratio=_float(summary.get("step_ratio")),
+        notes=tuple(str(note) for note in said) if isinstance(said, list) else (),
+        parameters=_float(summary.get("parameters")),
+        wall_s=_float(timing.get("wall_s")),
+        epochs=epochs,
+        shifts=shifts,
+    )
+    if status == UNFINISHED and epochs:
+        run = dataclasses.replace(run, reason=f"stopped after epoch {epochs[-1].epoch:g}; the same command resumes it")
+    return run
+
+
+def _epoch_row(row: Mapping[str, str]) -> EpochRow:
+    return EpochRow(*(_float(row.get(f.name)) for f in dataclasses.fields(EpochRow)))
+
+
+def _shift_row(row: Mapping[str, str]) -> ShiftRow:
+    numbers = {f.name: _float(row.get(f.name)) for f in dataclasses.fields(ShiftRow) if f.name != "layer"}
+    return ShiftRow(layer=str(row.get("layer") or "?"), **numbers)
+
+
+def _json(out: Path, name: str, notes: list[str]) -> dict[str, object]:
+    """Return the object in a JSON file; an empty one, and a note, where it cannot be read."""
+    path = out / name
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{name} could not be read ({error}); what it says is left out")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{name} holds no JSON object; what it says is left out")
+        return {}
+    return value
+
+
+def _csv(out: Path, name: str, notes: list[str]) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none where it is missing, and a note where it cannot be read."""
+    path = out / name
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            return [{k: v for k, v in row.items() if isinstance(v, str)} for row in csv.DictReader(stream)]
+    except (OSError, ValueError, csv.Error) as error:
+        notes.append(f"{name} could not be read ({error}); its curves are left out")
+        return []
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _float(value: object) -> float:
+    """Return a number from JSON or CSV; NaN for what is none (null, an empty cell, half a line)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [v for v in values if not math.isnan(v)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _names(config: Mapping[str, object], *keys: str) -> list[str]:
+    """Return names from a configuration, given there as a list, as keys or separated by commas."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, (list, tuple, dict)):
+            return [str(part) for part in value]
+    return []
+
+
+def _order(configured: Iterable[str], found: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*configured, *found]))
+
+
+def _seeds(config: Mapping[str, object]) -> list[int]:
+    """Return the seeds that a configuration asks for: a list, or a count that means 0, 1, ..."""
+    value = config.get("seeds", config.get("seed_list"))
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int):
+        start = config.get("seed", 0)
+        first = start if isinstance(start, int) and not isinstance(start, bool) else 0
+        return list(range(first, first + min(value, 1000)))
+    if isinstance(value, (list, tuple)):
+        return [v for v in value if isinstance(v, int) and not isinstance(v, bool)]
+    return []

@@ -1,0 +1,26 @@
+"""From a config to results: a training loop whose runs can be killed and resumed, and comparisons of many runs."""
+
+from flexnorm.lab.run.compare import Progress, compare
+from flexnorm.lab.run.config import ESTIMATE, GAMMA_DECAY, NORMS, OPTIMS, Config, load_config, load_variants
+from flexnorm.lab.run.files import BusyError, WriteError
+from flexnorm.lab.run.loop import Epoch, train_run
+from flexnorm.lab.run.schedule import SCHEDULES
+from flexnorm.lab.run.stop import Interrupted
+
+__all__ = [
+    "ESTIMATE",
+    "GAMMA_DECAY",
+    "NORMS",
+    "OPTIMS",
+    "SCHEDULES",
+    "BusyError",
+    "Config",
+    "Epoch",
+    "Interrupted",
+    "Progress",
+    "WriteError",
+    "compare",
+    "load_config",
+    "load_variants",
+    "train_run",
+]

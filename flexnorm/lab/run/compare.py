@@ -1,0 +1,175 @@
+"""Train one network under every normalization, optimizer and seed of an experiment, and collect what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexnorm.lab import data as datasets
+from flexnorm.lab.data import ImageData
+from flexnorm.lab.run.config import Config
+from flexnorm.lab.run.files import dump_json, read_json
+from flexnorm.lab.run.folder import open_experiment, run_path
+from flexnorm.lab.run.loop import Epoch, build_model, fabric_of, train_run
+from flexnorm.lab.run.regularize import Extras
+from flexnorm.lab.run.stop import stop_on_signals
+from flexnorm.lab.run.table import add_step_ratios, table
+
+__all__ = ["Progress", "collect", "compare", "runs_of"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One thing that has happened in a comparison.
+
+    Attributes:
+        kind: ``"data"`` (loaded), ``"start"`` of a run, ``"epoch"`` done, ``"end"`` of a run, ``"skip"`` (was done).
+        index: Number of the run, from 1; 0 for ``"data"``.
+        total: Number of runs.
+        norm: Its normalization.
+        optim: Its optimizer.
+        seed: Its seed.
+        epoch: What an epoch gave, for ``"epoch"``.
+        summary: The outcome, for ``"end"`` and ``"skip"``.
+        text: The data in words, for ``"data"``.
+    """
+
+    kind: str
+    index: int
+    total: int
+    norm: str = ""
+    optim: str = ""
+    seed: int = 0
+    epoch: Epoch | None = None
+    summary: dict[str, Any] | None = None
+    text: str = ""
+
+
+def runs_of(config: Config) -> Iterator[tuple[str, str, int]]:
+    """Yield (norm, optimizer, seed) of every run; runs that are compared with each other follow each other in time."""
+    for seed in config.seeds:
+        for optim in config.optims:
+            for norm in config.norms:
+                yield norm, optim, seed
+
+
+def compare(
+    config: Config,
+    out: str | Path,
+    *,
+    data: ImageData | None = None,
+    notify: Callable[[Progress], None] = lambda _: None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Run an experiment, or what is missing of it, in a folder of its own.
+
+    Complete runs are skipped, partial ones resumed from their last checkpoint; a resumed run gives the same bits as an
+    uninterrupted one. A run whose loss is not finite ends as diverged, a network that cannot be trained in this setting
+    as refused, each with its reason; the others go on.
+
+    Args:
+        config: The experiment.
+        out: Its folder: new, empty or holding the same experiment. Layout: ``experiment.json``, ``results.json`` and
+            ``runs/NORM/OPTIM/seedK/`` with ``config.yaml``, ``metrics.csv``, ``shift.csv``, ``model.safetensors``,
+            ``checkpoint.pt`` and ``summary.json``.
+        data: The images, if they are already loaded.
+        notify: Called with every :class:`Progress`.
+        command: What the user typed, for the record.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ValueError: If the data, the model or the folder cannot be used; nothing has been trained then.
+        BusyError: If another process is at work in the folder.
+        WriteError: If the disk does not take a file; what was complete before is intact.
+        Interrupted: After Ctrl-C or SIGTERM; the same call resumes.
+    """
+    out = Path(out)
+    started = time.perf_counter()
+    data = data or datasets.load(config.data, limit=config.limit)
+    check(config, data)
+    runs = list(runs_of(config))
+    notify(Progress("data", 0, len(runs), text=data.describe()))
+    with stop_on_signals() as stop, open_experiment(out, config, data, command):
+        for index, (norm, optim, seed) in enumerate(runs, start=1):
+            stop.check()
+            folder = out / run_path(norm, optim, seed)
+            about: dict[str, Any] = {"index": index, "total": len(runs), "norm": norm, "optim": optim, "seed": seed}
+            if (folder / "summary.json").exists():
+                notify(Progress("skip", **about, summary=read_json(folder / "summary.json")))
+                continue
+            notify(Progress("start", **about))
+            summary = train_run(
+                config.single(norm, optim, seed),
+                data,
+                folder,
+                on_epoch=lambda epoch, about=about: notify(Progress("epoch", **about, epoch=epoch)),  # type: ignore[misc]
+                check_stop=stop.check,
+            )
+            notify(Progress("end", **about, summary=summary))
+        return collect(out, config, time.perf_counter() - started)
+
+
+def check(config: Config, data: ImageData) -> None:
+    """Build every network and put two images through it, so that what cannot work is said before the first run.
+
+    Raises:
+        ValueError: If the device is not there, a network cannot be built or does not take images of this size, or a
+            regularizer does not apply to it.
+    """
+    fabric_of(config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for norm in config.norms:
+            model = build_model(config, data, norm)
+            try:
+                model(data.x_train[:2])
+            except (RuntimeError, ValueError) as error:
+                c, h, w = data.shape
+                raise ValueError(
+                    f"model {config.model} with norm {norm} cannot process images of {c} x {h} x {w}: {error}"
+                ) from error
+            try:
+                Extras(config, model, data.x_train[:2], seed=0)
+            except ValueError as error:
+                raise ValueError(f"norm {norm}: {error}") from error
+    if "crop" in config.augment and config.augment_pixels >= min(data.shape[1:]):
+        h, w = data.shape[1:]
+        raise ValueError(
+            f"augment: crop reflects a border of augment_pixels = {config.augment_pixels}, "
+            f"too wide for images of {h} x {w}"
+        )
+
+
+def collect(out: Path, config: Config, elapsed: float = 0.0) -> dict[str, Any]:
+    """Write ``results.json`` from the summaries of all runs and return its content.
+
+    Args:
+        out: Folder of the experiment.
+        config: The experiment.
+        elapsed: Time of this call in seconds; ``total_seconds`` is this or the sum over the runs, if that is larger.
+    """
+    runs = []
+    for norm, optim, seed in runs_of(config):
+        path = run_path(norm, optim, seed)
+        runs.append({**read_json(out / path / "summary.json"), "path": path})
+    add_step_ratios(runs, config.baseline)
+    experiment = read_json(out / "experiment.json")
+    results = {
+        "format": 1,
+        "command": experiment.get("command", ""),
+        "data": experiment.get("data", ""),
+        "config": config.as_dict(),
+        "environment": runs[-1]["environment"],
+        "baseline": config.baseline,
+        "total_seconds": max(elapsed, sum(run["timing"]["wall_s"] for run in runs)),
+        "runs": runs,
+        "table": table(runs, config.baseline),
+    }
+    dump_json(out / "results.json", results)
+    return read_json(out / "results.json")

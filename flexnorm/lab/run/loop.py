@@ -1,0 +1,391 @@
+"""Train one network once: a folder that can be resumed at any moment and ends with a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexnorm.lab import models
+from flexnorm.lab.data import ImageData, stratified
+from flexnorm.lab.run import environment, schedule, seeding
+from flexnorm.lab.run.augment import augment
+from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run.config import NORMS, Config
+from flexnorm.lab.run.files import append_rows, atomic_write, dump_json, read_json, writing
+from flexnorm.lab.run.optimizers import make_optimizer
+from flexnorm.lab.run.regularize import Extras
+from flexnorm.lab.run.summary import METRICS_HEADER, SHIFT_COLUMNS, SHIFT_HEADER, mean, result, step_ms
+from flexnorm.nn import make_norm, needs_batch
+from flexnorm.shift import ShiftMonitor
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Epoch", "build_model", "fabric_of", "refusal", "single_image_norms", "train_run"]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known at the end of an epoch.
+
+    Attributes:
+        epoch: Epochs done, from 1.
+        epochs: Length of the run.
+        step: Updates done.
+        train_loss: Mean loss over the batches of this epoch (with label smoothing and augmentation).
+        test_loss: Mean cross entropy on the test images.
+        test_accuracy: Share of test images classified correctly, 0 to 1.
+        lr: Learning rate of the last update (of the first parameter group).
+        step_ms: Median time of an update in milliseconds.
+        seconds: Time spent on this run so far.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    lr: float
+    step_ms: float
+    seconds: float
+
+
+class DivergedError(Exception):
+    """The loss is not a number any more."""
+
+
+def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
+    """Build the network of an experiment with one normalization.
+
+    Raises:
+        ValueError: If network or normalization do not take the arguments they were given.
+    """
+    args = {**config.model_args, **config.norm_args.get(norm, {})}
+    try:
+        return models.build(config.model, norm=norm, in_channels=data.shape[0], num_classes=data.num_classes, **args)
+    except TypeError as error:
+        raise ValueError(f"model {config.model} with norm {norm}: {error}") from error
+
+
+def refusal(model: nn.Module, config: Config, norm: str) -> str | None:
+    """Return why a network cannot be trained in this experiment, or None if it can."""
+    if config.batch_size > 1 or not any(needs_batch(module) for module in model.modules()):
+        return None
+    return (
+        f"{norm} normalizes by the statistics of the training batch, and a batch of 1 image has none but its own: "
+        f"training would fit statistics that the network never sees again. "
+        f"Train with a batch size of at least 2, or with a norm that can: {', '.join(single_image_norms())}"
+    )
+
+
+def single_image_norms() -> list[str]:
+    """Return the norms that can be trained one image at a time: those that never mix the images of a batch."""
+    return [name for name in NORMS if name == "normprop" or not needs_batch(make_norm(name, 16))]
+
+
+def train_run(
+    config: Config,
+    data: ImageData,
+    folder: Path,
+    *,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
+    check_stop: Callable[[], None] = lambda: None,
+    monitor: bool = True,
+) -> dict[str, Any]:
+    """Train one network and leave a complete run folder; resume it if a part is there, return its summary if all is.
+
+    Args:
+        config: An experiment of exactly one norm, optimizer and seed (:meth:`Config.single`).
+        data: The images.
+        folder: Run folder; made if missing.
+        on_epoch: Called at the end of every epoch.
+        check_stop: Called between updates; may raise to end the run, which can then be resumed.
+        monitor: Measure the shift. Whether it is measured or not does not change the training.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        WriteError: If the disk does not take a file.
+        ValueError: If the folder holds another run or damaged files.
+    """
+    if len(config.norms) != 1 or len(config.optims) != 1 or len(config.seeds) != 1:
+        raise ValueError("train_run takes one norm, one optimizer and one seed; see Config.single")
+    identity = config.fingerprint(data.digest)
+    if (folder / "summary.json").exists():
+        return read_json(folder / "summary.json")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    fabric = fabric_of(config)
+    with environment.settings(config, fabric.device, data.shape):
+        run = _Run(config, data, folder, identity, fabric, monitor)
+        return run.train(on_epoch, check_stop)
+
+
+class _Run:
+    """One training in progress."""
+
+    def __init__(
+        self, config: Config, data: ImageData, folder: Path, identity: str, fabric: Fabric, monitor: bool
+    ) -> None:
+        import yaml
+
+        self.config, self.folder, self.identity, self.fabric = config, folder, identity, fabric
+        self.norm, self.seed = config.norms[0], config.seeds[0]
+        (self.optim,) = config.optims
+        self.steps_per_epoch = max(1, len(data.x_train) // config.batch_size)
+        every = config.shift_every
+        if every is None:
+            every = max(1, min(self.steps_per_epoch, self.steps_per_epoch * config.epochs // 20))
+        self.shift_every = every if monitor else 0
+        self.notes: list[str] = []
+        atomic_write(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
+
+        torch.manual_seed(seeding.mixed(self.seed, 0, "weights"))
+        self.model = build_model(config, data, self.norm)
+        self.refused = refusal(self.model, config, self.norm)
+        device = fabric.device
+        self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
+        self.x_test, self.y_test = data.x_test, data.y_test
+        if config.test_limit is not None and config.test_limit < len(data.y_test):
+            kept = torch.from_numpy(stratified(data.y_test.numpy(), config.test_limit, seed=0))
+            self.x_test, self.y_test = self.x_test[kept], self.y_test[kept]
+        self.x_test, self.y_test = self.x_test.to(device), self.y_test.to(device)
+        # The probe is the same for every run of the experiment, or their shifts could not be compared.
+        chosen = stratified(data.y_train.numpy(), min(config.probe, len(data.y_train)), seed=0)
+        self.probe = self.x_train[torch.from_numpy(chosen).to(device)]
+        self.epoch = self.step = 0
+        self.metrics_bytes = self.shift_bytes = 0
+        self.step_times: list[float] = []
+        self.seconds = 0.0
+
+    def train(self, on_epoch: Callable[[Epoch], None], check_stop: Callable[[], None]) -> dict[str, Any]:
+        if self.refused:
+            return self._finish("refused", self.refused)
+        started = time.perf_counter()
+        settings = self.config.optim_settings(self.norm, self.optim)
+        self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.wrapped, self.wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
+        self.extras = Extras(self.config, self.model, self.x_train, seeding.mixed(self.seed, 0, "extras"))
+        # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
+        self.probe = self.probe.to(next(self.model.parameters()).dtype)
+        with contextlib.ExitStack() as stack:
+            self.monitor: Any = None
+            if self.shift_every:
+                self.monitor = stack.enter_context(
+                    ShiftMonitor(
+                        self.model,
+                        self.probe,
+                        layers=models.watched_layers(self.model),
+                        every=self.shift_every,
+                        lag=self.config.shift_lag,
+                        max_samples=self.config.shift_samples,
+                    )
+                )
+            self._resume()
+            before = self.seconds
+            try:
+                while self.epoch < self.config.epochs:
+                    times = len(self.step_times)
+                    train_loss, lr = self._train_epoch(check_stop)
+                    self.extras.before_evaluation()
+                    test_loss, test_accuracy = self._evaluate()
+                    if not math.isfinite(test_loss):
+                        raise DivergedError(f"the test loss became {test_loss} after epoch {self.epoch + 1}")
+                    self.epoch += 1
+                    self.seconds = before + time.perf_counter() - started
+                    done = Epoch(
+                        epoch=self.epoch,
+                        epochs=self.config.epochs,
+                        step=self.step,
+                        train_loss=train_loss,
+                        test_loss=test_loss,
+                        test_accuracy=test_accuracy,
+                        lr=lr,
+                        step_ms=step_ms(self.step_times[times:]),
+                        seconds=self.seconds,
+                    )
+                    self._save(done)
+                    on_epoch(done)
+            except DivergedError as error:
+                self.seconds = before + time.perf_counter() - started
+                self._write_shift()
+                return self._finish("diverged", str(error))
+        self.seconds = before + time.perf_counter() - started
+        self._write_weights()
+        return self._finish("complete", None)
+
+    def _train_epoch(self, check_stop: Callable[[], None]) -> tuple[float, float]:
+        """Make the updates of one epoch; return their mean loss and the last learning rate."""
+        config, device = self.config, self.fabric.device
+        # Dropout and the like draw from the global generator: it, too, is a function of (seed, epoch).
+        torch.manual_seed(seeding.mixed(self.seed, self.epoch, "network"))
+        displacements = seeding.generator(self.seed, self.epoch, "augment")
+        order = seeding.order(len(self.x_train), self.seed, self.epoch).to(device)
+        arguments = config.schedule_settings()
+        losses: list[float] = []
+        self.model.train()
+        for batch in range(self.steps_per_epoch):
+            check_stop()
+            chosen = order[batch * config.batch_size : (batch + 1) * config.batch_size]
+            x = augment(self.x_train[chosen], config.augment, config.augment_pixels, displacements)
+            y = self.y_train[chosen]
+            factor = schedule.factor(config.schedule, arguments, self.step, self.steps_per_epoch, config.epochs)
+            for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = lr * factor
+            begin = time.perf_counter()
+            losses.append(self._update(x, y))
+            self.step_times.append(time.perf_counter() - begin)
+            self.step += 1
+            if self.monitor is not None:
+                with self.fabric.autocast():
+                    self.monitor.step()
+        return mean(losses), float(self.optimizer.param_groups[0]["lr"])
+
+    def _update(self, x: Tensor, y: Tensor) -> float:
+        """Make one update and return the loss before it, without what regularizers add."""
+        self.extras.before(x)
+        self.wrapped_optimizer.zero_grad()
+        loss = F.cross_entropy(self.wrapped(x).float(), y, label_smoothing=self.config.label_smoothing)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(f"the training loss became {value} at step {self.step + 1} (epoch {self.epoch + 1})")
+        penalty = self.extras.penalty()
+        self.fabric.backward(loss if penalty is None else loss + penalty)
+        self.wrapped_optimizer.step()
+        self.extras.after(self.optimizer)
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)  # or the time of the update would show up elsewhere
+        return value
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        """Return mean cross entropy and accuracy on the test images."""
+        self.model.eval()
+        size = max(self.config.batch_size, 500)
+        losses, hits = [], 0
+        for first in range(0, len(self.y_test), size):
+            y = self.y_test[first : first + size]
+            scores = self.wrapped(self.x_test[first : first + size]).float()
+            losses.append(float(F.cross_entropy(scores, y, reduction="sum")))
+            hits += int((scores.argmax(1) == y).sum())
+        return math.fsum(losses) / len(self.y_test), hits / len(self.y_test)
+
+    def _resume(self) -> None:
+        """Take up the last checkpoint, or clear what a run without one has left."""
+        path = self.folder / "checkpoint.pt"
+        metrics, shift = self.folder / "metrics.csv", self.folder / "shift.csv"
+        if not path.exists():
+            for leftover in (metrics, shift):
+                with writing(leftover):
+                    leftover.unlink(missing_ok=True)
+            self.metrics_bytes = append_rows(metrics, METRICS_HEADER, [])
+            self.shift_bytes = append_rows(shift, SHIFT_HEADER, [])
+            return
+        state = load_checkpoint(path, self.identity)
+        self.metrics_bytes, self.shift_bytes = state["metrics_bytes"], state["shift_bytes"]
+        truncate(metrics, self.metrics_bytes)
+        truncate(shift, self.shift_bytes)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.extras.load_state_dict(state["extras"])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        before, now = state.get("environment", {}), environment.describe(self.fabric.device)
+        changed = [
+            f"{key} {before[key]!r} became {now[key]!r}" for key in now if key in before and before[key] != now[key]
+        ]
+        if changed:
+            self.notes.append(f"resumed after epoch {state['epoch']} in another environment: {'; '.join(changed)}")
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.step_times = state["step_times"].tolist()
+
+    def _save(self, done: Epoch) -> None:
+        """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
+        row = [done.epoch, done.step, done.train_loss, done.test_loss, done.test_accuracy, done.lr, done.step_ms]
+        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, [[*row, done.seconds]])
+        self._write_shift()
+        if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
+            return
+        state = {
+            "run": self.identity,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "environment": environment.describe(self.fabric.device),
+            "step_times": torch.tensor(self.step_times, dtype=torch.float32),
+            "metrics_bytes": self.metrics_bytes,
+            "shift_bytes": self.shift_bytes,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "extras": self.extras.state_dict(),
+            "monitor": self.monitor.state_dict() if self.monitor is not None else {},
+        }
+        save_checkpoint(self.folder / "checkpoint.pt", state)
+
+    def _write_shift(self) -> None:
+        """Append the measurements that have come in since the last time."""
+        if self.monitor is None:
+            return
+        rows = []
+        for record in self.monitor.records:
+            values = record.asdict()
+            epoch = (values["step"] - 1) // self.steps_per_epoch + 1
+            rows.append([epoch, values["step"], values["layer"], *(float(values[column]) for column in SHIFT_COLUMNS)])
+        self.monitor.records.clear()
+        self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
+
+    def _write_weights(self) -> None:
+        """Write the trained weights in the format that every framework reads."""
+        from safetensors.torch import save
+
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        # One entry only: the library writes several in an order that changes from process to process.
+        note = {"flexnorm": json.dumps(self.config.as_dict())}
+        atomic_write(self.folder / "model.safetensors", save(weights, metadata=note))
+
+    def _finish(self, status: str, reason: str | None) -> dict[str, Any]:
+        """Write the summary: from then on the run counts as done."""
+        summary = {
+            "format": 1,
+            "status": status,
+            "reason": reason,
+            "notes": self.notes,
+            "norm": self.norm,
+            "optim": self.optim,
+            "seed": self.seed,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "run": self.identity,
+            "result": result(self.folder),
+            "timing": {"step_ms": step_ms(self.step_times), "wall_s": self.seconds, "step_count": len(self.step_times)},
+            "environment": environment.describe(self.fabric.device),
+        }
+        dump_json(self.folder / "summary.json", summary)
+        return read_json(self.folder / "summary.json")
+
+
+def fabric_of(config: Config) -> Fabric:
+    """Return the device and precision of an experiment as a Fabric."""
+    from lightning_fabric import Fabric
+
+    kind, _, index = config.device.partition(":")
+    try:
+        return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=config.precision)  # type: ignore[arg-type]
+    except Exception as error:  # Fabric has its own exception types for a device that is not there
+        raise ValueError(f"device {config.device!r} with precision {config.precision}: {error}") from error

@@ -1,0 +1,134 @@
+"""What a run does in each update beside the loss and the optimizer: gamma decay, coherence, population statistics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.lab.run.config import ESTIMATE, GAMMA_DECAY, Config
+from flexnorm.nn import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
+from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
+
+if TYPE_CHECKING:
+    from flexnorm.optim import GammaDecay
+    from flexnorm.statistics import PopulationEstimator
+
+__all__ = ["Extras"]
+
+_POPULATION = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
+
+
+class Extras:
+    """The additions of one run, none by default.
+
+    In each update: `before` the forward pass, `penalty` added to the loss, `after` the optimizer's step; and
+    `before_evaluation`.
+
+    Args:
+        config: The experiment; its ``gamma_decay``, ``coherence`` and ``estimate``.
+        model: The network.
+        samples: (N, C, H, W) training images, the pool for population statistics.
+        seed: Of the draws from them.
+
+    Raises:
+        ValueError: If a setting does not apply to this network.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, samples: Tensor, seed: int) -> None:
+        settings = {**GAMMA_DECAY, **config.gamma_decay}
+        self._model, self._coherence = model, config.coherence
+        self._every: int = settings["every"]
+        self._decoupled = bool(config.gamma_decay) and bool(settings["decoupled"])
+        self._steps = 0
+        self._decay: GammaDecay | None = None
+        self._coefficient = 0.0
+        self._gammas: list[nn.Parameter] = []
+        propagating = [module for module in model.modules() if isinstance(module, NormPropLayer)]
+        if config.coherence and not propagating:
+            raise ValueError("coherence is a penalty on layers of Normalization Propagation; this network has none")
+        if config.gamma_decay and propagating:
+            if isinstance(settings["coefficient"], str):
+                raise ValueError(
+                    "Normalization Propagation has no statistics whose noise an adaptive gamma decay could imitate; "
+                    "give gamma_decay a number as coefficient, for example 0.001"
+                )
+            self._coefficient = float(settings["coefficient"])
+            self._gammas = [layer.gamma for layer in propagating if isinstance(layer.gamma, nn.Parameter)]
+        elif config.gamma_decay:
+            from flexnorm.optim import GammaDecay
+            from flexnorm.theory.regularization import batch_norm_layers
+
+            size = settings["batch_size"] or config.batch_size
+            self._decay = GammaDecay(model, size, settings["coefficient"], seed=seed)
+            weights = [layer.weight for layer in batch_norm_layers(model).values()]
+            self._gammas = [weight for weight in weights if isinstance(weight, nn.Parameter)]
+        self._estimator: PopulationEstimator | None = None
+        if any(isinstance(module, _POPULATION) and module.source == "estimated" for module in model.modules()):
+            from flexnorm.statistics import PopulationEstimator
+
+            pool = {**ESTIMATE, **config.estimate}
+            self._estimator = PopulationEstimator(
+                model, samples, size=pool["samples"], every=pool["every"], chunk=pool["chunk"], seed=seed
+            )
+
+    def before(self, x: Tensor) -> None:
+        """Renew what is due before an update on the images ``x`` (N, C, H, W)."""
+        if self._estimator is not None:
+            self._estimator()
+        if self._decay is not None and isinstance(self._decay.coefficient, str) and self._steps % self._every == 0:
+            self._decay.update(x)
+        self._steps += 1
+
+    def penalty(self) -> Tensor | None:
+        """Return what is to be added to the loss, or None."""
+        terms: list[Tensor] = []
+        if self._coherence:
+            terms.append(self._coherence * coherence_penalty(self._model))
+        if self._gammas and not self._decoupled:
+            if self._decay is not None:
+                terms.append(self._decay.penalty())
+            else:
+                squares = torch.stack([gamma.square().sum() for gamma in self._gammas])
+                terms.append(self._coefficient * squares.sum())
+        return torch.stack(terms).sum() if terms else None
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shrink the scales, if they decay apart from the loss, as far as a penalty would move them in the long run.
+
+        That is the learning rate of their parameter group, divided by 1 - momentum where momentum adds its steps up.
+        """
+        if not (self._gammas and self._decoupled):
+            return
+        first = self._gammas[0]
+        group = next(group for group in optimizer.param_groups if any(p is first for p in group["params"]))
+        momentum = group.get("momentum", group["betas"][0] if group.get("off_manifold") == "sgd" else 0.0)
+        lr = group["lr"] / (1 - momentum)
+        if self._decay is not None:
+            self._decay.decay(lr)
+            return
+        with torch.no_grad():
+            for gamma in self._gammas:
+                gamma.mul_(max(0.0, 1.0 - 2.0 * lr * self._coefficient))
+
+    def before_evaluation(self) -> None:
+        """Let population statistics follow the last weights."""
+        if self._estimator is not None:
+            self._estimator.renew()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors, numbers and strings."""
+        return {
+            "steps": self._steps,
+            "decay": {} if self._decay is None else self._decay.state_dict(),
+            "estimator": {} if self._estimator is None else self._estimator.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._steps = int(state["steps"])
+        if self._decay is not None:
+            self._decay.load_state_dict(state["decay"])
+        if self._estimator is not None:
+            self._estimator.load_state_dict(state["estimator"])

@@ -1,0 +1,275 @@
+"""What every NormProp layer of a network does to mean, variance and perturbations: predicted, and measured.
+
+The prediction of a layer takes its normalized pre-activations to be N(0, 1). Beside it stand, where a batch is given,
+the moments of the pre-activations and of the output on that batch. Reading them:
+
+- pre-activation variance away from 1, or mean away from 0: the layer before it (or a pooling, a sum, the data layer)
+  is not standardized;
+- conditional prediction (from the measured mean and variance of every unit's pre-activation) away from the measured
+  output: the pre-activations are not Gaussian; see their skewness and excess kurtosis;
+- chi above 1, or a cumulative chi that grows: the mean squares of single samples run away from each other;
+- a large canonical error: filters are far from orthogonal, so the units of the layer are correlated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.nn.normprop.base import NormPropLayer
+from flexnorm.nn.normprop.coherence import CanonicalError, canonical_error
+from flexnorm.nn.normprop.constants import GaussianMoments
+from flexnorm.nn.normprop.elementwise import per_channel
+from flexnorm.nn.normprop.units import NormPropUnits
+
+_SEED_OFFSET = 0x6B65656C
+
+
+@dataclass(frozen=True)
+class LayerPropagation:
+    """One call of one layer.
+
+    Attributes:
+        name: Name of the module in the model, with ``#2``, ``#3``, ... for further calls of a shared layer.
+        kind: Class of the layer.
+        activation: Name of its activation, None for an affine layer.
+        units: Number of units (filters).
+        fan_in: Length of a filter.
+        chi: Slope of the map of a sample's mean square, averaged over units; 0 where samples are unitized.
+        cumulative_chi: Product of chi up to this layer, in the order of listing: the growth of a sample's deviation
+            along a plain chain. Skips make the growth slower than that.
+        jacobian_gain: Expected squared gain of a random perturbation.
+        correlation_gain: Slope at 0 of the map of the correlation of two samples.
+        predicted_mean: Mean of the output, averaged over units.
+        predicted_var: Variance of the output over data and units.
+        coherence: Largest cosine between two filters.
+        canonical_error: Distance of the pre-activations' covariance from diagonal, under white input.
+        canonical_bound: Its bound by Proposition 1.
+        measured_mean: Mean of the output on the batch; None without a batch.
+        measured_var: Variance of the output on the batch, over samples, positions and units.
+        conditional_mean: Predicted mean if each unit's pre-activation is Gaussian with the mean and variance measured
+            on the batch.
+        conditional_var: Predicted variance likewise.
+        measured_chi: Slope of the output's mean square under a common scaling of the batch.
+        measured_jacobian_gain: Squared gain of one random perturbation of the batch.
+        input_var: Variance of the normalized pre-activations within units; prediction assumes 1.
+        input_mean: Root mean square over units of their mean; prediction assumes 0.
+        input_skewness: Skewness of the pre-activations within units, averaged; 0 for a Gaussian.
+        input_kurtosis: Excess kurtosis likewise; 0 for a Gaussian.
+    """
+
+    name: str
+    kind: str
+    activation: str | None
+    units: int
+    fan_in: int
+    chi: float
+    cumulative_chi: float
+    jacobian_gain: float
+    correlation_gain: float
+    predicted_mean: float
+    predicted_var: float
+    coherence: float
+    canonical_error: float
+    canonical_bound: float
+    measured_mean: float | None = None
+    measured_var: float | None = None
+    conditional_mean: float | None = None
+    conditional_var: float | None = None
+    measured_chi: float | None = None
+    measured_jacobian_gain: float | None = None
+    input_var: float | None = None
+    input_mean: float | None = None
+    input_skewness: float | None = None
+    input_kurtosis: float | None = None
+
+    def asdict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class PropagationReport:
+    """Result of :func:`propagate`: a sequence of :class:`LayerPropagation` that prints as a table.
+
+    Attributes:
+        layers: In the order of execution where a batch was given, else in the order of ``model.named_modules()``.
+    """
+
+    layers: tuple[LayerPropagation, ...]
+
+    def __iter__(self) -> Iterator[LayerPropagation]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> LayerPropagation:
+        return self.layers[index]
+
+    def asdicts(self) -> list[dict[str, Any]]:
+        """One dictionary of plain Python values per layer."""
+        return [layer.asdict() for layer in self.layers]
+
+    def __str__(self) -> str:
+        columns = [
+            ("layer", "name"),
+            ("chi", "chi"),
+            ("cum. chi", "cumulative_chi"),
+            ("J gain", "jacobian_gain"),
+            ("mean", "predicted_mean"),
+            ("var", "predicted_var"),
+            ("coherence", "coherence"),
+        ]
+        if any(layer.measured_var is not None for layer in self.layers):
+            columns += [
+                ("mean*", "measured_mean"),
+                ("var*", "measured_var"),
+                ("cond. var*", "conditional_var"),
+                ("chi*", "measured_chi"),
+                ("J gain*", "measured_jacobian_gain"),
+                ("in var*", "input_var"),
+                ("in kurt*", "input_kurtosis"),
+            ]
+        rows = [[title for title, _ in columns]]
+        for layer in self.layers:
+            values = [getattr(layer, field) for _, field in columns]
+            rows.append(["-" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in values])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        note = ["* measured on the batch"] if len(columns) > 7 else []
+        return "\n".join([*lines, *note])
+
+
+def _predict(name: str, layer: NormPropUnits, before: float) -> LayerPropagation:
+    # Without a linear map there are no filters that could be coherent.
+    gains = layer.gains()
+    error = canonical_error(layer) if isinstance(layer, NormPropLayer) else CanonicalError(0.0, 0.0, 0.0)
+    mean, var = _pooled(layer.predicted_moments())
+    chi = float(gains.chi.mean())
+    return LayerPropagation(
+        name=name,
+        kind=type(layer).__name__,
+        activation=None if layer.activation is None else layer.activation.name,
+        units=layer.out_channels,
+        fan_in=layer.weight.numel() // layer.out_channels if isinstance(layer, NormPropLayer) else 1,
+        chi=chi,
+        cumulative_chi=before * chi,
+        jacobian_gain=float(gains.jacobian.mean()),
+        correlation_gain=float(gains.correlation.mean()),
+        predicted_mean=mean,
+        predicted_var=var,
+        coherence=error.coherence,
+        canonical_error=error.error,
+        canonical_bound=error.bound,
+    )
+
+
+def _by_unit(x: Tensor, spatial: int) -> Tensor:
+    """(units, everything else) in float64."""
+    return x.movedim(-1 - spatial, 0).flatten(1).double()
+
+
+def _pooled(moments: GaussianMoments) -> tuple[float, float]:
+    """Mean and variance over data and units: variances pool as the mean of variances plus the variance of means."""
+    return float(moments.mean.mean()), float(moments.var.mean() + moments.mean.var(correction=0))
+
+
+def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    z = _by_unit(layer._preactivations(x), layer.spatial)
+    mean, var = z.mean(1), z.var(1, correction=0)
+    scaled = (z - mean.unsqueeze(1)) * var.clamp_min(1e-30).rsqrt().unsqueeze(1)
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    y, radial = torch.func.jvp(layer.forward, (x,), (x,))[:2]
+    change = torch.func.jvp(layer.forward, (x,), (direction,))[1]
+    # A unit filter turns a white perturbation of unit variance into one of unit variance, borders aside: measure
+    # against that.
+    linear = layer._preactivations(x + direction) - layer._preactivations(x) if not layer.unitize else direction
+    if layer.spread is not None and not layer.unitize:
+        linear = linear * per_channel(layer.spread, layer.spatial, linear)
+    flat = y.double()
+    conditional = _pooled(layer.predicted_moments(mean, var))
+    return {
+        "measured_mean": float(flat.mean()),
+        "measured_var": float(flat.var(correction=0)),
+        "conditional_mean": conditional[0],
+        "conditional_var": conditional[1],
+        "measured_chi": float((y * radial).double().mean() / max(float(z.square().mean()), 1e-30)),
+        "measured_jacobian_gain": float(change.double().square().mean() / linear.double().square().mean()),
+        "input_var": float(var.mean()),
+        "input_mean": float(mean.square().mean().sqrt()),
+        "input_skewness": float(scaled.pow(3).mean()),
+        "input_kurtosis": float(scaled.pow(4).mean() - 3),
+    }
+
+
+def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> PropagationReport:
+    """Describe the propagation of mean, variance and perturbations through every NormProp layer of ``model``.
+
+    Args:
+        model: A network with NormProp layers.
+        batch: What the model is called with (a tuple: its positional arguments), to measure beside the predictions;
+            the model is put into evaluation mode for the call and back, without gradients. None: predictions from the
+            parameters alone.
+        seed: Of the random perturbation that measures the Jacobian gain. The global generator is not touched.
+
+    Returns:
+        A :class:`PropagationReport`; ``print`` it for a table.
+
+    Raises:
+        ValueError: If the model has no NormProp layer.
+
+    Examples:
+        >>> from flexnorm.nn.normprop import NormPropLinear
+        >>> report = propagate(nn.Sequential(NormPropLinear(8, 8), NormPropLinear(8, 2, activation=None)))
+        >>> round(report[0].chi, 2), report[1].activation
+        (0.81, None)
+    """
+    named = {name: module for name, module in model.named_modules() if isinstance(module, NormPropUnits)}
+    if not named:
+        raise ValueError("the model has no NormProp layer; nothing propagates by constants in it")
+    rows: list[LayerPropagation] = []
+
+    def add(name: str, layer: NormPropUnits, measured: dict[str, Any]) -> None:
+        row = _predict(name, layer, rows[-1].cumulative_chi if rows else 1.0)
+        rows.append(dataclasses.replace(row, **measured))
+
+    with torch.no_grad():
+        if batch is None:
+            for name, layer in named.items():
+                add(name, layer, {})
+            return PropagationReport(tuple(rows))
+        # Shifted, so that the perturbation is not the very noise that a user made with the same small seed.
+        generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
+        calls: dict[str, int] = {}
+        names = {id(layer): name for name, layer in named.items()}
+
+        def after(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+            if isinstance(module, NormPropUnits):
+                name = names[id(module)]
+                calls[name] = calls.get(name, 0) + 1
+                label = name if calls[name] == 1 else f"{name}#{calls[name]}"
+                # The measurement calls layer.forward, not the layer: it does not come back here.
+                add(label, module, _measure(module, args[0], generator))
+
+        modes = [(module, module.training) for module in model.modules()]
+        handles = [layer.register_forward_hook(after) for layer in named.values()]
+        try:
+            model.eval()
+            model(*batch) if isinstance(batch, tuple) else model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes:
+                module.training = mode
+    return PropagationReport(tuple(rows))

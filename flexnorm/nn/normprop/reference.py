@@ -1,0 +1,63 @@
+"""Slow, obvious NormProp layers straight from the equations, in float64: what the fast layers are tested against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flexnorm.nn.normprop.activations import resolve_activation
+from flexnorm.nn.normprop.constants import ActivationLike
+
+_STEPS = 200_001
+
+
+def reference_moments(activation: ActivationLike, gamma: float, beta: float) -> tuple[float, float]:
+    """Mean and variance of ``act(gamma z + beta)`` by a Riemann sum of 200,001 steps over [-12, 12]."""
+    act = resolve_activation(activation)
+    z = torch.linspace(-12, 12, _STEPS, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    y = gamma * z + beta if act is None else act(gamma * z + beta)
+    mean = float((y * density).sum())
+    return mean, float(((y - mean) ** 2 * density).sum())
+
+
+def reference_normprop(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    bias: Tensor,
+    activation: ActivationLike = "relu",
+    *,
+    constants: str = "exact",
+    unitize: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """Eq. 9 of arXiv 1603.01431, unit by unit: ``(act(gamma W x / ||W|| + bias) - mean) / sqrt(var + eps)``.
+
+    Args:
+        x: ``(N, K)`` samples (for a convolution: patches).
+        weight: ``(C, K)`` filters.
+        gamma: ``(C,)``.
+        bias: ``(C,)``.
+        activation: Elementwise activation.
+        constants: ``"paper"``: mean and variance at gamma = 1, bias = 0; ``"exact"``: at the unit's own.
+        unitize: Divide each row of ``x`` by its root mean square.
+        eps: Added to the variance, for ``"exact"``.
+
+    Returns:
+        ``(N, C)``, float64.
+    """
+    act = resolve_activation(activation)
+    x, weight = x.double(), weight.double()
+    if unitize:
+        x = x / x.square().mean(1, keepdim=True).sqrt()
+    columns = []
+    for w, g, b in zip(weight, gamma.tolist(), bias.tolist(), strict=True):
+        u = g * (x @ w) / w.square().sum().sqrt() + b
+        mean, var = reference_moments(act or "identity", *((g, b) if constants == "exact" else (1.0, 0.0)))
+        columns.append(
+            ((u if act is None else act(u)) - mean) / math.sqrt(var + (eps if constants == "exact" else 0.0))
+        )
+    return torch.stack(columns, 1)

@@ -1,0 +1,326 @@
+"""Units without a linear map: gamma, bias, activation and standardization, and what follows from them.
+
+The base of the layers with a linear map and of :class:`~flexnorm.nn.normprop.activation.NormPropActivation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexnorm._messages import unknown_name
+from flexnorm.kernels import floor
+from flexnorm.nn.normprop.activations import Activation, resolve_activation
+from flexnorm.nn.normprop.constants import ActivationLike, Gains, GaussianMoments, activation_gains, activation_moments
+from flexnorm.nn.normprop.elementwise import channel_affine, per_channel
+from flexnorm.nn.normprop.folded import ChannelAffine, ChannelFloor, ChannelPReLU, activation_module
+from flexnorm.nn.normprop.initialization import initial_affine
+from flexnorm.nn.normprop.tables import rectifier_tables
+
+CONSTANTS = ("exact", "paper")
+INITS = ("stable", "paper")
+
+DEFAULT_EPS = 1e-5
+"""Added to the variance of an activation, whose size at gamma = 1 is 0.34 for ReLU."""
+
+
+class NormPropUnits(nn.Module):
+    """Base class of everything that propagates: ``(act(gamma (z - center) / spread + bias) - mean) / std``.
+
+    z is what the subclass computes. Propagation takes it to be N(0, 1); where it is known not to be, as in a network
+    that was converted from a trained one, ``center`` and ``spread`` say what it is instead.
+
+    Attributes:
+        gamma: ``(C,)`` scales of the pre-activations, or None for ``activation="identity"``, where it would have no
+            effect.
+        bias: ``(C,)`` shifts of the pre-activations, or None for ``activation="identity"``.
+        slope: Trainable negative slope(s) of PReLU, else None.
+        center: Buffer ``(C,)``: mean of z, or None for 0. See :meth:`calibrate_`.
+        spread: Buffer ``(C,)``: standard deviation of z, or None for 1.
+        out_channels: Number of units C.
+        activation: The resolved :class:`Activation`, or None for an affine layer without standardization.
+        constants: ``"exact"`` or ``"paper"``.
+        init: ``"stable"`` or ``"paper"``.
+        eps: Added to the variance of the activation (in units of the activation squared).
+        unitize: Whether each sample is divided by its root mean square first.
+        spatial: Number of axes after the channels (0 for linear).
+    """
+
+    out_channels: int
+    spatial: int = 0
+    unitize: bool = False
+    center: Tensor | None
+    spread: Tensor | None
+
+    _own_shift = True  # whether the linear map may leave the shift to a kernel of ours
+
+    def __init__(
+        self,
+        out_channels: int,
+        *,
+        activation: ActivationLike | None,
+        constants: str,
+        init: str | None,
+        eps: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        if constants not in CONSTANTS:
+            raise ValueError(unknown_name("constants", constants, CONSTANTS))
+        chosen = ("stable" if constants == "exact" else "paper") if init is None else init
+        if chosen not in INITS:
+            raise ValueError(unknown_name("init", chosen, INITS))
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating point type, got {dtype}")
+        self.out_channels = out_channels
+        self.activation: Activation | None = resolve_activation(activation)
+        self.constants = constants
+        self.init = chosen
+        self.eps = float(eps)
+        self.gamma: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        self.slope: nn.Parameter | None = None
+        if not self._is_identity:
+            self.gamma = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        if self.activation is not None and self.activation.slopes:
+            if self.activation.slopes not in (1, out_channels):
+                raise ValueError(
+                    f"PReLU has {self.activation.slopes} slopes, but the layer has {out_channels} channels; "
+                    f"use 1 or {out_channels}"
+                )
+            self.slope = nn.Parameter(torch.empty(self.activation.slopes, device=device, dtype=dtype))
+        self.register_buffer("center", None)
+        self.register_buffer("spread", None)
+        # The fixed (mean, std) of Eq. 9-12 as Python numbers: they are no state and must survive meta devices and
+        # dtype changes.
+        self._paper_constants = self._fixed_constants()
+
+    @property
+    def _is_identity(self) -> bool:
+        return self.activation is not None and self.activation.negative_slope == 1.0 and not self.activation.slopes
+
+    def _fixed_constants(self) -> tuple[float, float] | None:
+        if self.constants != "paper" or self.activation is None or self.activation.slopes:
+            return None
+        with torch.device("cpu"), torch.no_grad():
+            moments = activation_moments(self.activation)
+            return float(moments.mean), float(moments.var.sqrt())
+
+    def _parameter_like(self) -> Tensor:
+        """A tensor whose dtype and device tables take."""
+        if self.gamma is None:
+            raise NotImplementedError
+        return self.gamma
+
+    def _preactivations(self, x: Tensor) -> Tensor:
+        """z, as propagation takes it to be N(0, 1): for diagnosis."""
+        raise NotImplementedError
+
+    def _reset_units(self) -> None:
+        gamma, bias = initial_affine(self.activation, self.init)
+        with torch.no_grad():
+            if self.gamma is not None and self.bias is not None:
+                self.gamma.fill_(gamma)
+                self.bias.fill_(bias)
+            if self.slope is not None and self.activation is not None and self.activation.negative_slope is not None:
+                self.slope.fill_(self.activation.negative_slope)
+
+    @torch.no_grad()
+    def calibrate_(self, center: Tensor | None, spread: Tensor | None) -> None:
+        """State mean and standard deviation of the pre-activations before gamma and bias; constants from then on.
+
+        Unit filters give unit variance for uncorrelated inputs. Those of a trained network are correlated, and with
+        the moments stated the units are standardized all the same.
+
+        Args:
+            center: ``(C,)``, or None for 0.
+            spread: ``(C,)``, positive, or None for 1.
+
+        Raises:
+            ValueError: For another shape, or a spread that is not positive.
+        """
+        if (center is None) != (spread is None):
+            raise ValueError("give both center and spread, or neither")
+        if center is None or spread is None:
+            self.center = self.spread = None
+            return
+        like = self._table_like()
+        if center.shape != like.shape or spread.shape != like.shape or not bool((spread > 0).all()):
+            raise ValueError(
+                f"center and spread must have shape ({self.out_channels},) and spread be positive, "
+                f"got {tuple(center.shape)} and {tuple(spread.shape)}"
+            )
+        self.center, self.spread = center.to(like), spread.to(like)
+
+    def _calibrated(self, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of z where those of ``(z - center) / spread`` are given."""
+        if self.spread is None or self.center is None:
+            return scale, shift
+        scale = self.spread.reciprocal() if scale is None else scale / self.spread
+        moved = -self.center * scale
+        return scale, moved if shift is None else shift + moved
+
+    def standardization(self) -> GaussianMoments:
+        """Mean that the layer subtracts and variance by which it divides (eps included), ``(C,)`` each, before folding.
+
+        For ``activation=None`` these are 0 and 1: the affine layer is not standardized.
+        """
+        like = self._table_like()
+        if self.activation is None:
+            return GaussianMoments(torch.zeros_like(like), torch.ones_like(like))
+        if self._paper_constants is not None:
+            mean, std = self._paper_constants
+            return GaussianMoments(torch.full_like(like, mean), torch.full_like(like, std * std))
+        exact = self.constants == "exact"
+        gamma, beta = self.affine() if exact else (torch.ones_like(like), torch.zeros_like(like))
+        moments = activation_moments(self.activation, gamma, beta, slope=self.slope)
+        # The identity has no gamma that could vanish.
+        return moments._replace(var=moments.var + self.eps) if exact and not self._is_identity else moments
+
+    def _table_like(self) -> Tensor:
+        like = self._parameter_like()
+        half = like.dtype in (torch.float16, torch.bfloat16)
+        return torch.empty(self.out_channels, dtype=torch.float32 if half else like.dtype, device=like.device)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Gamma and bias as ``(C,)`` tensors, 1 and 0 where the layer has none."""
+        like = self._table_like()
+        if self.gamma is None or self.bias is None:
+            return torch.ones_like(like), torch.zeros_like(like)
+        return self.gamma, self.bias
+
+    def predicted_moments(self, mean: Tensor | float = 0.0, var: Tensor | float = 1.0) -> GaussianMoments:
+        """Mean and variance ``(C,)`` of every output unit if its normalized pre-activation is N(mean, var).
+
+        Args:
+            mean: Of the pre-activations ``W x / ||W||``, a number or ``(C,)``.
+            var: Likewise.
+        """
+        gamma, bias = self.affine()
+        center, variance = self.standardization()
+        mean, var = (torch.as_tensor(t, dtype=center.dtype, device=center.device) for t in (mean, var))
+        gamma, bias = gamma * var.sqrt(), bias + gamma * mean
+        if self.activation is None:
+            return GaussianMoments(bias, gamma.square())
+        mean, var = activation_moments(self.activation, gamma, bias, slope=self.slope)
+        return GaussianMoments((mean - center) * variance.rsqrt(), var / variance)
+
+    def gains(self) -> Gains:
+        """chi, squared Jacobian gain and correlation gain ``(C,)`` of every unit, from the parameters alone.
+
+        The layer's value is the mean over its units. chi > 1: the mean square of single samples runs away with depth.
+        With ``unitize=True`` chi is 0 by construction (the output does not depend on the input's length).
+        """
+        gamma, bias = self.affine()
+        if self.activation is None:
+            gains = Gains(gamma.square(), gamma.square(), gamma.square())
+        else:
+            center, variance = self.standardization()
+            gains = activation_gains(self.activation, gamma, bias, center=center, variance=variance, slope=self.slope)
+        if self.spread is not None:
+            # What comes in is white and of unit variance; the pre-activation has the variance that was stated.
+            inverse = self.spread.square().reciprocal()
+            gains = gains._replace(jacobian=gains.jacobian * inverse, correlation=gains.correlation * inverse)
+        return gains._replace(chi=torch.zeros_like(gains.chi)) if self.unitize else gains
+
+    # -- forward
+
+    def _units(self, linear: Callable[[Tensor | None, Tensor | None], Tensor]) -> Tensor:
+        """The standardized activation of ``linear(scale, shift)``, which is to return ``scale z + shift``."""
+        if self.gamma is None or self.bias is None:
+            return linear(None, None)
+        if self.activation is None:
+            return linear(self.gamma, self.bias)
+        a = self.activation.negative_slope
+        if a is not None and self.slope is None and self.constants == "exact":
+            return self._rectified(linear, *rectifier_tables(self.gamma, self.bias, a, self.eps), self.activation)
+        mean, var = self.standardization()
+        inverse = var.rsqrt()
+        if a is not None:
+            tables = self.gamma * inverse, self.bias * inverse, mean * inverse
+            return self._rectified(linear, *tables, self.activation)
+        u = linear(self.gamma, self.bias)
+        return channel_affine(self.activation(u), inverse, -mean * inverse, self.spatial)
+
+    def _rectified(
+        self,
+        linear: Callable[[Tensor | None, Tensor | None], Tensor],
+        scale: Tensor,
+        shift: Tensor,
+        offset: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        """``act(scale z + shift) - offset`` for a rectifier."""
+        if self._own_shift and self.slope is None and activation.negative_slope == 0.0 and floor.may(scale):
+            u = linear(scale, None)
+            if u.dim() == self.spatial + 2 and floor.takes(u):
+                return floor.shift_and_floor_(u, shift - offset, -offset)
+            u = u + per_channel(shift, self.spatial, u)
+        else:
+            u = linear(scale, shift)
+        # Add the negative table: the gradient of a subtraction would negate a whole activation before it is summed.
+        return self._rectify(u, activation) + per_channel(-offset, self.spatial, u)
+
+    def _rectify(self, u: Tensor, activation: Activation) -> Tensor:
+        if self.slope is not None:
+            return activation(u, per_channel(self.slope.expand(self.out_channels), self.spatial, u))
+        if activation.negative_slope == 0.0:
+            # What made u is ours and its backward does not need its output, so the rectifier may overwrite it.
+            return F.relu_(u)
+        return activation(u)
+
+    # -- inference
+
+    def _has_shift(self) -> bool:
+        """Whether the folded linear map needs a bias."""
+        return self.bias is not None or self.center is not None
+
+    def _folded_units(self) -> tuple[Tensor | None, Tensor | None, list[nn.Module]]:
+        """Scale and shift of z (None for 1 and 0), and the modules that follow; tables in float64."""
+        table: dict[str, Tensor | None] = {}
+        for name in ("gamma", "bias", "slope"):
+            value = getattr(self, name)
+            table[name] = None if value is None else value.detach().double()
+        gamma, bias = table["gamma"], table["bias"]
+        if gamma is None or bias is None:
+            return *self._calibrated(None, None), []
+        if self.activation is None:
+            return *self._calibrated(gamma, bias), []
+        if self.constants == "exact":
+            moments = activation_moments(self.activation, gamma, bias, slope=table["slope"])
+            mean, var = moments.mean, moments.var + self.eps
+        else:
+            one = torch.ones_like(gamma)
+            mean, var = activation_moments(self.activation, one, 0 * one, slope=table["slope"])
+        inverse, dtype = var.rsqrt(), self._parameter_like().dtype
+        shift = -mean * inverse
+        tail: list[nn.Module]
+        if not self.activation.homogeneous:
+            tail = [activation_module(self.activation), ChannelAffine(inverse, shift, self.spatial, dtype)]
+            return *self._calibrated(gamma, bias), tail
+        scale, bias = gamma * inverse, bias * inverse
+        slope = table["slope"]
+        if slope is None and self.activation.negative_slope == 0.0:
+            return *self._calibrated(scale, bias + shift), [ChannelFloor(shift, self.spatial, dtype, inplace=True)]
+        act = activation_module(self.activation)
+        if slope is not None:
+            act = ChannelPReLU(slope.expand(self.out_channels), self.spatial, dtype)
+        return *self._calibrated(scale, bias), [act, ChannelAffine(None, shift, self.spatial, dtype)]
+
+    def _options(self) -> str:
+        name = None if self.activation is None else self.activation.name
+        parts = [f"activation={name!r}", f"constants={self.constants!r}", f"init={self.init!r}"]
+        if self.unitize:
+            parts.append("unitize=True")
+        if self.spread is not None:
+            parts.append("calibrated")
+        if self.eps != DEFAULT_EPS:
+            parts.append(f"eps={self.eps}")
+        return ", ".join(parts)

@@ -1,0 +1,266 @@
+"""Population normalization: the statistics of the whole population in training too, not those of the batch.
+
+Luo, Wang, Shao & Peng, "Towards understanding regularization in batch normalization" (ICLR 2019, arXiv 1809.00846),
+sec. 2: BatchNorm equals population normalization plus a decay on gamma. The paper estimates the population statistics
+from 10,000 training samples (``statistics="estimated"``, filled from outside). ``"running"`` estimates them along the
+way:
+
+* The moving average is bias-corrected: after the first batch it equals that batch, so there is no cold start.
+* Variances average by the exponentially weighted form of Chan's formula, which keeps the variance *between* batches. At
+  batch size 1 that is most of the variance; averaging variances alone would lose it.
+Both kinds have in common:
+
+* A guard bounds how far the statistics may be from those of the batch, for the batch where they are stale. Estimates
+  that are renewed every few steps lag behind large steps of the weights, and training on them can diverge.
+* By default the derivative of the batch statistics stands for that of the population's (``gradient="batch"``): the
+  paper's statistics follow the weights, as those of weight normalization do, and constants do not.
+
+So with the defaults a training batch has a small influence on its own normalization, by the share ``momentum`` of the
+statistics. Strictly population normalization, each sample alike and training the same function as evaluation, is
+``statistics="estimated", gradient="none"``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexnorm._messages import unknown_name
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.engine.module import _recomputing
+from flexnorm.nn import rules
+from flexnorm.nn._fused import follow_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from flexnorm.kernels.normalization import CKernels
+
+# Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
+_FEW_VALUES = 16
+
+__all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d"]
+
+
+class _PopulationNorm(FlexNorm):
+    """Population normalization (Luo et al. 2019, sec. 2): the statistics of the population in training too.
+
+    Training works at any batch size, 1 included. With ``statistics="estimated"`` every sample is normalized alike,
+    whatever else is in its batch, and training and evaluation are the same function as long as the guard does not act;
+    the default ``"running"`` lets each batch enter the statistics first, with the weight ``momentum``, and normalizes
+    the very first batch by itself.
+
+    Args:
+        num_features: Number of channels C of the input.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the bias-corrected moving average of the statistics; ``None`` for the
+            cumulative average. Smaller batches want smaller values: about ``0.1 * batch / 64``.
+        affine: Whether to learn ``weight`` and ``bias``, each (C,).
+        statistics: ``"running"``: each training batch enters the statistics before it is normalized. ``"estimated"``:
+            they change only from outside (recalibration, an estimator).
+        gradient: The population statistics are functions of the weights before this layer, and their derivative is part
+            of the gradient. ``"batch"``: the derivative of the batch statistics stands for it (batch renormalization
+            without limits: the value is that of the population, the derivative that of the batch). With fewer than 16
+            values per channel, or ``"none"``: the statistics are constants, as if they did not follow the weights; the
+            gradient of a sample is then its own, and scale-invariant weights drift (use a smaller learning rate, or
+            an optimizer on the sphere).
+        max_ratio: Guard: in training the standard deviation used lies within this factor of the batch's own, and the
+            mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None`` switches it off. It never
+            acts in evaluation, on a batch with one value per channel, or on estimated statistics as constants
+            (``gradient="none"``, or fewer than 16 values), which promise that no sample depends on the others.
+        bias: ``False`` leaves out the bias only.
+        process_group: Pool the statistics over the processes of this group (any backend).
+        device: Device of parameters and buffers.
+        dtype: Type of the parameters.
+
+    Attributes:
+        clipped: Scalar buffer: share of the channels on which the guard acted in the last training batch.
+
+    Raises:
+        ValueError: For an unknown ``statistics`` or ``gradient``, or a ``max_ratio`` below 1.
+    """
+
+    clipped: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        *,
+        statistics: str = "running",
+        gradient: str = "batch",
+        max_ratio: float | None = 3.0,
+        bias: bool = True,
+        process_group: ProcessGroup | str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if statistics not in ("running", "estimated"):
+            raise ValueError(unknown_name("statistics of PopulationNorm", statistics, ["running", "estimated"]))
+        if max_ratio is not None and max_ratio < 1:
+            raise ValueError(f"max_ratio must be at least 1 or None (no guard), got {max_ratio}")
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            True,
+            bias=bias,
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
+        )
+        if gradient not in ("batch", "none"):
+            raise ValueError(unknown_name("gradient of PopulationNorm", gradient, ["batch", "none"]))
+        self.source = statistics
+        self.gradient = gradient
+        self.max_ratio = max_ratio
+        self._samples = 0
+        self.register_buffer("clipped", torch.zeros((), device=device), persistent=False)
+
+    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Standardize with the population statistics, in training too."""
+        if self.frozen or not self.training:
+            mean, var = self.kept_statistics()
+            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        # With a process group the choice must not depend on the local batch: all processes communicate alike.
+        alone = moments.process_group is None and isinstance(moments.count, int)
+        few = alone and moments.count * self._samples < _FEW_VALUES
+        through = self.gradient == "batch" and not few
+        if not through and self.source == "estimated":
+            mean, var = self.kept_statistics()
+            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        pooled = moments.pool("batch") if through else moments.detach().pool("batch")
+        mean, var = self._bounded(pooled) if self.source == "estimated" else self._follow(pooled)
+        if not through:
+            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        if pooled.native is not None and pooled.mean.dtype == mean.dtype:
+            return follow_statistics(pooled.mean, pooled.var, mean, var, self.weight, self.bias, self.eps)
+        return rules.renormalize(
+            pooled.mean,
+            pooled.var,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            r_max=float("inf"),
+            d_max=float("inf"),
+            eps=self.eps,
+        )
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1, the counter and ``clipped`` to 0."""
+        super().reset_running_stats()
+        if self._buffers.get("clipped") is not None:
+            self.clipped.zero_()
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse wrong shapes; remember the number of samples, which decides how the gradient is taken."""
+        super().check_input(x)
+        self._samples = x.shape[0]
+
+    def _population(self) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return self.running_mean, self.running_var
+
+    @torch.no_grad()
+    def _follow(self, pooled: Moments) -> tuple[Tensor, Tensor]:
+        """Let the batch enter the statistics and return them as they are now, within the guard."""
+        self.track(pooled)
+        return self._bounded(pooled)
+
+    @torch.no_grad()
+    def _bounded(self, pooled: Moments) -> tuple[Tensor, Tensor]:
+        """Return the statistics within the guard about those of the batch."""
+        native = self._native(pooled)
+        if self.max_ratio is not None and native is not None:
+            mean, var, share = native.guard(pooled.mean, pooled.var, *self._population(), self.eps, self.max_ratio)
+            self.clipped.fill_(share)
+            return mean, var
+        if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
+            mean, var = self._population()
+            # Later batches change the buffers in place, before this one's backward has used its values.
+            return mean.clone(), var.clone()
+        return self._guarded(pooled, self.max_ratio)
+
+    def _guarded(self, pooled: Moments, ratio: float) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        batch_mean, batch_var = pooled.mean.detach().reshape(-1), pooled.var.detach().reshape(-1)
+        floor = batch_var + self.eps
+        var = torch.minimum(torch.maximum(self.running_var + self.eps, floor / ratio**2), floor * ratio**2) - self.eps
+        reach = floor.sqrt() * (ratio - 1)
+        mean = torch.minimum(torch.maximum(self.running_mean, batch_mean - reach), batch_mean + reach)
+        acted = (mean != self.running_mean) | ((var - self.running_var).abs() > 1e-3 * self.running_var)
+        self.clipped.copy_(acted.float().mean())
+        usable = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
+        return torch.where(usable, mean, self.running_mean), torch.where(usable, var, self.running_var)
+
+    @torch.no_grad()
+    def track(self, pooled: Moments) -> None:
+        """Let batch moments enter the bias-corrected moving average, between-batch variance included."""
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert var is not None
+        assert tracked is not None
+        if self.frozen or _recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
+            return
+        native = self._native(pooled)
+        if native is not None:
+            seen = int(tracked) + 1
+            share = 1.0 / seen if seen == 1 or self.momentum is None else self._rate(self.momentum, seen)
+            tracked.add_(native.follow(pooled.mean, pooled.var, mean, var, share, seen == 1))
+            return
+        new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
+        new_var = pooled.var.detach().reshape(-1).to(var.dtype)
+        usable = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
+        tracked.add_(usable.to(tracked.dtype))
+        batches = tracked.clamp_min(1).to(mean.dtype)
+        # The first batch replaces the initial values.
+        first = (batches <= 1).to(mean.dtype)
+        later = 1.0 / batches if self.momentum is None else self._rate(self.momentum, batches)
+        rate = torch.maximum(later, first)
+        gap = new_mean - mean
+        between = rate * (1 - rate) * gap.square() * (1 - first)
+        var.copy_(torch.where(usable, (1 - rate) * var + rate * new_var + between, var))
+        mean.copy_(torch.where(usable, mean + rate * gap, mean))
+
+    @staticmethod
+    def _rate(momentum: float, batches: Any) -> Any:
+        """Weight of the newest of so many batches, whose weights (1 - momentum)^age are made to sum to 1."""
+        return momentum / (1.0 - (1.0 - momentum) ** batches + 1e-30)
+
+    def _native(self, pooled: Moments) -> CKernels | None:
+        """The compiled kernels, if they hold the batch's moments and the statistics can be theirs."""
+        mean, var = self._population()
+        alike = mean.dtype == var.dtype == pooled.mean.dtype and mean.is_contiguous() and var.is_contiguous()
+        return pooled.native if alike and isinstance(pooled.count, int) and pooled.count > 1 else None
+
+    def extra_repr(self) -> str:
+        """Show the constructor arguments."""
+        shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
+        shown += f", statistics={self.source!r}, gradient={self.gradient!r}, max_ratio={self.max_ratio}"
+        return shown + (", frozen=True" if self.frozen else "")
+
+
+class PopulationNorm1d(_PopulationNorm):
+    """Population normalization of (N, C) or (N, C, L) input."""
+
+    ndims = (2, 3)
+
+
+class PopulationNorm2d(_PopulationNorm):
+    """Population normalization of (N, C, H, W) input."""
+
+    ndims = (4,)
+
+
+class PopulationNorm3d(_PopulationNorm):
+    """Population normalization of (N, C, D, H, W) input."""
+
+    ndims = (5,)

@@ -1,0 +1,32 @@
+"""Riemannian optimizers for the scale-invariant weights that normalization creates."""
+
+from flexnorm.optim.adamg import AdamG, adamg
+from flexnorm.optim.batch_noise import BatchNoise
+from flexnorm.optim.diagnostics import SphereMonitor, StepStats
+from flexnorm.optim.gamma_decay import DecayRow, GammaDecay
+from flexnorm.optim.groups import ParamGroups, param_groups
+from flexnorm.optim.invariance import InvarianceReport, WeightReport, scale_invariant_weights
+from flexnorm.optim.projected import SGDP, AdamP
+from flexnorm.optim.reference import ReferenceAdamG, ReferenceSGDG
+from flexnorm.optim.sgdg import SGDG, sgdg
+
+__all__ = [
+    "SGDG",
+    "SGDP",
+    "AdamG",
+    "AdamP",
+    "BatchNoise",
+    "DecayRow",
+    "GammaDecay",
+    "InvarianceReport",
+    "ParamGroups",
+    "ReferenceAdamG",
+    "ReferenceSGDG",
+    "SphereMonitor",
+    "StepStats",
+    "WeightReport",
+    "adamg",
+    "param_groups",
+    "scale_invariant_weights",
+    "sgdg",
+]

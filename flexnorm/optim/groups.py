@@ -1,0 +1,229 @@
+"""Param groups for a model: what goes on the manifold, what does not, and weights of unit length to begin with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.optim.invariance import InvarianceReport, Probe, WeightReport, scale_invariant_weights
+from flexnorm.optim.manifold import row_norm, unit
+from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
+
+__all__ = ["ParamGroups", "param_groups"]
+
+
+class ParamGroups(list[dict[str, Any]]):
+    """Param groups for an optimizer, an ordinary list with a report; prints as a summary.
+
+    Attributes:
+        report: What was found out about every parameter (:class:`flexnorm.optim.InvarianceReport`).
+        notes: What the user should know: rows whose length mattered and was changed, statistics that could not follow.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], report: InvarianceReport, notes: list[str]) -> None:
+        super().__init__(groups)
+        self.report = report
+        self.notes = notes
+
+    def __str__(self) -> str:
+        names = {parameter: name for name, parameter in ((r.name, r.parameter) for r in self.report.values())}
+        lines = []
+        for group in self:
+            count = sum(p.numel() for p in group["params"])
+            keys = ", ".join(f"{key}={value}" for key, value in group.items() if key != "params")
+            lines.append(f"{len(group['params'])} tensors, {count:,} numbers: {keys}")
+            weights = [self.report[names[p]] for p in group["params"] if p.ndim >= 2]
+            lines += [f"    {r.name}  {tuple(r.parameter.shape)}  {r.reason}" for r in weights]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    lr_manifold: float,
+    weight_decay: float = 0.0,
+    example_input: Any = None,
+    *,
+    select: str = "probe",
+    grad_clip: float | None = 0.1,
+    ortho: float = 0.1,
+    decay_vectors: bool = False,
+    exclude: Iterable[str] = (),
+    normalize: bool = True,
+    verbose: bool = True,
+) -> ParamGroups:
+    r"""Sort the parameters of a model into groups for :class:`SGDG` and :class:`AdamG` (or any torch optimizer).
+
+    Weights on the manifold get ``lr_manifold`` and the regularizer ``ortho``, other weights ``lr`` and
+    ``weight_decay``, biases and gains ``lr`` and no decay, as in Cho and Lee (2017). The rows of manifold weights are
+    brought to unit length in place. For scale-invariant weights this does not change the function: running statistics
+    of a normalization that takes the output of the layer are scaled along, so that a trained network evaluates as
+    before.
+
+    Args:
+        model: The network.
+        lr: Learning rate outside the manifold.
+        lr_manifold: Learning rate on the manifold, in radians per unit of clipped gradient. The paper: 0.2 for SGD-G
+            and 0.05 for Adam-G where ``lr`` is 0.01.
+        weight_decay: For weights outside the manifold.
+        example_input: What the model is called with; see :func:`scale_invariant_weights`. Not needed for
+            ``select="paper"``.
+        select: ``"probe"`` or ``"paper"``, see :func:`scale_invariant_weights`.
+        grad_clip: Bound on the Riemannian gradient of a weight vector, :math:`\nu`.
+        ortho: Weight :math:`\alpha` of the orthogonality regularizer. Weights with more rows than inputs get 0: their
+            rows cannot be orthogonal, and pushing them apart only makes them unstable.
+        decay_vectors: Whether biases and gains are decayed too.
+        exclude: Names or patterns (``"head.*"``) of parameters to keep off the manifold.
+        normalize: Bring the rows of manifold weights to unit length now. (The optimizer does it at its first step in
+            any case, without the care for running statistics.)
+        verbose: Print what went where to standard output.
+
+    Returns:
+        The groups, with their report. Parameters that do not require gradients are left out.
+
+    Raises:
+        ValueError: As :func:`scale_invariant_weights`, or if a pattern of ``exclude`` matches nothing.
+
+    Examples:
+        >>> from flexnorm.optim import SGDG
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        >>> groups = param_groups(model, 0.01, 0.2, 5e-4, torch.zeros(8, 1, 4, 4), verbose=False)
+        >>> [(group["manifold"], group["lr"], len(group["params"])) for group in groups]
+        [(True, 0.2, 1), (False, 0.01, 1), (False, 0.01, 4)]
+        >>> optimizer = SGDG(groups, momentum=0.9)
+    """
+    report = scale_invariant_weights(model, example_input, select=select)
+    patterns = list(exclude)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in report):
+            raise ValueError(f"exclude: no parameter of the model matches {pattern!r}")
+    chosen = [
+        r
+        for r in report.values()
+        if r.selected and r.parameter.requires_grad and not any(fnmatchcase(r.name, pattern) for pattern in patterns)
+    ]
+    notes = _normalize(model, chosen, example_input, exact=select == "probe") if normalize else []
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for r in chosen:
+        alpha = ortho if r.rows // r.row_groups <= r.n else 0.0
+        # Blocks are of no concern to a weight without the orthogonality term, so all such share one group.
+        blocks = r.row_groups if alpha or r.row_dim else 1
+        groups.setdefault(
+            (r.row_dim, blocks, alpha),
+            {
+                "params": [],
+                "lr": lr_manifold,
+                "weight_decay": 0.0,
+                "manifold": True,
+                "grad_clip": grad_clip,
+                "ortho": alpha,
+                "row_dim": r.row_dim,
+                "row_groups": blocks,
+            },
+        )["params"].append(r.parameter)
+    on = {r.parameter for r in chosen}
+    rest = [r.parameter for r in report.values() if r.parameter.requires_grad and r.parameter not in on]
+    for parameters, decay in (
+        ([p for p in rest if p.ndim >= 2], weight_decay),
+        ([p for p in rest if p.ndim < 2], weight_decay if decay_vectors else 0.0),
+    ):
+        if parameters:
+            groups[(decay, len(groups))] = {"params": parameters, "lr": lr, "weight_decay": decay, "manifold": False}
+    result = ParamGroups(groups.values(), report, notes)
+    if verbose:
+        sys.stdout.write(f"{result}\n")
+    return result
+
+
+@dataclass(frozen=True)
+class _Follower:
+    """A normalization with running statistics that takes the output of a layer."""
+
+    layer: nn.Module
+    norm: nn.Module
+
+
+@torch.no_grad()
+def _normalize(model: nn.Module, chosen: list[WeightReport], example_input: Any, *, exact: bool) -> list[str]:
+    """Bring rows to unit length, and running statistics along; return notes."""
+    modules = dict(model.named_modules())
+    layers = {modules[name] for r in chosen for name in r.modules}
+    used = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and _has_history(m)]
+    followers = _followers(model, layers, used, example_input) if used and example_input is not None else []
+    notes = []
+    for r in chosen:
+        layout = RowLayout.of(r.parameter, r.row_dim, r.row_groups)
+        rows = to_rows(r.parameter.detach(), layout).to(compute_dtype(r.parameter))
+        length = row_norm(rows).squeeze(1)
+        if bool((length == 0).any()):
+            notes.append(f"{r.name}: {int((length == 0).sum())} rows are zero and stay so")
+        if not exact:
+            notes.append(
+                f"{r.name}: rows had lengths {float(length.min()):.3g} to {float(length.max()):.3g}; if no "
+                "normalization follows directly, bringing them to 1 changed the function"
+            )
+        from_rows(unit(rows), r.parameter.data, layout)
+        length = torch.where(length > 0, length, 1.0)
+        mine = {modules[name] for name in r.modules}
+        behind = [f for f in followers if f.layer in mine and _matches(f, layout.rows)]
+        for follower in behind:
+            _scale_statistics(follower, length)
+        if used and exact and not behind and not torch.allclose(length, torch.ones_like(length), rtol=1e-5):
+            notes.append(
+                f"{r.name}: rows had lengths {float(length.min()):.3g} to {float(length.max()):.3g} and no running "
+                "statistics were found directly behind; re-estimate any that stand further on before evaluating"
+            )
+    return notes
+
+
+def _has_history(norm: nn.Module) -> bool:
+    """Tell whether running statistics have ever been updated: fresh ones must stay at 0 and 1."""
+    mean, var = norm.running_mean, norm.running_var
+    return bool((torch.as_tensor(mean) != 0).any() or (torch.as_tensor(var) != 1).any())
+
+
+def _matches(follower: _Follower, rows: int) -> bool:
+    return len(torch.as_tensor(follower.norm.running_var)) == rows
+
+
+def _scale_statistics(follower: _Follower, length: Tensor) -> None:
+    """Divide the statistics by the lengths of the rows; the bias of the layer is not divided."""
+    mean, var = follower.norm.running_mean, follower.norm.running_var
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        raise TypeError("running statistics that are not tensors")
+    bias = getattr(follower.layer, "bias", None)
+    shift = bias.detach().to(mean) if isinstance(bias, Tensor) else torch.zeros_like(mean)
+    mean.sub_(shift).div_(length.to(mean)).add_(shift)
+    var.div_(length.to(var).square())
+
+
+def _followers(model: nn.Module, layers: set[nn.Module], norms: list[nn.Module], example: Any) -> list[_Follower]:
+    """Find by identity of tensors which normalization takes the output of which layer."""
+    produced: dict[int, tuple[nn.Module, Tensor]] = {}
+    found: list[_Follower] = []
+
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            produced[id(output)] = (module, output)  # holding the tensor keeps its id from being used again
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and id(args[0]) in produced:
+            found.append(_Follower(produced[id(args[0])][0], module))
+
+    handles = [layer.register_forward_hook(after) for layer in layers]
+    handles += [norm.register_forward_pre_hook(before) for norm in norms]
+    try:
+        with Probe(model, example) as probe:
+            produced.clear()
+            found.clear()
+            probe.run({})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,208 @@
+"""What a side pass through a network collects at every batch-normalized layer: per image, not per position.
+
+For image j and channel c: the mean and the (biased) variance of the layer's input over the positions, and the
+derivative of the image's loss with respect to a shift and to a scale of the layer's output that all positions share.
+These tables of shape (N, C) are all that zeta needs; positions enter only through them, so their correlations are
+accounted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm._messages import unknown_name
+from flexnorm.nn import is_norm
+
+__all__ = ["CURVED_LOSSES", "ImageTables", "Loss", "batch_norm_layers", "capture"]
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+"""A name of `CURVED_LOSSES` (Gauss-Newton curvature, no labels needed), or ``loss(outputs, targets)`` returning the
+mean over the images (empirical Fisher information: squared gradients at the true labels, as the paper writes it)."""
+
+
+def _cross_entropy(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    classes = outputs.movedim(1, -1)
+    probabilities = classes.softmax(-1)
+    label = torch.multinomial(probabilities.reshape(-1, classes.shape[-1]), 1, generator=generator)
+    chosen = torch.zeros_like(probabilities).reshape(-1, classes.shape[-1]).scatter_(1, label, 1.0)
+    root = (probabilities - chosen.reshape(probabilities.shape)).movedim(-1, 1)
+    return root.mul((outputs.shape[1] / outputs[0].numel()) ** 0.5)
+
+
+def _binary_cross_entropy(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    p = outputs.sigmoid()
+    return (p - torch.bernoulli(p, generator=generator)).mul(outputs[0].numel() ** -0.5)
+
+
+def _noise(outputs: Tensor, generator: torch.Generator, curvature: float) -> Tensor:
+    noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    return noise.mul(curvature**0.5)
+
+
+CURVED_LOSSES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "cross_entropy": _cross_entropy,
+    "binary_cross_entropy": _binary_cross_entropy,
+    "mse": lambda outputs, generator: _noise(outputs, generator, 2.0 / outputs[0].numel()),
+    "squared": lambda outputs, generator: _noise(outputs, generator, 2.0),
+    "half_squared": lambda outputs, generator: _noise(outputs, generator, 1.0),
+}
+"""For every loss a draw of vectors v per image with ``E[v v^T]`` = Hessian of the image's loss with respect to the
+outputs: ``cross_entropy`` of logits (N, K) or (N, K, *), averaged over ``*``; ``binary_cross_entropy`` of logits and
+``mse``, averaged over all outputs of an image; ``squared`` and ``half_squared`` errors, summed over them."""
+
+
+@dataclass(frozen=True)
+class ImageTables:
+    """One call of one layer. All tensors have shape (N, C), detached.
+
+    Attributes:
+        name: Name of the layer in the model; a layer called more than once has ``#2``, ``#3`` ... appended.
+        mean: Mean of the layer's input over the positions of the image.
+        var: Its biased variance over the positions (zero for (N, C) inputs).
+        shift: Derivative of the image's loss by a shift of the output.
+        scale: Derivative of the image's loss by the output's scale, with the input centred on `mean`: sum of gradient
+            times (x - mean) over the positions, in the input's units.
+    """
+
+    name: str
+    mean: Tensor
+    var: Tensor
+    shift: Tensor
+    scale: Tensor
+
+
+def batch_norm_layers(model: nn.Module, layers: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Return the layers that standardize every channel by statistics of a batch or of the population, by name.
+
+    These are torch's BatchNorm (SyncBatchNorm included) and this package's batch, population and unitized layers:
+    normalization layers that keep running statistics, instance normalization excepted. Each module is listed once.
+
+    Args:
+        model: Any model.
+        layers: Names to take instead of all.
+
+    Raises:
+        ValueError: If a name is not such a layer.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if is_norm(module) and hasattr(module, "running_mean") and "InstanceNorm" not in type(module).__name__
+    }
+    if layers is None:
+        return found
+    for name in layers:
+        if name not in found:
+            raise ValueError(unknown_name("batch normalization layer", name, found))
+    return {name: found[name] for name in layers}
+
+
+def capture(
+    model: nn.Module,
+    inputs: Tensor,
+    loss: Loss = "cross_entropy",
+    targets: Tensor | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[ImageTables]:
+    """Run one side pass in evaluation mode and return the tables of every layer.
+
+    Evaluation mode, because the theory compares with population statistics and because each image's loss must depend on
+    that image alone. Gradients, buffers, modes and the global random state of the caller are left as they were.
+
+    Args:
+        model: The model; its batch-normalized layers must have meaningful running statistics.
+        inputs: (N, *), one batch.
+        loss: See `Loss`.
+        targets: Labels, for a callable loss.
+        layers: Names of the layers to look at; all batch-normalized ones by default.
+        generator: Source of the draws for a named loss; a fresh one seeded with 0 by default.
+
+    Returns:
+        One entry per layer and call, in the order of the calls.
+
+    Raises:
+        ValueError: For an unknown loss or layer, if the model has no such layer, or if targets are missing.
+    """
+    chosen = batch_norm_layers(model, layers)
+    if not chosen:
+        raise ValueError("the model has no layer that normalizes by batch or population statistics")
+    if isinstance(loss, str) and loss not in CURVED_LOSSES:
+        raise ValueError(unknown_name("loss", loss, CURVED_LOSSES))
+    if not isinstance(loss, str) and targets is None:
+        raise ValueError("a callable loss needs targets; give them, or name the loss to use its curvature instead")
+    seen: list[tuple[str, Tensor, Tensor]] = []
+    with evaluation(model), _taps(chosen, seen), torch.enable_grad():
+        outputs = model(inputs)
+        total = _total(outputs, loss, targets, generator)
+        gradients = torch.autograd.grad(total, [y for _, _, y in seen], allow_unused=True)
+    tables = []
+    for (name, x, y), gradient in zip(seen, gradients, strict=True):
+        g = torch.zeros_like(y) if gradient is None else gradient
+        tables.append(_reduce(name, x.detach(), g.detach()))
+    return tables
+
+
+def _total(outputs: Tensor, loss: Loss, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if not isinstance(loss, str):
+        assert targets is not None
+        return loss(outputs, targets) * len(outputs)
+    if generator is None:
+        generator = torch.Generator(outputs.device).manual_seed(0)
+    with torch.no_grad():
+        root = CURVED_LOSSES[loss](outputs, generator)
+    return (outputs * root).sum()
+
+
+def _reduce(name: str, x: Tensor, g: Tensor) -> ImageTables:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype).reshape(x.shape[0], x.shape[1], -1)
+    g = g.to(dtype).reshape(x.shape)
+    var, mean = torch.var_mean(x, dim=2, correction=0)
+    return ImageTables(name, mean, var, g.sum(2), (g * (x - mean[..., None])).sum(2))
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode; afterwards modes and global random state are as before.
+
+    Args:
+        model: The model.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _taps(layers: dict[str, nn.Module], seen: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
+    calls = dict.fromkeys(layers, 0)
+
+    def tap(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            calls[name] += 1
+            if not output.requires_grad:  # all parameters before and in this layer are frozen
+                output = output.detach().requires_grad_()
+            label = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            seen.append((label, args[0], output))
+            return output.clone()  # what follows may work in place; the gradient asked for is that of `output` itself
+
+        return hook
+
+    handles = [module.register_forward_hook(tap(name)) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

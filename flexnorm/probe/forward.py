@@ -1,0 +1,83 @@
+"""The side forward: call the model on the probe batch, look at the layers, leave no trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.probe.isolate import isolated
+
+Look = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+Mode = Literal["train", "eval"]
+
+
+def call(model: nn.Module, probe: Any) -> Any:
+    """Call a model: a tensor ``probe`` is its only argument, a tuple its positional, a mapping its keyword ones."""
+    if isinstance(probe, Mapping):
+        return model(**probe)
+    if isinstance(probe, (tuple, list)):
+        return model(*probe)
+    return model(probe)
+
+
+def detached(probe: Any) -> Any:
+    """A copy of ``probe`` that later changes of the original do not reach."""
+    if isinstance(probe, Tensor):
+        return probe.detach().clone()
+    if isinstance(probe, Mapping):
+        return {key: detached(value) for key, value in probe.items()}
+    if isinstance(probe, (tuple, list)):
+        return type(probe)(detached(item) for item in probe)
+    return probe
+
+
+def side_forward(
+    model: nn.Module,
+    probe: Any,
+    layers: Mapping[str, nn.Module],
+    look: Look,
+    *,
+    forward: Callable[[nn.Module, Any], Any] = call,
+    mode: Mode = "train",
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Call the model on the probe without gradient and show every call of the chosen layers to ``look``.
+
+    Args:
+        model: The unwrapped model.
+        probe: What ``forward`` takes.
+        layers: Layers to look at, by name.
+        look: Called as ``look(name, module, inputs, output)`` right after the layer; a further call of one layer within
+            the forward has ``#2``, ``#3``, ... appended to its name.
+        forward: How to call the model.
+        mode: ``"train"``: as in training; layers that the model keeps in evaluation mode stay there. ``"eval"``: as in
+            evaluation.
+        seed: Seed of dropout and other noise, the same at each call, so that two calls differ by the model alone.
+        autocast: Run under autocast to this type.
+    """
+    calls: Counter[str] = Counter()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def seen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            calls[name] += 1
+            look(name if calls[name] == 1 else f"{name}#{calls[name]}", module, inputs, output)
+
+        return seen
+
+    handles = []
+    with isolated(model, seed, autocast=autocast):
+        if mode == "eval":
+            model.eval()
+        elif not model.training:
+            model.train()
+        try:
+            handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+            forward(model, probe)
+        finally:
+            for handle in handles:
+                handle.remove()

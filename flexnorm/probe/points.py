@@ -1,0 +1,71 @@
+"""From a layer's output to points in R^d, a fixed random subset of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Samples = Literal["position", "image"]
+
+_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first floating-point tensor in an ``output``: itself, or inside tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        return output if output.dtype.is_floating_point else None
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((found for item in output if (found := first_tensor(item)) is not None), None)
+    return None
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The axis of the channels of ``module``: the last for layers that work on it (LayerNorm, Linear), else 1."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return -1 if len(module.normalized_shape) == 1 else 1
+    return -1 if isinstance(module, _CHANNELS_LAST) else 1
+
+
+def take_points(output: Tensor, axis: int, samples: Samples, rows: Tensor) -> Tensor:
+    """Selected points of an output, copied.
+
+    Args:
+        output: (N, C, *spatial), or with the channels on another axis.
+        axis: Axis of the channels.
+        samples: ``"position"``: every position of every input is a point in R^C; ``"image"``: every input is one point.
+        rows: (k,) which points, in the order of :func:`count_points`.
+
+    Returns:
+        (k, d) in float32 or float64, on the device of the output, independent of its memory.
+    """
+    rows = rows.to(output.device)
+    if samples == "image":
+        points = output.reshape(output.shape[0], -1)[rows]
+    else:
+        moved = output.movedim(axis, -1)
+        # Indexing the axes gathers k points; flattening first would copy the whole output.
+        points = moved[torch.unravel_index(rows, moved.shape[:-1])]
+    return points.detach().to(torch.promote_types(points.dtype, torch.float32))
+
+
+def count_points(output: Tensor, axis: int, samples: Samples) -> int:
+    """How many points an ``output`` with its channels on ``axis`` holds, by the kind of ``samples``."""
+    return output.shape[0] if samples == "image" else output.numel() // max(output.shape[axis], 1)
+
+
+def choose_rows(total: int, limit: int, layer: str, seed: int) -> Tensor:
+    """Which of ``total`` points of a ``layer`` to keep: all, or ``limit`` drawn by a private generator, ascending.
+
+    The choice depends on nothing but the arguments (``seed`` among them), hence it is the same before and after a step
+    and in a resumed run.
+    """
+    if total <= limit:
+        return torch.arange(total)
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(layer.encode()))
+    return torch.randperm(total, generator=generator)[:limit].sort().values

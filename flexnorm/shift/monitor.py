@@ -1,0 +1,201 @@
+"""ShiftMonitor: internal covariate shift of any model, layer by layer, while it trains, and without a trace in it.
+
+Measure: Huang & Yu (CVPR 2020, arXiv 2001.02814), the Wasserstein-1 distance between the distributions of a layer's
+output before and after an update. Deviations: both distributions are those of the same probe inputs with the same noise
+(otherwise the bias of empirical transport in high dimension hides the shift), and the distance is also given relative
+to the spread of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm._messages import unknown_name
+from flexnorm.probe import (
+    Layers,
+    Mode,
+    Samples,
+    call,
+    channel_axis,
+    check_watchable,
+    choose_rows,
+    count_points,
+    detached,
+    first_tensor,
+    select_layers,
+    side_forward,
+    take_points,
+    unwrap,
+)
+from flexnorm.shift._stepping import Reference, Snapshot, Stepper, check_count
+from flexnorm.shift.metrics import Metric, Seen, as_metrics
+from flexnorm.shift.records import ShiftRecord, measure_shift, record_from_dict
+from flexnorm.shift.schedules import Schedule
+
+
+class ShiftMonitor(Stepper[ShiftRecord]):
+    """Measures how far the output distribution of each layer moves as a model trains.
+
+    Args:
+        model: Any module, also compiled or wrapped for distributed training; the module inside is what is called.
+        probe: The inputs on which the layers are compared, kept as a copy: a tensor (the only argument of the model), a
+            tuple (positional) or a dictionary (keyword arguments), on the device of the model. A training batch held
+            out for the purpose does well.
+        layers: Which layers: ``"norm"`` for all normalization layers, a name, a glob pattern, ``"re:..."``, or a list
+            of names, patterns and modules.
+        every: When to measure: a number of steps, a list of steps, or a schedule from :mod:`flexnorm.shift.schedules`.
+        lag: Optimizer steps between the two distributions that are compared.
+        reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
+        metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`flexnorm.shift.metrics`,
+            or functions of :class:`flexnorm.shift.metrics.Seen`.
+        samples: What a point is: ``"position"``, every position of every input a point in R^C; or ``"image"``, every
+            input one point in R^(C H W).
+        max_samples: At most so many points of each layer, drawn once and for all by a private generator. The exact
+            distance costs about n^3: 128 points take about a millisecond, 512 about thirty.
+        mode: ``"train"``: layers work as in training (batch statistics, dropout); ``"eval"``: as in evaluation.
+        forward: How to call the model on the probe, ``forward(model, probe)``, where the default does not do.
+        autocast: Type to run the side forward in under autocast; ``None`` for the state at the call of :meth:`step`.
+        channel_dim: Axis of the channels where the default (last for LayerNorm, RMSNorm, Linear, Embedding and
+            attention, else 1) is wrong.
+        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks from
+            :mod:`flexnorm.shift.sinks`, or functions of a record.
+        seed: Seed of the choice of points and of the noise in the side forward.
+
+    Attributes:
+        records: All measurements so far, a list of :class:`ShiftRecord`; readable at any time.
+        steps: Optimizer steps seen so far.
+        layers: Names of the layers that are watched.
+
+    Raises:
+        ValueError: No layer matches, or an argument is out of range.
+        TypeError: An argument is of the wrong kind.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x = torch.randn(16, 4)
+        >>> with ShiftMonitor(model, x, every=1) as monitor:
+        ...     for _ in range(3):
+        ...         model(x).square().mean().backward()
+        ...         optimizer.step()
+        ...         new = monitor.step()
+        >>> [(record.step, record.layer) for record in monitor.records]
+        [(1, '1'), (2, '1'), (3, '1')]
+        >>> all(record.lower <= record.w1 <= record.upper for record in monitor.records)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Any,
+        layers: Layers = "norm",
+        *,
+        every: int | Schedule | Iterable[int] = 100,
+        lag: int = 1,
+        reference: Reference = "previous",
+        metrics: Iterable[str | Metric] = (),
+        samples: Samples = "position",
+        max_samples: int = 128,
+        mode: Mode = "train",
+        forward: Callable[[nn.Module, Any], Any] = call,
+        autocast: torch.dtype | None = None,
+        channel_dim: int | None = None,
+        sinks: Iterable[Any] = (),
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        super().__init__(every, lag, reference, sinks)
+        check_count("max_samples", max_samples)
+        for name, value, valid in (("samples", samples, get_args(Samples)), ("mode", mode, get_args(Mode))):
+            if value not in valid:
+                raise ValueError(unknown_name(name, value, valid))
+        self._model = unwrap(model)
+        check_watchable(self._model)
+        self._layers = select_layers(self._model, layers)
+        self._probe = detached(probe)
+        self._metrics = as_metrics(metrics)
+        self._forward = forward
+        self._samples: Samples = samples
+        self._max_samples = max_samples
+        self._mode: Mode = mode
+        self._autocast = autocast
+        self._channel_dim = channel_dim
+        self._seed = seed
+        self._rows: dict[tuple[str, int], Tensor] = {}
+        self._numbers: dict[str, dict[str, float]] = {}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that are watched."""
+        return tuple(self._layers)
+
+    def look(self) -> Snapshot:
+        """The points of each layer's output for the probe, (n, d) on the CPU. Changes nothing in the model."""
+        points: Snapshot = {}
+        numbers: dict[str, dict[str, float | Tensor]] = {}
+        buffers = {module: dict(module.named_buffers(recurse=False)) for module in self._layers.values()}
+
+        def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            tensor = first_tensor(output)
+            if tensor is None or tensor.ndim == 0:
+                raise ValueError(
+                    f"layer {name} ({type(module).__name__}) returns no floating-point tensor with axes to measure"
+                )
+            tensor = tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor
+            axis = channel_axis(module) if self._channel_dim is None else self._channel_dim
+            total = count_points(tensor, axis, self._samples)
+            if (name, total) not in self._rows:
+                self._rows[name, total] = choose_rows(total, self._max_samples, name, self._seed)
+            points[name] = take_points(tensor, axis, self._samples, self._rows[name, total])
+            seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module])
+            numbers[name] = {key: value for metric in self._metrics for key, value in metric(seen).items()}
+
+        side_forward(
+            self._model,
+            self._probe,
+            self._layers,
+            keep,
+            forward=self._forward,
+            mode=self._mode,
+            seed=self._seed,
+            autocast=self._autocast,
+        )
+        if not points:
+            raise RuntimeError(f"the forward on the probe called none of the layers {', '.join(self._layers)}")
+        self._numbers = {name: {key: float(value) for key, value in row.items()} for name, row in numbers.items()}
+        return {name: value.cpu() for name, value in points.items()}
+
+    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[ShiftRecord]:
+        return [
+            ShiftRecord(
+                **vars(measure_shift(before[layer], points)),
+                step=self.steps,
+                reference_step=taken,
+                reference=kind,
+                layer=layer,
+                metrics=self._numbers[layer],
+            )
+            for layer, points in now.items()
+            if layer in before
+        ]
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "layers": list(self._layers),
+            "lag": self._lag,
+            "reference": self._reference,
+            "samples": self._samples,
+            "max_samples": self._max_samples,
+            "mode": self._mode,
+            "seed": self._seed,
+        }
+
+    @staticmethod
+    def _record(values: Mapping[str, Any]) -> ShiftRecord:
+        return record_from_dict(values)

@@ -1,0 +1,220 @@
+r"""Internal covariate shift as the optimizer meets it: how the update of earlier layers changes a layer's gradient.
+
+Santurkar, Tsipras, Ilyas & Madry, "How does batch normalization help optimization?" (NeurIPS 2018, arXiv 1805.11604),
+def. 2.1: with the loss L, a batch and the parameters $W^{(t)}_1, \dots, W^{(t)}_k$ in order of the layers,
+
+    G_i  = dL/dW_i (W_1^t, ..., W_k^t)
+    G'_i = dL/dW_i (W_1^{t+1}, ..., W_{i-1}^{t+1}, W_i^t, ..., W_k^t),
+
+and the shift of layer i is $\|G_i - G'_i\|_2$. They find that BatchNorm often has *more* of it. The order of the layers
+is that in which the model first calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.probe import Layers, check_watchable, detached, isolated, select_layers, side_forward, unwrap
+from flexnorm.shift._stepping import Reference, Snapshot, Stepper
+from flexnorm.shift.schedules import Schedule
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizationRecord:
+    """How the gradient of one layer changed when the layers before it were updated.
+
+    Attributes:
+        step: Optimizer steps done after the update.
+        layer: Name of the layer.
+        reference: ``"previous"`` or ``"initial"``.
+        reference_step: Optimizer steps done before the update.
+        gradient: Norm of G, the gradient before.
+        shift: Norm of G - G'.
+        relative: ``shift / gradient``; NaN for a zero gradient.
+        cosine: Cosine of the angle between G and G'; NaN if one is zero.
+    """
+
+    step: int
+    layer: str
+    reference: str
+    reference_step: int
+    gradient: float
+    shift: float
+    relative: float
+    cosine: float
+
+    def asdict(self) -> dict[str, Any]:
+        """All fields as a dictionary."""
+        return asdict(self)
+
+
+class OptimizationMonitor(Stepper[OptimizationRecord]):
+    """Measures the optimization shift of each layer between steps, without a trace in the training.
+
+    A measurement costs one forward and backward for each layer and one more, and a copy of the parameters is held from
+    the step before to the step after: measure rarely, or few layers.
+
+    Args:
+        model: Any module, also compiled or wrapped.
+        loss: ``loss(model, batch)`` -> scalar tensor.
+        batch: What ``loss`` takes, kept as a copy.
+        layers: Which layers, as for :class:`ShiftMonitor`; ``None`` for all that hold a parameter of two or more axes
+            themselves.
+        every: When to measure: a number of steps, a list of steps, or a schedule.
+        lag: Optimizer steps between before and after (1 in the paper).
+        reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
+        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
+        seed: Seed of the noise in the side forward.
+
+    Attributes:
+        records: All measurements so far, a list of :class:`OptimizationRecord`.
+        steps: Optimizer steps seen so far.
+        layers: Names of the layers that are measured, in the order of their first call.
+
+    Raises:
+        ValueError: No layer matches, or none of them holds parameters and is called by the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: Any,
+        layers: Layers | None = None,
+        *,
+        every: int | Schedule | Iterable[int] = 500,
+        lag: int = 1,
+        reference: Reference = "previous",
+        sinks: Iterable[Any] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(every, lag, reference, sinks)
+        self._model = unwrap(model)
+        check_watchable(self._model)
+        self._loss = loss
+        self._batch = detached(batch)
+        self._seed = seed
+        self._owners = self._order()
+        wanted = None if layers is None else set(select_layers(self._model, layers).values())
+        modules = dict(self._model.named_modules())
+        self._measured = [
+            name
+            for name, parameters in self._owners.items()
+            if (wanted is None and any(self._model.get_parameter(p).ndim >= 2 for p in parameters))
+            or (wanted is not None and modules[name] in wanted)
+        ]
+        if not self._measured:
+            raise ValueError(
+                "none of the layers holds parameters itself and is called by the loss; "
+                f"those that do: {', '.join(self._owners) or 'none'}"
+            )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that are measured, in the order of their first call."""
+        return tuple(self._measured)
+
+    def look(self) -> Snapshot:
+        """Copies of all parameters, by name."""
+        return {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+
+    def gradients(self, parameters: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
+        """Gradient of the loss with respect to all own parameters of each layer, as one vector, at given parameters.
+
+        Args:
+            parameters: A value for every parameter of the model.
+            layers: Names of layers.
+
+        Returns:
+            By layer: (number of its own parameters,).
+        """
+        layers = list(layers)
+        leaves = {name: value.detach().clone() for name, value in parameters.items()}
+        names = [name for layer in layers for name in self._owners[layer]]
+        with isolated(self._model, self._seed), torch.enable_grad():
+            for name in names:
+                leaves[name].requires_grad_()
+            value = torch.func.functional_call(
+                _Loss(self._model, self._loss), {f"model.{k}": v for k, v in leaves.items()}, (self._batch,)
+            )
+            found = torch.autograd.grad(value, [leaves[name] for name in names], allow_unused=True)
+        flat = {
+            name: (torch.zeros_like(leaves[name]) if grad is None else grad).flatten().double()
+            for name, grad in zip(names, found, strict=True)
+        }
+        return {layer: torch.cat([flat[name] for name in self._owners[layer]]) for layer in layers}
+
+    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[OptimizationRecord]:
+        device = next(iter(now.values())).device
+        mixed = {name: value.to(device) for name, value in before.items()}
+        gradients = self.gradients(mixed, self._measured)
+        records = []
+        for layer, own in self._owners.items():
+            if layer in gradients:
+                first = gradients[layer]
+                second = self.gradients(mixed, [layer])[layer]
+                size, change = float(first.norm()), float((first - second).norm())
+                lengths = size * float(second.norm())
+                records.append(
+                    OptimizationRecord(
+                        step=self.steps,
+                        layer=layer,
+                        reference=kind,
+                        reference_step=taken,
+                        gradient=size,
+                        shift=change,
+                        relative=change / size if size > 0 else float("nan"),
+                        cosine=float(first @ second) / lengths if lengths > 0 else float("nan"),
+                    )
+                )
+            mixed.update({name: now[name] for name in own})
+        return records
+
+    def _order(self) -> dict[str, list[str]]:
+        """Names of the own parameters of each layer, in the order in which the loss first calls the layers."""
+        owners = {
+            name: module for name, module in self._model.named_modules() if list(module.parameters(recurse=False))
+        }
+        called: dict[str, None] = {}
+        side_forward(
+            self._model,
+            self._batch,
+            owners,
+            lambda name, *_: called.setdefault(name.split("#")[0]),
+            forward=lambda model, batch: self._loss(model, batch),
+            seed=self._seed,
+        )
+        # A parameter that several modules share belongs to the first that is called.
+        kept = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        result: dict[str, list[str]] = {}
+        for layer in called:
+            own = [kept.pop(id(p)) for p in owners[layer].parameters(recurse=False) if id(p) in kept]
+            if own:
+                result[layer] = own
+        return result
+
+    def _config(self) -> dict[str, Any]:
+        return {"layers": self._measured, "lag": self._lag, "reference": self._reference, "seed": self._seed}
+
+    @staticmethod
+    def _record(values: Mapping[str, Any]) -> OptimizationRecord:
+        return OptimizationRecord(**values)
+
+
+class _Loss(nn.Module):
+    """The loss as a module, so that its parameters can be exchanged for others."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)

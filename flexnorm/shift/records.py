@@ -1,0 +1,131 @@
+"""One measurement as a plain object, and the function that makes it from two clouds of points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flexnorm.transport._numerics import safe_norm
+from flexnorm.transport.bounds import shift_bounds
+from flexnorm.transport.distances import wasserstein
+
+FAST_BOUNDS = ("mean", "marginal", "max_sliced", "radial", "coupled", "triangle")
+"""The bounds that a monitor evaluates: cheap beside the exact distance at its sample sizes."""
+
+
+class Record(Protocol):
+    """What every record of a monitor offers: where it was made, of which layer or weight, and all of it as numbers."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when the record was made."""
+        ...
+
+    @property
+    def layer(self) -> str:
+        """Name of the layer or weight."""
+        ...
+
+    def asdict(self) -> dict[str, Any]:
+        """All numbers in one flat dictionary that begins with ``step`` and ``layer``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far one distribution moved, in the units of the activations and relative to its own spread.
+
+    Attributes:
+        lower: Certified lower bound of ``w1``.
+        w1: Wasserstein-1 distance of the two samples, exact.
+        upper: Certified upper bound of ``w1``.
+        spread: Mean Euclidean distance of the points before to their mean, E||X - EX||: what ``w1`` is measured
+            against, so that a layer does not look steady by shrinking its output.
+        relative_lower: ``lower / spread``.
+        relative: ``w1 / spread``. With a spread of 0: 0 where nothing moved, else infinite.
+        relative_upper: ``upper / spread``.
+    """
+
+    lower: float
+    w1: float
+    upper: float
+    spread: float
+    relative_lower: float
+    relative: float
+    relative_upper: float
+
+
+def measure_shift(before: Tensor, after: Tensor, *, include: Iterable[str] | None = FAST_BOUNDS) -> Shift:
+    """Wasserstein-1 distance between two samples, its certified interval, and both relative to the spread.
+
+    Rows that come from the same input in both samples give a close upper bound, and keep the bias of empirical
+    transport in high dimension out: two independent samples of one 64-dimensional Gaussian are about 9 apart.
+
+    Args:
+        before: (n, d) points.
+        after: (m, d) points; row i from the input of row i of ``before`` where n = m.
+        include: Bounds to evaluate, see :func:`flexnorm.shift.shift_bounds`; ``None`` for all.
+
+    Returns:
+        The shift; every number is NaN if a point is not finite.
+
+    Raises:
+        TypeError: A sample is not a floating-point tensor.
+        ValueError: Shapes that do not fit.
+
+    Examples:
+        >>> x = torch.tensor([[-1.0], [1.0]])
+        >>> shift = measure_shift(x, x + 0.5)
+        >>> shift.w1, shift.spread, shift.relative
+        (0.5, 1.0, 0.5)
+    """
+    if not bool(torch.isfinite(before).all()) or not bool(torch.isfinite(after).all()):
+        return Shift(*[math.nan] * len(fields(Shift)))
+    before, after = before.detach().double(), after.detach().double()
+    bounds = shift_bounds(before, after, include=include)
+    w1 = float(wasserstein(before, after, "exact"))
+    spread = float(safe_norm(before - before.mean(0)).mean())
+    return Shift(bounds.lower, w1, bounds.upper, spread, *(_ratio(v, spread) for v in (bounds.lower, w1, bounds.upper)))
+
+
+@dataclass(frozen=True)
+class ShiftRecord(Shift):
+    """The shift of one layer between two steps, with what else was asked for.
+
+    Attributes:
+        step: Optimizer steps done when the shift was measured.
+        reference_step: Optimizer steps done when the distribution before was taken.
+        reference: ``"previous"`` (``lag`` steps earlier) or ``"initial"`` (the first step that the monitor saw).
+        layer: Name of the layer; ``#2`` and so on is appended for further calls of it within one forward.
+        metrics: Further numbers by name, as the monitor's ``metrics`` ask for.
+    """
+
+    step: int
+    reference_step: int
+    reference: str
+    layer: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def asdict(self) -> dict[str, Any]:
+        """All numbers in one flat dictionary: step, layer, shift, then the metrics."""
+        first = ("step", "layer", "reference", "reference_step")
+        rest = (f.name for f in fields(self) if f.name not in first and f.name != "metrics")
+        return {name: getattr(self, name) for name in (*first, *rest)} | dict(self.metrics)
+
+
+def record_from_dict(values: Mapping[str, Any]) -> ShiftRecord:
+    """The inverse of :meth:`ShiftRecord.asdict`."""
+    names = {f.name for f in fields(ShiftRecord)} - {"metrics"}
+    own = {name: value for name, value in values.items() if name in names}
+    return ShiftRecord(**own, metrics={name: value for name, value in values.items() if name not in names})
+
+
+def _ratio(value: float, spread: float) -> float:
+    if spread > 0:
+        return value / spread
+    return 0.0 if value == 0 else math.inf

@@ -1,0 +1,194 @@
+"""Where records go as soon as they are made: files readable while the run is live, TensorBoard, any function."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
+
+from flexnorm.shift.records import Record
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """What a monitor asks of a place for its records."""
+
+    def write(self, record: Record) -> None:
+        """Take one record; it is visible to readers when this returns."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Forget the records of steps after ``step``, which a resumed run will make again."""
+        ...
+
+    def close(self) -> None:
+        """Release what the sink holds open."""
+        ...
+
+
+class _FileSink:
+    """A text file with a line for each record; it is open only while a line is written, so readers see whole lines."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def _append(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.open("a", newline="", encoding="utf-8")
+
+    def _replace(self, lines: list[str]) -> None:
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text("".join(lines), encoding="utf-8", newline="")
+        part.replace(self.path)
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+class CSVSink(_FileSink):
+    """Appends each record as a row of a CSV file; the first row names the columns.
+
+    Args:
+        path: The file; its folder is made where missing. An existing file is continued.
+    """
+
+    def write(self, record: Record) -> None:
+        """Append a row, and the header to an empty file."""
+        row = record.asdict()
+        with self._append() as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def rewind(self, step: int) -> None:
+        """Keep the header and the complete rows up to ``step``."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        width = lines[0].count(",") if lines else 0
+        complete = [line for line in lines[1:] if line.endswith("\n") and line.count(",") >= width]
+        self._replace(lines[:1] + [line for line in complete if int(line.split(",", 1)[0]) <= step])
+
+
+class JSONLSink(_FileSink):
+    """Appends each record as a line of JSON; numbers that are not finite become ``null``.
+
+    Args:
+        path: The file; its folder is made where missing. An existing file is continued.
+    """
+
+    def write(self, record: Record) -> None:
+        """Append a line."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.asdict().items()}
+        with self._append() as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Keep the complete lines up to ``step``."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._replace([line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step])
+
+
+class MemorySink:
+    """Keeps the records in a list.
+
+    Attributes:
+        records: The records so far.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        """Append to the list."""
+        self.records.append(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of later steps."""
+        self.records = [record for record in self.records if record.step <= step]
+
+    def close(self) -> None:
+        """Keep the list."""
+
+
+class TensorBoardSink:
+    """Writes each number of a record as a scalar ``shift/LAYER/NAME``.
+
+    Args:
+        target: A folder for event files (needs ``pip install flexnorm[tensorboard]``), or a ``SummaryWriter`` that
+            already exists.
+        names: Which numbers to write; ``None`` for all.
+    """
+
+    def __init__(self, target: Any, names: tuple[str, ...] | None = None) -> None:
+        self.names = names
+        self._own = isinstance(target, (str, os.PathLike))
+        if self._own:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer: Any = SummaryWriter(str(target))
+        else:
+            self._writer = target
+
+    def write(self, record: Record) -> None:
+        """Add the scalars at the step of the record."""
+        for name, value in record.asdict().items():
+            number = isinstance(value, float) and (self.names is None or name in self.names)
+            if number:
+                self._writer.add_scalar(f"shift/{record.layer}/{name}", value, record.step)
+        self._writer.flush()
+
+    def rewind(self, step: int) -> None:
+        """Nothing: TensorBoard shows the later of two values of one step."""
+
+    def close(self) -> None:
+        """Close the writer if this sink made it."""
+        if self._own:
+            self._writer.close()
+
+
+class FunctionSink:
+    """Hands each record to a function.
+
+    Args:
+        function: Called with each record.
+    """
+
+    def __init__(self, function: Callable[[Record], Any]) -> None:
+        self._function = function
+
+    def write(self, record: Record) -> None:
+        """Call the function."""
+        self._function(record)
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what a function did cannot be taken back."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def as_sink(target: Any) -> Sink:
+    """A sink from a path ending in ``.csv`` or ``.jsonl``, a sink as it is, or a function of a record.
+
+    Raises:
+        ValueError: A path with another ending.
+        TypeError: Anything else.
+    """
+    if isinstance(target, (str, os.PathLike)):
+        kinds: dict[str, type[CSVSink] | type[JSONLSink]] = {".csv": CSVSink, ".jsonl": JSONLSink}
+        kind = kinds.get(Path(target).suffix)
+        if kind is None:
+            raise ValueError(f"a sink's path must end in .csv or .jsonl, got {os.fspath(target)!r}")
+        return kind(target)
+    if isinstance(target, Sink):
+        return target
+    if callable(target):
+        return FunctionSink(target)
+    raise TypeError(f"a sink must be a path, a sink or a function, got {type(target).__name__}")

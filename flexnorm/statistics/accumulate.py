@@ -1,0 +1,240 @@
+"""Running statistics over an accumulated batch: one update per optimizer step, however many micro-batches it has.
+
+With gradients accumulated over k micro-batches, BatchNorm updates its running statistics k times per step, each time
+from a small batch, and without the variance between them. Here they are updated once, from the pooled moments (Chan's
+formula) of all micro-batches: exactly the statistics of the large batch that the step stands for. The normalization in
+the forward still uses each micro-batch's own statistics, as it has to, since the others are not there yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.engine.module import _recomputing
+from flexnorm.nn.batch import _InstanceNorm
+from flexnorm.probe.tree import Selector, find, select
+from flexnorm.statistics._pool import Pool
+from flexnorm.statistics.frozen import has_statistics
+
+__all__ = ["Accumulation", "accumulate"]
+
+# The unbiased and the biased variance of that many values are the same number.
+_MANY = 2**60
+
+
+class Accumulation:
+    """Handle of :func:`accumulate`: a context manager, or an object to call :meth:`step` and :meth:`close` on."""
+
+    def __init__(self, layers: list[nn.Module], optimizer: Optimizer | None) -> None:
+        self._parts = [_Ours(m) if isinstance(m, FlexNorm) else _Torchs(m) for m in layers]
+        self._handles: list[Any] = []
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self.step()))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the running statistics once, from all training forwards since the last step."""
+        for part in self._parts:
+            if part.pool.batches:
+                part.update(part.pool)
+                part.pool = part.empty()
+
+    def close(self) -> None:
+        """Give the layers back their ordinary updates; what has been collected since the last step is dropped."""
+        for handle in self._handles:
+            handle.remove()
+        for part in self._parts:
+            part.close()
+        self._handles, self._parts = [], []
+
+    def __enter__(self) -> Accumulation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.step()
+        self.close()
+
+
+def accumulate(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+) -> Accumulation:
+    """Hold back the updates of running statistics, and make one per optimizer step from the pooled micro-batches.
+
+    Either around the micro-batches of one step (the update happens when the block ends)::
+
+        with accumulate(model):
+            for x, y in micro_batches:
+                loss(model(x), y).backward()
+        optimizer.step()
+
+    or around the whole training, with the optimizer (the update follows each ``optimizer.step()``)::
+
+        with accumulate(model, optimizer):
+            train(model, optimizer)
+
+    Works with the layers of torch and of this package, synchronized ones included. Forwards in evaluation, frozen
+    layers and the recomputation of activation checkpointing do not count. Population normalization in its running
+    mode normalizes with the statistics of the last step meanwhile. Pooled statistics that are not finite do not
+    enter. Enter it before ``torch.compile`` compiles the model: compiled code does not see later hooks.
+
+    Args:
+        model: Any model.
+        optimizer: Update after each of its steps; ``None`` to update at the end of the block or by ``step()``.
+        include: Only these layers, as of :func:`flexnorm.freeze`.
+        exclude: Not these layers.
+
+    Returns:
+        The handle. It is active at once, with or without a ``with`` block. Leaving the block by an exception drops
+        what was collected.
+
+    Examples:
+        >>> model = nn.BatchNorm1d(1, momentum=1.0)
+        >>> with accumulate(model):
+        ...     for x in (torch.tensor([[0.0], [2.0]]), torch.tensor([[4.0], [6.0]])):
+        ...         _ = model(x)
+        >>> model.running_mean, model.num_batches_tracked
+        (tensor([3.]), tensor(1))
+    """
+    places = select(find(model, has_statistics), include, exclude)
+    return Accumulation([place.module for place in places], optimizer)
+
+
+class _Part(ABC):
+    """One layer whose updates are held back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.pool = self.empty()
+
+    def empty(self) -> Pool:
+        return Pool(self.module.get_buffer("running_mean"), between=self.between)
+
+    @property
+    def between(self) -> bool:
+        """Whether the spread of the means enters the variance; not in instance normalization's averages."""
+        return not isinstance(self.module, (_InstanceNorm, nn.modules.instancenorm._InstanceNorm))
+
+    @abstractmethod
+    def update(self, pool: Pool) -> None:
+        """Let the pooled micro-batches enter the running statistics as one batch."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the layer back its ordinary updates."""
+
+
+class _Ours(_Part):
+    """A layer of this package: its ``track`` is exchanged on the instance."""
+
+    def __init__(self, module: FlexNorm) -> None:
+        super().__init__(module)
+        self.layer = module
+        self.samples = 1
+        self.handle = module.register_forward_pre_hook(self._count)
+        module.__dict__["track"] = functools.partial(self._record)
+
+    def _count(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.samples = inputs[0].shape[0]
+
+    @torch.no_grad()
+    def _record(self, pooled: Moments) -> None:
+        if self.layer.frozen or _recomputing():
+            return
+        if self.between:
+            self.pool.add(pooled.count, pooled.mean.detach(), pooled.var.detach())
+        else:
+            count = pooled.count
+            self.pool.add(self.samples, pooled.mean.detach(), pooled.var.detach() * (count / (count - 1)))
+
+    def update(self, pool: Pool) -> None:
+        dtype = self.module.get_buffer("running_mean").dtype
+        count = pool.count if self.between else _MANY
+        pooled = Moments(pool.mean.to(dtype)[None], pool.var.to(dtype)[None], count)
+        type(self.layer).track(self.layer, pooled)
+
+    def close(self) -> None:
+        self.handle.remove()
+        self.module.__dict__.pop("track", None)
+
+
+class _Torchs(_Part):
+    """A layer of torch: during the forward it writes the bare batch statistics into scratch buffers."""
+
+    _names = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.saved: dict[str, Any] | None = None
+        self.handles = [
+            module.register_forward_pre_hook(self._before),
+            module.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _before(self, module: nn.Module, _: tuple[Any, ...]) -> None:
+        if not module.training:
+            return
+        self.saved = {"momentum": module.momentum, **{name: module._buffers[name] for name in self._names}}
+        for name in self._names:
+            # Scratch tensors, because autograd keeps the buffers and must not find them changed later.
+            buffer = module._buffers[name]
+            module._buffers[name] = None if buffer is None else torch.zeros_like(buffer)
+        module.__dict__["momentum"] = 1.0  # the update then is the batch statistic itself
+
+    @torch.no_grad()
+    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self.saved is None:
+            return
+        mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+        saved, self.saved = self.saved, None
+        module.__dict__["momentum"] = saved.pop("momentum")
+        module._buffers.update(saved)
+        if output is None or _recomputing():
+            return
+        if not self.between:
+            samples = inputs[0].shape[0] if inputs[0].dim() > _batched_axes(module) else 1
+            self.pool.add(samples, mean, var)
+            return
+        count: Tensor | int = inputs[0].numel() // mean.numel()
+        if isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_initialized():
+            count = torch.tensor(count, device=mean.device)
+            torch.distributed.all_reduce(count, group=module.process_group)
+        self.pool.add(count, mean, var * ((count - 1) / count))
+
+    def update(self, pool: Pool) -> None:
+        mean, var = (self.module.get_buffer(name) for name in self._names[:2])
+        tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.__dict__["momentum"]
+        if not self.between:
+            # torch's instance normalization does not count, and takes no momentum for no update.
+            rate = momentum or 0.0
+        else:
+            if tracked is not None:
+                tracked.add_(1)
+            rate = momentum if momentum is not None or tracked is None else 1.0 / tracked.to(mean.dtype)
+        new_mean, new_var = pool.mean.to(mean.dtype), pool.unbiased.to(var.dtype)
+        usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
+        mean.copy_(torch.where(usable, mean + rate * (new_mean - mean), mean))
+        var.copy_(torch.where(usable, var + rate * (new_var - var), var))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _batched_axes(module: nn.Module) -> int:
+    """Number of axes of an input without batch axis, for torch's instance normalization."""
+    return int(module._get_no_batch_dim())  # type: ignore[operator]

@@ -1,0 +1,123 @@
+"""A normalization in evaluation as one scale and one shift per channel, and a linear map that absorbs them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.nn import NoNorm
+from flexnorm.nn.factory import BATCH_LIKE, our_family
+from flexnorm.nn.rules import standardize
+from flexnorm.surgery._act import ThenAct
+from flexnorm.surgery._effect import canonical
+from flexnorm.surgery._kinds import RefusedError, read
+
+__all__ = ["MatrixOnly", "absorb", "as_affine"]
+
+_SAMPLE = "normalizes each sample by its own statistics"
+
+
+class _NeedsMomentsError(Exception):
+    """The rule has looked at the moments of its input."""
+
+
+def _unknown(_: bool) -> tuple[Tensor, Tensor]:
+    raise _NeedsMomentsError
+
+
+@torch.no_grad()
+def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,), in float64, by which a layer acts in evaluation.
+
+    Raises:
+        RefusedError: If it depends on its input in evaluation too; the text says how.
+    """
+    if not isinstance(norm, FlexNorm):
+        if isinstance(norm, NoNorm):
+            raise RefusedError("is no normalization, only the place of one")
+        return _from_running_statistics(norm, read(norm).family)
+    plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
+    family = (our_family(plain) or ("",))[0]
+    if family in ("unitized", "batch_instance") and canonical(family, norm, norm.num_features) == "batch":
+        return _from_running_statistics(norm, family)
+    exact = copy.deepcopy(norm).double().eval()
+    try:
+        scale, shift = exact.rule(Moments(count=1, _compute=_unknown))
+    except _NeedsMomentsError:
+        why = "normalizes with the statistics of the batch in evaluation too" if _no_statistics(norm) else _SAMPLE
+        raise RefusedError(why) from None
+    forward = next(base for base in type(norm).__mro__ if base is not ThenAct and "forward" in base.__dict__)
+    if forward is not FlexNorm:
+        raise RefusedError(f"{forward.__name__} has its own forward")
+    channels = (1, norm.num_features)
+    return scale.expand(channels)[0].clone(), shift.expand(channels)[0].clone()
+
+
+def _no_statistics(norm: nn.Module) -> bool:
+    family = next((found[0] for base in type(norm).__mro__ if (found := our_family(base))), "")
+    return family in BATCH_LIKE and norm._buffers.get("running_mean") is None
+
+
+def _from_running_statistics(norm: nn.Module, family: str) -> tuple[Tensor, Tensor]:
+    tensors = {**norm._parameters, **norm._buffers}
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    if mean is None or var is None:
+        batch = family in ("batch", "unitized", "batch_instance")
+        raise RefusedError("normalizes with the statistics of the batch in evaluation too" if batch else _SAMPLE)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    return standardize(
+        mean.double(),
+        var.double(),
+        None if weight is None else weight.double(),
+        None if bias is None else bias.double(),
+        float(norm.eps),  # type: ignore[arg-type]
+    )
+
+
+@torch.no_grad()
+def absorb(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Change a linear map in place so that it yields ``scale * y + shift`` where it yielded y.
+
+    Args:
+        linear: A convolution, transposed convolution (grouped or not) or linear map with C output channels.
+        scale: (C,), float64.
+        shift: (C,), float64.
+    """
+    weight = linear.get_parameter("weight")
+    bias = linear._parameters.get("bias")
+    if isinstance(linear, nn.modules.conv._ConvTransposeNd):
+        # (C_in, C_out / groups, *kernel), the input channels of one group after those of the other.
+        groups = linear.groups
+        split = weight.double().reshape(groups, -1, *weight.shape[1:])
+        new = (split * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))).flatten(0, 1)
+    else:
+        new = weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))
+    moved = shift if bias is None else shift + scale * bias.double()
+    linear.weight = nn.Parameter(new.to(weight), requires_grad=weight.requires_grad)
+    linear.bias = nn.Parameter(moved.to(weight), requires_grad=weight.requires_grad)
+    if memory_format := _memory_format(weight):
+        linear.weight.data = linear.weight.data.contiguous(memory_format=memory_format)
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format | None:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(weight.dim())
+    if wanted is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted):
+        return wanted
+    return None
+
+
+class MatrixOnly(nn.Module):
+    """An identity in the place of a layer that was folded for (N, C) input; refuses any other.
+
+    The axis that normalization treats as channels is the one that a linear map writes only if there are two.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` of shape (N, C)."""
+        if x.dim() != 2:
+            raise ValueError(f"the normalization was folded into a linear map for (N, C) input, got {tuple(x.shape)}")
+        return x

@@ -1,0 +1,143 @@
+"""Do two models compute the same function? Measured on an example, in both modes, without a trace in either."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.probe import call, isolated, unwrap
+
+__all__ = ["Difference", "difference", "outputs"]
+
+TOLERANCE = 1e-4
+EXACT = 1e-9
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are apart on an example.
+
+    Attributes:
+        maximum: Largest absolute difference of an output value; infinity if the outputs cannot be compared.
+        scale: Largest absolute output value of the first model.
+        error: Why there is no number, else empty.
+        exact: The same difference in float64, measured only where that in the model's own precision is larger than
+            1e-4 of the largest output: deep networks can amplify the rounding of float32 that far.
+    """
+
+    maximum: float
+    scale: float
+    error: str = ""
+    exact: float | None = None
+
+    @property
+    def preserved(self) -> bool:
+        """Whether the difference is rounding: at most 1e-4 of the largest output, or 1e-9 of it in float64."""
+        if self.error:
+            return False
+        scale = max(self.scale, 1e-30)
+        return self.maximum <= TOLERANCE * scale or (self.exact is not None and self.exact <= EXACT * scale)
+
+    def __str__(self) -> str:
+        if self.error:
+            return self.error
+        verdict = "preserved" if self.preserved else "NOT preserved"
+        exact = "" if self.exact is None else f"; in float64 {self.exact:.2e}"
+        return f"{verdict} (max difference {self.maximum:.2e}, largest output {self.scale:.2e}{exact})"
+
+
+def difference(
+    model: nn.Module,
+    other: nn.Module,
+    example_input: Any,
+    change: Callable[[nn.Module, Any], nn.Module],
+    *,
+    training: bool,
+) -> Difference:
+    """Compare two models on an example, with the same random numbers, in training or in evaluation mode.
+
+    Args:
+        model: The model as it was.
+        other: The model as it is.
+        example_input: What to call both with.
+        change: Makes the one out of the other, given a copy that it may change and the example: to see in float64
+            whether a difference is rounding.
+        training: The mode.
+    """
+    found = _difference(model, other, example_input, training=training)
+    if found.preserved or found.error:
+        return found
+    try:
+        exact, example = copy.deepcopy(model).double(), _double(example_input)
+        changed = change(copy.deepcopy(exact), example)
+    except Exception:  # noqa: BLE001 - a model that does not run in float64 is judged by its own precision
+        return found
+    again = _difference(exact, changed, example, training=training)
+    return found if again.error else replace(found, exact=again.maximum)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _double(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_double(item) for item in value)
+    return value
+
+
+def _difference(model: nn.Module, other: nn.Module, example_input: Any, *, training: bool) -> Difference:
+    try:
+        wanted = outputs(model, example_input, training=training)
+    except Exception as error:  # noqa: BLE001 - whatever the model raises is the finding
+        return Difference(float("inf"), 0.0, f"the model itself failed: {_first_line(error)}")
+    try:
+        got = outputs(other, example_input, training=training)
+    except Exception as error:  # noqa: BLE001
+        return Difference(float("inf"), 0.0, f"the changed model failed: {_first_line(error)}")
+    if [t.shape for t in wanted] != [t.shape for t in got]:
+        return Difference(float("inf"), 0.0, "the outputs have other shapes")
+    if not wanted:
+        return Difference(float("inf"), 0.0, "the model returns no tensor")
+    gaps, sizes = [0.0], [0.0]
+    for first, second in zip(wanted, got, strict=True):
+        if first.numel():
+            a, b = first.double(), second.double()
+            # Equal infinities, and NaN in the same places, are no difference.
+            gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+            gaps.append(float(gap.nan_to_num(nan=float("inf")).max()))
+            sizes.append(float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    return Difference(max(gaps), max(sizes))
+
+
+def outputs(model: nn.Module, example_input: Any, *, training: bool) -> list[Tensor]:
+    """All tensors that the model returns for the example; the model is not changed."""
+    inner = unwrap(model)
+    with isolated(inner, 0):
+        inner.train(training)
+        return [t.detach().clone() for t in tensors(call(inner, example_input))]
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif is_dataclass(value):
+        for entry in fields(value):
+            yield from tensors(getattr(value, entry.name))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -1,0 +1,324 @@
+"""Exchange the normalization layers of any model, with a report of what happens to each of them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.engine import FlexNorm
+from flexnorm.nn import NoNorm, NormPropUnits
+from flexnorm.nn.factory import BATCH_LIKE
+from flexnorm.probe.tree import Place, Selector, find, select
+from flexnorm.surgery._axes import guess, observe
+from flexnorm.surgery._compare import difference, outputs
+from flexnorm.surgery._effect import UNKNOWN, effect, notes
+from flexnorm.surgery._graft import final_class, graft, graft_hooks
+from flexnorm.surgery._kinds import RefusedError, Source, is_candidate, read
+from flexnorm.surgery._targets import Target, To, resolve
+from flexnorm.surgery.plan import ConversionPlan, ConversionRow
+from flexnorm.surgery.propagation import normprop_plan, to_normprop
+
+__all__ = ["conversion_plan", "convert"]
+
+
+@dataclass
+class _Step:
+    place: Place
+    row: ConversionRow
+    source: Source | None = None
+    new: nn.Module | None = None
+
+
+def conversion_plan(
+    model: nn.Module,
+    to: To,
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    example_input: Any = None,
+    calibrate: Iterable[Any] | None = None,
+    **kwargs: Any,
+) -> ConversionPlan:
+    """Say what :func:`convert` would do with the same arguments, without doing it.
+
+    Args:
+        model: Any model. It is not changed: not its parameters, buffers, counters, flags, hooks, nor the random state.
+        to: As of :func:`convert`.
+        include: As of :func:`convert`.
+        exclude: As of :func:`convert`.
+        example_input: A tensor, a tuple of positional or a mapping of keyword arguments of the model. The report then
+            says whether the function is preserved: the largest difference of the outputs before and after, in
+            evaluation and in training mode, measured on copies.
+        calibrate: As of :func:`convert`.
+        **kwargs: As of :func:`convert`.
+
+    Returns:
+        A :class:`ConversionPlan`; ``print`` it.
+
+    Raises:
+        ValueError: As of :func:`convert`.
+        TypeError: As of :func:`convert`.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> plan = conversion_plan(model, "unitized", example_input=torch.randn(2, 3, 8, 8))
+        >>> plan.preserved, plan["1"].target
+        (True, 'UnitizedBatchNorm2d')
+        >>> print(conversion_plan(model, "group", num_groups=2))
+        layer  is           becomes    function  remarks
+        1      BatchNorm2d  GroupNorm  changes   drops running statistics
+        <BLANKLINE>
+        1 converted, 0 kept, 0 refused
+    """
+    if isinstance(to, str) and to == "normprop":
+        return normprop_plan(
+            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
+        )
+    _refuse_calibration(calibrate)
+    target = resolve(to, kwargs)
+    if example_input is not None:
+        # What the model itself raises is the user's to see, not a finding about the conversion.
+        outputs(model, example_input, training=False)
+    steps = _steps(model, target, include, exclude, example_input, dry=True)
+    rows = [step.row for step in steps]
+    if example_input is None:
+        return ConversionPlan(rows)
+    chosen = _by_name(steps)
+
+    def change(copied: nn.Module, example: Any) -> nn.Module:
+        return _apply(copied, _steps(copied, target, *chosen, example, dry=False), target)
+
+    other = change(copy.deepcopy(model), example_input)
+    return ConversionPlan(
+        rows,
+        difference(model, other, example_input, change, training=False),
+        difference(model, other, example_input, change, training=True),
+    )
+
+
+def convert(
+    model: nn.Module,
+    to: To,
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    inplace: bool = False,
+    example_input: Any = None,
+    calibrate: Iterable[Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Exchange the normalization layers of a model, and nothing else of it.
+
+    Kept are: parameters (the same objects, where the new layer has them), running statistics and counters, eps,
+    momentum, ``requires_grad``, device, dtype, training and frozen flags, hooks of all kinds, names, and the sharing of
+    a layer between several places. A layer that cannot be exchanged without changing more than the normalization stays
+    and is named in a warning with the reason; :func:`conversion_plan` says all that beforehand.
+
+    ``to="normprop"`` is more than an exchange, because a layer of Normalization Propagation is a linear map, its
+    normalization and its activation in one. It makes such layers out of ``linear map -> normalization -> activation``
+    (any part of which may be missing), weighted sums out of residual sums, and leaves what it does not understand. The
+    result computes the same function as the model does in evaluation, in which batch normalization is a fixed scale
+    and shift, with values that are standardized in between; from there it may be trained further, with any batch size.
+    A model whose forward has to change for that, as residual networks do, comes back as a ``torch.fx.GraphModule``
+    with the names of the modules kept.
+
+    Args:
+        model: Any model with normalization layers of torch (``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, ``GroupNorm``,
+            ``InstanceNorm1d/2d/3d``, ``LayerNorm`` and ``RMSNorm`` over channels and positions), of this package, or
+            timm's ``BatchNormAct2d``, ``GroupNormAct``, ``FrozenBatchNormAct2d``.
+        to: A name of :func:`flexnorm.nn.make_norm` (``"unitized"``, ``"population"``, ``"group"``, ...); ``"torch"``
+            for the nearest layer of torch (and back to timm's, where it was one), or ``"torch.batch"``, ``".sync"``,
+            ``".group"``, ``".layer"``, ``".instance"``; a class; or a function that gets the old layer and returns
+            the new one (``None`` to leave it).
+        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
+            class, a module, a function of (name, module), or a list of these. ``None`` for all.
+        exclude: Not these layers; takes the same.
+        inplace: Change ``model`` itself instead of a deep copy. Optimizers of it keep working, but do not know
+            parameters that are new, such as ``alpha``.
+        example_input: Where the number of spatial axes decides the class and neither the layer nor its neighbours tell
+            (``GroupNorm``, ``LayerNorm``), it is seen with this input. A tensor, tuple or mapping of arguments.
+            ``to="normprop"`` needs it, and checks the result on it.
+        calibrate: Only for ``to="normprop"``: a few batches (tensors, tuples whose first element is the input, or
+            mappings) on which mean and variance of every value are measured. Without them the running statistics of
+            the normalizations are taken, and residual summands to be independent.
+        **kwargs: Constructor arguments of the new layers; they win over those of the old ones. For ``to="normprop"``
+            ``constants``, ``eps``, ``unitize``, ``border`` of the NormProp layers, and ``padding``: ``"keep"``
+            (default: with the values that stand for the original's zeros) or ``"zeros"`` (cheaper by a pass, and the
+            function changes at borders).
+
+    Returns:
+        The converted copy (``model`` itself if ``inplace``; a new layer if ``model`` is itself a normalization).
+
+    Raises:
+        ValueError: For an unknown name, a model without normalization layers, ``include`` or ``exclude`` that fit
+            nothing, or constructor arguments that no layer accepts; ``to="normprop"`` without example input or in
+            place.
+        RuntimeError: If a model converted to NormProp differs from the original on ``example_input``.
+        TypeError: For ``to`` of another kind, unknown constructor arguments, or a scripted model.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> unitized = convert(model, "unitized", norm="rms")
+        >>> unitized[1]
+        UnitizedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, norm='rms')
+        >>> type(convert(unitized, "torch")[1]).__name__
+        'BatchNorm2d'
+    """
+    if isinstance(to, str) and to == "normprop":
+        if inplace:
+            raise ValueError("to='normprop' makes new layers out of several old ones; it returns a copy, not inplace")
+        return to_normprop(
+            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
+        )
+    _refuse_calibration(calibrate)
+    target = resolve(to, kwargs)
+    if not inplace:
+        chosen = _by_name(_steps(model, target, include, exclude, example_input, dry=True))
+        model = copy.deepcopy(model)
+        include, exclude = chosen
+    steps = _steps(model, target, include, exclude, example_input, dry=False)
+    _warn(steps)
+    return _apply(model, steps, target)
+
+
+def _refuse_calibration(calibrate: Iterable[Any] | None) -> None:
+    if calibrate is not None:
+        raise TypeError("calibrate is for to='normprop' only; for other layers see recalibrate()")
+
+
+def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
+    """The same choice for a copy of the model, whose modules are other objects."""
+    names = {name for step in steps for name in step.row.names}
+    return (lambda name, _: name in names), None
+
+
+def _steps(
+    model: nn.Module,
+    target: Target,
+    include: Selector | None,
+    exclude: Selector | None,
+    example_input: Any,
+    *,
+    dry: bool,
+) -> list[_Step]:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
+    places = find(model, is_candidate)
+    if not places:
+        raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
+    chosen = select(places, include, exclude)
+    axes = {} if example_input is None else observe(model, [p.module for p in chosen], example_input)
+    like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
+    neighbours = guess(model)
+    steps, errors = [], []
+    for place in chosen:
+        row = ConversionRow(place.name, tuple(place.names), type(place.module).__name__)
+        try:
+            steps.append(_step(place, row, target, axes.get(id(place.module), set()), neighbours, like, dry=dry))
+        except RefusedError as reason:
+            steps.append(_Step(place, replace(row, status="refuse", reason=str(reason))))
+        except ValueError as error:
+            errors.append(error)
+            steps.append(_Step(place, replace(row, status="refuse", reason=str(error))))
+    if errors and len(errors) == len(steps):
+        raise errors[0]
+    return steps
+
+
+def _step(
+    place: Place,
+    row: ConversionRow,
+    target: Target,
+    seen: set[int],
+    neighbours: int | None,
+    like: Tensor,
+    *,
+    dry: bool,
+) -> _Step:
+    module = place.module
+    if target.function is not None:
+        new = target.function(copy.deepcopy(module) if dry else module)
+        if new is None or (new is module and not dry):
+            return _Step(place, replace(row, status="keep", reason=f"{target.label} leaves it"))
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"{target.label} must return a module or None, got {type(new).__name__} for {row.name!r}")
+        if dry and type(new) is type(module) and new.__dict__.keys() == module.__dict__.keys():
+            row = replace(row, notes=("same class",))
+        return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
+    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropUnits)):
+        return _Step(place, replace(row, status="keep", reason="not a layer of this package"))
+    source = read(module)
+    ndim = _spatial_axes(source, target, seen, neighbours)
+    cls = target.class_for(source, ndim)
+    if not target.kwargs and cls in type(module).__mro__ and not source.origin:
+        return _Step(place, replace(row, status="keep", reason=f"already {cls.__name__}"))
+    tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), like)
+    new = target.build(source, ndim, tensor.device, tensor.dtype)
+    row = replace(
+        row,
+        target=final_class(source, new, restore=target.restores).__name__,
+        effect=effect(source, new, target.family_for(source)),
+        notes=(*source.notes, *notes(source, new, target.family_for(source) in BATCH_LIKE | {"sync"})),
+    )
+    return _Step(place, row, source, new)
+
+
+def _spatial_axes(source: Source, target: Target, seen: set[int], neighbours: int | None) -> int:
+    name = type(source.module).__name__
+    last_axes = isinstance(source.module, (nn.LayerNorm, nn.RMSNorm))
+    if last_axes and source.ndim == 0 and seen != {2}:
+        found = f"its input has {sorted(seen)} axes" if seen else "no example_input shows how many axes its input has"
+        raise RefusedError(f"normalizes the last axis, which is the channels only of (N, C) input; {found}")
+    if last_axes and source.ndim and seen - {source.ndim + 2}:
+        raise RefusedError(f"normalizes the last {source.ndim + 1} of {sorted(seen)} axes, not channels and positions")
+    if source.ndim is not None:
+        ndim = max(source.ndim, 1)
+    else:
+        spatial = {max(axes - 2, 1) for axes in seen}
+        if len(spatial) > 1:
+            raise RefusedError(f"{name} is called with inputs of different numbers of axes: {sorted(seen)}")
+        if not spatial and neighbours is None and target.needs_axes(source):
+            raise RefusedError("the number of spatial axes of its input is not known; pass example_input")
+        ndim = spatial.pop() if spatial else (neighbours or target.ndim or 2)
+    if target.ndim is not None and ndim != target.ndim:
+        raise RefusedError(f"{target.label} is for {target.ndim} spatial axes, the layer has {ndim}")
+    return ndim
+
+
+def _warn(steps: Sequence[_Step]) -> None:
+    refused = [step.row for step in steps if step.row.status == "refuse"]
+    if refused:
+        shown = "; ".join(f"{row.name} ({row.source}): {row.reason}" for row in refused[:3])
+        more = f"; and {len(refused) - 3} more, see conversion_plan()" if len(refused) > 3 else ""
+        warnings.warn(
+            f"{len(refused)} of {len(steps)} normalization layers stay as they are: {shown}{more}", stacklevel=3
+        )
+    blank = [step.row.name for step in steps if UNKNOWN in step.row.notes]
+    if blank:
+        warnings.warn(
+            f"{len(blank)} converted layers have no running statistics yet ({', '.join(blank[:3])}"
+            f"{', ...' if len(blank) > 3 else ''}): train, or call recalibrate(), before evaluation",
+            stacklevel=3,
+        )
+
+
+def _apply(model: nn.Module, steps: Sequence[_Step], target: Target) -> nn.Module:
+    for step in steps:
+        if step.new is None:
+            continue
+        new, old = step.new, step.place.module
+        if step.source is not None:
+            new = graft(step.source, new, restore=target.restores)
+        elif all(module is not old for module in new.modules()):
+            graft_hooks(old, new)
+            new.train(old.training)
+        step.place.put(new)
+        if step.place.slots[0][0] is None:
+            model = new
+    return model

@@ -1,0 +1,282 @@
+"""Fold normalizations that are a fixed scale and shift in evaluation into the linear map before them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from flexnorm.nn import NormPropUnits
+from flexnorm.probe import unwrap
+from flexnorm.probe.tree import Place, Selector, find, select
+from flexnorm.surgery._affine import MatrixOnly, absorb, as_affine
+from flexnorm.surgery._compare import Difference, difference
+from flexnorm.surgery._edges import LINEAR, Edges, executed, traced
+from flexnorm.surgery._kinds import RefusedError, is_candidate
+from flexnorm.surgery._report import Report
+
+__all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """What folding does with one normalization layer.
+
+    Attributes:
+        name: Name of the layer (the first one, if it hangs in several places).
+        names: All its names.
+        layer: What it is.
+        into: Name of the linear map that absorbs it, or what a NormProp layer becomes; empty if it stays.
+        reason: Why it stays; empty if it is folded.
+        fixed: Whether the layer is a fixed scale and shift in evaluation, so that it could be folded in another place.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    layer: str
+    into: str = ""
+    reason: str = ""
+    fixed: bool = False
+
+    @property
+    def folded(self) -> bool:
+        """Whether the layer is folded."""
+        return not self.reason
+
+
+class FoldPlan(Report[FoldRow]):
+    """What :func:`flexnorm.fold` would do; prints as a table.
+
+    Attributes:
+        rows: One :class:`FoldRow` per normalization layer, in the order of the model.
+        difference: Measured :class:`Difference` in evaluation, if an example input was given.
+    """
+
+    headings = ("layer", "is", "folded into", "why not")
+
+    def __init__(self, rows: Sequence[FoldRow], measured: Difference | None = None) -> None:
+        super().__init__(rows)
+        self.difference = measured
+
+    @property
+    def folded(self) -> list[FoldRow]:
+        """Rows of the layers that are folded."""
+        return [row for row in self.rows if row.folded]
+
+    def names(self, row: FoldRow) -> list[str]:
+        """All names of the layer."""
+        return list(row.names)
+
+    def cells(self, row: FoldRow) -> tuple[str, ...]:
+        """The row as texts."""
+        return (row.name or "(model)", row.layer, row.into, row.reason)
+
+    def summary(self) -> list[str]:
+        """Counts, and the measured difference."""
+        lines = [f"{len(self.folded)} folded, {len(self.rows) - len(self.folded)} left"]
+        return lines if self.difference is None else [*lines, f"function in evaluation: {self.difference}"]
+
+
+def fold_plan(
+    model: nn.Module,
+    *,
+    example_input: Any = None,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+) -> FoldPlan:
+    """Say what :func:`fold` would do with the same arguments; the model is not changed.
+
+    Args:
+        model: As of :func:`fold`.
+        example_input: As of :func:`fold`; the report then also holds the largest difference of the outputs.
+        include: As of :func:`fold`.
+        exclude: As of :func:`fold`.
+
+    Returns:
+        A :class:`FoldPlan`; ``print`` it.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8))
+        >>> print(fold_plan(model))
+        layer  is           folded into  why not
+        1      BatchNorm2d  0
+        3      GroupNorm                 normalizes each sample by its own statistics
+        <BLANKLINE>
+        1 folded, 1 left
+    """
+    folded, rows = _fold(copy.deepcopy(model), example_input, include, exclude)
+    if example_input is None:
+        return FoldPlan(rows)
+    return FoldPlan(rows, _measured(model, folded, rows, example_input))
+
+
+def fold(
+    model: nn.Module,
+    *,
+    example_input: Any = None,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+) -> nn.Module:
+    """Fold normalizations into the convolution, transposed convolution or linear map before them, for inference.
+
+    Folded are the layers that are a fixed scale and shift in evaluation: ``BatchNorm*`` and ``SyncBatchNorm`` of torch,
+    instance normalization with running statistics, frozen layers (of timm and torchvision too), and of this package
+    batch, population, mean-only and variance-only normalization, batch renormalization, and unitized layers at
+    alpha = 0. Their place is taken by ``nn.Identity`` (or by the activation that was part of the layer), so names do
+    not move. NormProp layers become a plain linear map and at most two elementwise modules.
+
+    A normalization is folded only if the output of the linear map goes into it and nowhere else, and each of the two is
+    used once. That is read off a ``torch.fx`` trace; where the model cannot be traced, off one forward pass on
+    ``example_input``. The arithmetic is in float64. The result computes the same function in evaluation up to rounding,
+    and is meant for inference, ``torch.export`` and ONNX.
+
+    Args:
+        model: Any model.
+        example_input: A tensor, a tuple of positional or a mapping of keyword arguments. The result is then compared
+            with the model on it.
+        include: Only these layers, as of :func:`flexnorm.freeze`.
+        exclude: Not these layers.
+        inplace: Change ``model`` itself instead of a deep copy.
+        strict: Raise instead of warning if a layer with a fixed scale and shift cannot be folded.
+
+    Returns:
+        The folded model, in evaluation mode.
+
+    Raises:
+        RuntimeError: If ``strict`` and a layer is left, or if the result differs from the model on ``example_input``.
+        ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
+
+    Warns:
+        UserWarning: Layers with a fixed scale and shift are left, with the reasons; :func:`fold_plan` lists all.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fold(model)
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    reference = copy.deepcopy(model) if inplace and example_input is not None else model
+    folded, rows = _fold(model if inplace else copy.deepcopy(model), example_input, include, exclude)
+    left = [row for row in rows if row.fixed and not row.folded]
+    if left:
+        shown = "; ".join(f"{row.name} ({row.layer}): {row.reason}" for row in left[:3])
+        more = f"; and {len(left) - 3} more, see fold_plan()" if len(left) > 3 else ""
+        text = f"{len(left)} of {len(rows)} normalization layers were not folded: {shown}{more}"
+        if strict:
+            raise RuntimeError(text)
+        warnings.warn(text, stacklevel=2)
+    if example_input is not None:
+        measured = _measured(reference, folded, rows, example_input)
+        if not measured.preserved:
+            raise RuntimeError(f"the folded model computes another function on example_input: {measured}")
+    return folded
+
+
+def _fold(
+    model: nn.Module, example_input: Any, include: Selector | None, exclude: Selector | None
+) -> tuple[nn.Module, list[FoldRow]]:
+    """Fold in place; the model comes back in evaluation mode."""
+    model = unwrap(model).eval()
+    places = select(find(model, is_candidate), include, exclude)
+    edges, failure = _edges(model, example_input)
+    names = {id(module): name for name, module in model.named_modules()}
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    rows = []
+    for place in places:
+        row = FoldRow(place.name, tuple(place.names), type(place.module).__name__)
+        if isinstance(place.module, NormPropUnits):
+            row, model = _fold_normprop(model, place, row)
+        else:
+            row = _fold_one(place, row, edges, failure, names, owners)
+        rows.append(row)
+    return model, rows
+
+
+def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], example_input: Any) -> Difference:
+    names = {name for row in rows for name in row.names}
+
+    def change(copied: nn.Module, example: Any) -> nn.Module:
+        return _fold(copied, example, lambda name, _: name in names, None)[0]
+
+    return difference(model, folded, example_input, change, training=False)
+
+
+def _edges(model: nn.Module, example_input: Any) -> tuple[Edges, str]:
+    try:
+        return traced(model), ""
+    except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, anything can happen
+        if example_input is not None:
+            return executed(model, example_input), ""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Edges(), f"the model cannot be traced ({lines[0]}); pass example_input"
+
+
+def _fold_one(
+    place: Place, row: FoldRow, edges: Edges, failure: str, names: dict[int, str], owners: Counter[int]
+) -> FoldRow:
+    norm = place.module
+    try:
+        scale, shift = as_affine(norm)
+    except RefusedError as refusal:
+        return replace(row, reason=str(refusal))
+    row = replace(row, fixed=True)
+    linear = edges.into.get(id(norm))
+    if linear is None:
+        return replace(row, reason=failure or edges.reasons.get(id(norm), "not reached in evaluation"))
+    reason = _why_not(linear, norm, scale.numel(), edges.axes.get(id(norm), set()), owners)
+    if reason:
+        return replace(row, reason=reason)
+    absorb(linear, scale, shift)
+    rest: list[nn.Module] = [MatrixOnly()] if isinstance(linear, nn.Linear) else []
+    if "act" in norm._modules:
+        rest += [m for m in norm._modules.values() if m is not None and type(m) is not nn.Identity]
+    substitute = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+    place.put(substitute.eval())
+    return replace(row, into=names[id(linear)])
+
+
+def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], owners: Counter[int]) -> str:
+    kind = next((cls for cls in LINEAR if isinstance(linear, cls)), None)
+    if kind is None or (type(linear) is not kind and "forward" in _overridden(type(linear), kind)):
+        return f"the {type(linear).__name__} before it is a subclass with its own forward"
+    if parametrize.is_parametrized(linear) or "weight" not in linear._parameters:
+        return "the weight of the linear map before it is computed (parametrization, weight_norm)"
+    if any(owners[id(p)] > 1 for p in linear.parameters(recurse=False)):
+        return "the weight of the linear map before it is used elsewhere too"
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (linear, norm)):
+        return "it, or the linear map before it, has forward hooks or a replaced forward"
+    out = linear.out_features if isinstance(linear, nn.Linear) else linear.out_channels
+    if out != channels or (isinstance(linear, nn.Linear) and axes - {2}):
+        return "its channels are not the outputs of the linear map before it"
+    return ""
+
+
+def _overridden(cls: type[nn.Module], base: type[nn.Module]) -> set[str]:
+    own = {name for c in cls.__mro__[: cls.__mro__.index(base)] for name in c.__dict__}
+    return {"forward"} if own & {"forward", "_conv_forward", "_output_padding", "__call__"} else set()
+
+
+def _fold_normprop(model: nn.Module, place: Place, row: FoldRow) -> tuple[FoldRow, nn.Module]:
+    layer = place.module
+    row = replace(row, fixed=True)
+    if layer._forward_hooks or layer._forward_pre_hooks or parametrize.is_parametrized(layer):
+        return replace(row, reason="it has forward hooks or parametrizations"), model
+    try:
+        plain = layer.fold().eval()  # type: ignore[operator]
+    except RuntimeError as error:
+        return replace(row, reason=str(error)), model
+    place.put(plain)
+    parts = plain if isinstance(plain, nn.Sequential) else [plain]
+    row = replace(row, into=" + ".join(type(part).__name__ for part in parts))
+    return row, plain if layer is model else model

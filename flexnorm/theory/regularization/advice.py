@@ -1,0 +1,204 @@
+"""How strongly the BN layers of a network regularize it, and the gamma decay that another batch size would need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.probe.capture import Loss, batch_norm_layers, capture
+from flexnorm.theory.regularization.strength import LayerStrength, joint_strength, layer_strength, merge_tables
+from flexnorm.theory.regularization.zeta import statistics_noise
+
+__all__ = ["Advice", "LayerAdvice", "advise"]
+
+
+@dataclass(frozen=True)
+class LayerAdvice:
+    """The regularization of one layer at the batch size asked for.
+
+    Attributes:
+        layer: Name of the layer.
+        channels: Number of channels.
+        zeta: Mean of zeta over the channels: the gamma decay that BN amounts to.
+        zeta_per_channel: All of them, as a tuple.
+        gamma_squared: Mean of gamma^2.
+        penalty: ``sum(zeta gamma^2)``: what the noise of this layer adds to the loss, its channels taken as
+            independent.
+        joint_penalty: The same with the channels of a batch noisy together, which is what happens.
+        mean_share: Part of `penalty` that comes from the batch mean, in [0, 1]; the rest is the batch variance's.
+        effective_batch_mean: Median over channels of the effective number of independent values behind the batch mean:
+            the batch size for (N, C) inputs, more for images; batch size times positions where these are uncorrelated.
+        effective_batch_std: The same for the batch standard deviation (in Gaussian values).
+    """
+
+    layer: str
+    channels: int
+    zeta: float
+    zeta_per_channel: tuple[float, ...]
+    gamma_squared: float
+    penalty: float
+    joint_penalty: float
+    mean_share: float
+    effective_batch_mean: float
+    effective_batch_std: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer of `advise`.
+
+    Attributes:
+        batch_size: The batch size M that it is about.
+        images: Number of images that it was estimated from.
+        loss: Name of the loss (or of the function) whose curvature was used.
+        layers: One entry per layer and call.
+        strengths: The estimates behind them, by layer, independent of the batch size; for `BatchNoise`.
+    """
+
+    batch_size: int
+    images: int
+    loss: str
+    layers: tuple[LayerAdvice, ...]
+    strengths: dict[str, LayerStrength] = field(repr=False)
+
+    @property
+    def penalty(self) -> float:
+        """Sum of the layers' penalties, in units of the loss."""
+        return sum(layer.penalty for layer in self.layers)
+
+    def compensation(self, batch_size: int) -> dict[str, tuple[float, ...]]:
+        """Return the decay per channel that keeps the regularization when the batch size changes.
+
+        Added to the loss as ``sum(value gamma^2)`` it keeps the regularization that `self.batch_size` exerts:
+        ``zeta(M) - zeta(M')``. Negative where the new batch is smaller: then BN itself regularizes more than before,
+        which no decay can undo (lower other regularization instead).
+
+        Args:
+            batch_size: The new batch size M', at least 2.
+
+        Raises:
+            ValueError: If it is below 2.
+        """
+        statistics_noise(batch_size)
+        factor = 1.0 - self.batch_size / batch_size
+        return {layer.layer: tuple(factor * value for value in layer.zeta_per_channel) for layer in self.layers}
+
+    def asdict(self) -> dict[str, Any]:
+        """Return plain numbers, strings, lists and dicts, ready for JSON."""
+        rows = [{**vars(layer), "zeta_per_channel": list(layer.zeta_per_channel)} for layer in self.layers]
+        return {
+            "batch_size": self.batch_size,
+            "images": self.images,
+            "loss": self.loss,
+            "penalty": self.penalty,
+            "layers": rows,
+        }
+
+    def table(self, batch_size: int | None = None) -> str:
+        """Return the advice as lines of text, with the decay that another batch size needs if one is given."""
+        head = f"{'layer':<28} {'zeta':>9} {'gamma^2':>9} {'penalty':>9} {'joint':>9} {'mean part':>9} {'values':>8}"
+        change = None if batch_size is None else self.compensation(batch_size)
+        lines = [head + (f" {f'add at {batch_size}':>12}" if change else "")]
+        for row in self.layers:
+            line = (
+                f"{row.layer:<28} {row.zeta:9.2e} {row.gamma_squared:9.3g} {row.penalty:9.2e} {row.joint_penalty:9.2e}"
+            )
+            line += f" {row.mean_share:9.0%} {row.effective_batch_mean:8.0f}"
+            if change:
+                line += f" {sum(change[row.layer]) / row.channels:12.2e}"
+            lines.append(line)
+        lines.append(
+            f"total penalty at batch size {self.batch_size}: {self.penalty:.3g} of the loss ({self.images} images)"
+        )
+        return "\n".join(lines)
+
+
+def advise(
+    model: nn.Module,
+    batches: Iterable[Tensor | Sequence[Any]],
+    batch_size: int,
+    *,
+    loss: Loss = "cross_entropy",
+    layers: Sequence[str] | None = None,
+    max_images: int = 2048,
+    seed: int = 0,
+) -> Advice:
+    """Measure how strongly the batch noise of every BN layer regularizes a model (Luo et al. 2019, Eq. 3, generalized).
+
+    One forward and one backward pass per batch in evaluation mode; the model, its gradients and the random state stay
+    as they were. Each layer is taken alone, with population statistics in all others.
+
+    Args:
+        model: A model whose BN layers have meaningful running statistics (trained, or recalibrated). Population and
+            unitized layers are reported too: for population normalization, what BN in their place would exert.
+        batches: Inputs (N, *), or ``(inputs, targets, ...)``; their size has nothing to do with `batch_size`.
+        batch_size: The training batch size M to report for, at least 2.
+        loss: Loss whose curvature counts; see `CURVED_LOSSES`, or a function ``loss(outputs, targets)``.
+        layers: Names of the layers; all batch-normalized ones by default.
+        max_images: Where to stop reading batches.
+        seed: Of the draws of the curvature.
+
+    Returns:
+        The advice, layer by layer.
+
+    Raises:
+        ValueError: If there are no batches, fewer than 4 images, no such layers, or an argument is out of range.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        >>> advice = advise(model, [torch.randn(256, 4)], batch_size=32)
+        >>> round(advice.layers[0].effective_batch_mean)
+        32
+    """
+    statistics_noise(batch_size)
+    found = batch_norm_layers(model, layers)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(seed)
+    seen, collected = 0, []
+    for batch in batches:
+        inputs, targets = _split(batch, device)
+        collected.append(capture(model, inputs, loss, targets, layers=layers, generator=generator))
+        seen += len(inputs)
+        if seen >= max_images:
+            break
+    rows, strengths = [], {}
+    for table in merge_tables(collected):
+        strength = layer_strength(table)
+        strengths[table.name] = strength
+        weight = getattr(found[table.name.split("#")[0]], "weight", None)
+        gamma = torch.ones_like(strength.mean_part) if weight is None else weight.detach().to(strength.mean_part)
+        zeta, square = strength.zeta(batch_size), gamma.square()
+        penalty = float((zeta * square).sum())
+        from_mean = float((strength.mean_part * square).sum()) / batch_size
+        from_std = float((strength.std_part * square).sum()) / batch_size
+        rows.append(
+            LayerAdvice(
+                table.name,
+                zeta.numel(),
+                float(zeta.mean()),
+                tuple(zeta.tolist()),
+                float(square.mean()),
+                penalty,
+                joint_strength(table, gamma) / batch_size,
+                from_mean / (from_mean + from_std) if from_mean + from_std > 0 else 0.0,
+                round(batch_size * float(_inverse(strength.mean_variance).median()), 6),
+                round(batch_size * float(_inverse(strength.square_variance / 2).median()), 6),
+            )
+        )
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    return Advice(batch_size, seen, name, tuple(rows), strengths)
+
+
+def _inverse(value: Tensor) -> Tensor:
+    return value.clamp_min(1e-12).reciprocal()
+
+
+def _split(batch: Tensor | Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    if isinstance(batch, Tensor):
+        return batch.to(device), None
+    targets = batch[1] if len(batch) > 1 else None
+    return batch[0].to(device), targets.to(device) if isinstance(targets, Tensor) else None

@@ -1,0 +1,194 @@
+r"""Bounds of the Wasserstein distance that cost far less than the distance, and the certified interval they give.
+
+Every bound is a theorem about the two empirical distributions (Huang & Yu, arXiv 2001.02814, for the moment bounds; the
+others follow from the definition in a line each, see the functions). They are evaluated in float64, and the interval is
+widened by a bound on the rounding errors made on the way, so that lower <= W_p <= upper holds for the numbers and not
+only for the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexnorm._messages import unknown_name
+from flexnorm.transport._lower import LOWER
+from flexnorm.transport._numerics import power_of_two
+from flexnorm.transport._samples import Pair, Weights, check_finite, check_order, pair
+from flexnorm.transport._upper import UPPER
+from flexnorm.transport._view import View
+
+
+@dataclass(frozen=True)
+class ShiftBounds:
+    """A certified interval around the Wasserstein distance of two samples, and all bounds it was made from.
+
+    Attributes:
+        lower: The largest lower bound; W_p of the samples is at least this. In the units of the samples.
+        upper: The smallest upper bound; W_p of the samples is at most this.
+        lower_bounds: Every lower bound by name, each already lowered by the rounding slack.
+        upper_bounds: Every upper bound by name, each already raised by the rounding slack.
+        p: Order of the distance that is bounded.
+        slack: By how much, in the units of the samples, each bound was moved outwards at least, to cover rounding.
+
+    Examples:
+        >>> x = torch.tensor([[0.0], [1.0]])
+        >>> bounds = shift_bounds(x, x + 2)
+        >>> 2.0 in bounds
+        True
+    """
+
+    lower: float
+    upper: float
+    lower_bounds: dict[str, float]
+    upper_bounds: dict[str, float]
+    p: float
+    slack: float
+
+    @property
+    def best_lower(self) -> str:
+        """Name of the largest lower bound."""
+        return max(self.lower_bounds, key=self.lower_bounds.__getitem__)
+
+    @property
+    def best_upper(self) -> str:
+        """Name of the smallest upper bound."""
+        return min(self.upper_bounds, key=self.upper_bounds.__getitem__)
+
+    def __contains__(self, value: float) -> bool:
+        return self.lower <= value <= self.upper
+
+    def __getitem__(self, name: str) -> float:
+        for table in (self.lower_bounds, self.upper_bounds):
+            if name in table:
+                return table[name]
+        raise KeyError(unknown_name("bound", name, [*self.lower_bounds, *self.upper_bounds]))
+
+
+def shift_bounds(
+    x: Tensor,
+    y: Tensor,
+    p: float = 1,
+    *,
+    weights: Weights | None = None,
+    projections: int = 32,
+    seed: int = 0,
+    include: Iterable[str] | None = None,
+) -> ShiftBounds:
+    r"""Every applicable bound of W_p(x, y), and the interval between the best two.
+
+    Lower bounds (P, Q the two samples, u unit directions):
+
+    * ``mean``: the distance of the means, $\|E X - E Y\|$.
+    * ``marginal``: $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the norm is
+      convex, so Jensen's inequality turns the distances of the coordinates into one of the vectors.
+    * ``marginal_sum``: $\sum_c W_1(X_c, Y_c) / \sqrt d$ (p = 1; never above ``marginal``).
+    * ``marginal_max``: $\max_c W_p(X_c, Y_c)$ (never above ``marginal``).
+    * ``rotated``: ``marginal`` in another orthonormal basis: the principal axes of the differences X_i - Y_i.
+    * ``sliced``: mean over random directions of $W_p^p(u^\top X, u^\top Y)$, to the power 1/p.
+    * ``max_sliced``: the largest $W_p(u^\top X, u^\top Y)$ over random directions and the difference of the means.
+    * ``radial``: $W_p(\|X - a\|, \|Y - a\|)$ with a the mean of both: the distance to a point is 1-Lipschitz.
+    * ``moment_2``, ``moment_3``, ``moment_4``: from truncated absolute moments of order 2, 3, 4, see
+      :func:`moment_lower_bound`.
+    * ``gelbrich``: the W_2 distance G of the Gaussians with the same two moments: $W_2 \ge G$, and $W_1 \ge G^2 / D$
+      with D the largest distance between a point of x and one of y (p = 1 or 2).
+
+    Upper bounds:
+
+    * ``coupled``: $(E\|X_i - Y_i\|^p)^{1/p}$, row i with row i (n = m): the coupling by the same input.
+    * ``matched``: the same with rows matched by their rank along one direction (the difference of the means).
+    * ``triangle``: $(E\|X - EX\|^p)^{1/p} + (E\|Y - EY\|^p)^{1/p} + \|EX - EY\|$.
+    * ``moment``: $\sqrt{\operatorname{tr} \operatorname{Cov} X} + \sqrt{\operatorname{tr}\operatorname{Cov} Y} +
+      \|EX - EY\|$ ($p \le 2$).
+
+    Args:
+        x: (n, d) sample, or (n,) for points on the line.
+        y: (m, d) sample.
+        p: Order of the distance, at least 1.
+        weights: Pair of (n,) and (m,) non-negative weights, or ``None`` for equal weights.
+        projections: How many random directions the sliced bounds look along.
+        seed: Seed of those directions.
+        include: Names of the bounds to evaluate; ``None`` for all that apply. Names that do not apply (``coupled`` with
+            n != m) are left out of the result; without any upper bound left, ``upper`` is infinite, without any lower
+            bound ``lower`` is 0.
+
+    Returns:
+        The interval and the bounds by name.
+
+    Raises:
+        TypeError: A sample is not a floating-point tensor.
+        ValueError: Shapes that do not fit, leading batch axes, NaN or infinity in a sample, an unknown name in
+            ``include``.
+    """
+    p = check_order(p)
+    samples = pair(x, y, weights)
+    samples = Pair(*(None if part is None else part.detach() for part in samples))  # type: ignore[arg-type]
+    if samples.x.ndim != 2:
+        raise ValueError(
+            f"shift_bounds takes one pair of samples, (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    check_finite(samples)
+    wanted = None if include is None else {include} if isinstance(include, str) else set(include)
+    for name in wanted or ():
+        if name not in LOWER and name not in UPPER:
+            raise ValueError(unknown_name("bound", name, [*LOWER, *UPPER]))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        scaled, factor = _centred(samples)
+        view = View(scaled, p, projections, seed)
+        low = {k: value for k, bound in LOWER.items() if wanted is None or k in wanted for value in bound(view)}
+        high = {k: value for k, bound in UPPER.items() if wanted is None or k in wanted for value in bound(view)}
+        error, radius = view.rounding, view.radius
+    plain = len(samples.x) == len(samples.y) and samples.x_mass is None and samples.y_mass is None
+    low = {name: _sink(value, p, error, radius, plain) for name, value in low.items()}
+    high = {name: _raise(value, p, error, radius) for name, value in high.items()}
+    # A distance that a caller rounds to the dtype of the samples must still lie inside.
+    info = torch.finfo(samples.x.dtype)
+    rounding, tiny = 2 * info.eps, info.tiny * info.eps
+    lower = {name: max(0.0, value * factor * (1 - rounding) - tiny) for name, value in low.items()}
+    upper = {name: value * factor * (1 + rounding) + tiny for name, value in high.items()}
+    return ShiftBounds(
+        lower=max(lower.values(), default=0.0),
+        upper=min(upper.values(), default=math.inf),
+        lower_bounds=lower,
+        upper_bounds=upper,
+        p=p,
+        slack=error * radius * factor,
+    )
+
+
+def _centred(samples: Pair) -> tuple[Pair, float]:
+    """Both samples in float64 on the CPU, scaled into [-1, 1] by a power of two (exact), the first point moved to 0.
+
+    A common move changes no distance, and it takes out of the means the large common part that would cost them digits.
+    """
+    factor = power_of_two(samples.x, samples.y)
+    x, y = (sample.to("cpu", torch.float64) / factor for sample in samples[:2])
+    origin = x[:1].clone()
+    return Pair(x - origin, y - origin, *(None if mass is None else mass.cpu() for mass in samples[2:])), factor
+
+
+def _raise(value: float, p: float, error: float, radius: float) -> float:
+    """An upper bound of W_p raised by the rounding error of the distance.
+
+    The solver of the exact distance errs in W_p^p, by ``error`` relative to radius^p; near 0 the root magnifies that.
+    """
+    if p > 1:
+        top = max(value, radius)
+        value = top * ((value / top) ** p + error * (radius / top) ** p) ** (1 / p) if top > 0 else 0.0
+    return value + error * radius
+
+
+def _sink(value: float, p: float, error: float, radius: float, plain: bool) -> float:
+    """A lower bound of W_p sunk by its rounding error, at least 0.
+
+    A plan between points of unequal weight has masses that err by roundings of 1, so its cost errs in W_p^p as above.
+    An assignment (``plain``) has no such error.
+    """
+    if p > 1 and not plain:
+        top = max(value, radius)
+        value = top * max((value / top) ** p - error * (radius / top) ** p, 0.0) ** (1 / p) if top > 0 else 0.0
+    return max(value - error * radius, 0.0)
