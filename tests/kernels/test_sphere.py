@@ -211,7 +211,7 @@ def test_it_is_built_once_with_a_line_in_the_log(fresh, caplog):
         assert _native.load() is not None
     assert "compiling the optimizer kernels once" in caplog.text
     (library,) = fresh.iterdir()
-    assert library.name.startswith("walk-")
+    assert library.name.startswith("sphere-")
 
 
 @both
