@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import flexnorm
-from flexnorm._messages import unknown_name
+from flexnorm._messages import optional, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("scipy", "ot", "sklearn", "rich", "typer", "lightning", "lightning_fabric", "matplotlib", "datasets", "yaml")
@@ -78,3 +78,9 @@ def test_version() -> None:
 
 def test_unknown_names() -> None:
     assert unknown_name("norm", "zzz", ["batch"]) == "unknown norm 'zzz'. Valid: batch"
+
+
+def test_what_is_not_installed_is_named() -> None:
+    assert optional("json.decoder", "this", "lab").JSONDecoder
+    with pytest.raises(ImportError, match=r"^this needs no_such_module: pip install 'flexnorm\[plot\]'$"):
+        optional("no_such_module.part", "this", "plot")
