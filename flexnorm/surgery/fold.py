@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flexnorm.nn import NormPropUnits
-from flexnorm.probe import unwrap
-from flexnorm.probe.tree import Place, Selector, find, select
+from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
 from flexnorm.surgery._affine import MatrixOnly, absorb, as_affine
 from flexnorm.surgery._compare import Difference, difference
 from flexnorm.surgery._edges import LINEAR, Edges, executed, traced
@@ -87,8 +86,8 @@ def fold_plan(
     model: nn.Module,
     *,
     example_input: Any = None,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
 ) -> FoldPlan:
     """Say what :func:`fold` would do with the same arguments; the model is not changed.
 
@@ -120,8 +119,8 @@ def fold(
     model: nn.Module,
     *,
     example_input: Any = None,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     inplace: bool = False,
     strict: bool = False,
 ) -> nn.Module:
@@ -184,11 +183,11 @@ def fold(
 
 
 def _fold(
-    model: nn.Module, example_input: Any, include: Selector | None, exclude: Selector | None
+    model: nn.Module, example_input: Any, include: Selection | None, exclude: Selection | None
 ) -> tuple[nn.Module, list[FoldRow]]:
     """Fold in place; the model comes back in evaluation mode."""
     model = unwrap(model).eval()
-    places = select(find(model, is_candidate), include, exclude)
+    places = select_places(find_places(model, is_candidate), include, exclude)
     edges, failure = _edges(model, example_input)
     names = {id(module): name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
