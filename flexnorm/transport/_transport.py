@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flexnorm._messages import optional
+from flexnorm.transport._assignment import assignment
 from flexnorm.transport._numerics import power_mean, power_of_two, safe_norm
 from flexnorm.transport._samples import Pair, check_finite
 
@@ -47,7 +49,7 @@ def exact_wasserstein(samples: Pair, p: float, max_iterations: int | None) -> Te
         cost = torch.cdist(x[k].detach(), y[k].detach(), compute_mode="donot_use_mm_for_euclid_dist")
         cost = (cost / cost.max().clamp_min(torch.finfo(torch.float64).tiny)) ** p
         if n == m and a is None and b is None:
-            i, j, mass = _assignment(cost.numpy())
+            i, j, mass = torch.arange(n), torch.as_tensor(assignment(cost.numpy())), None
         else:
             i, j, mass = _network_simplex(cost.numpy(), _or_uniform(a, n), _or_uniform(b, m), max_iterations)
         values.append(power_mean(safe_norm(x[k, i] - y[k, j]), p, mass))
@@ -65,18 +67,10 @@ def _or_uniform(mass: Tensor | None, n: int) -> Tensor:
     return torch.full((n,), 1 / n, dtype=torch.float64) if mass is None else mass
 
 
-def _assignment(cost: NDArray[np.float64]) -> tuple[Tensor, Tensor, None]:
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(cost)
-    return torch.as_tensor(rows), torch.as_tensor(columns), None
-
-
 def _network_simplex(
     cost: NDArray[np.float64], a: Tensor, b: Tensor, max_iterations: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    import ot
-
+    ot = optional("ot", "an exact distance between weighted or unequally many points", "lab")
     # Points without mass take no part, and the solver is happier without them.
     rows, columns = torch.nonzero(a).squeeze(1), torch.nonzero(b).squeeze(1)
     if len(rows) == 1 or len(columns) == 1:
