@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.optim.rows import RowLayout, from_rows, to_rows
-from flexnorm.probe import arguments
+from flexnorm.probe import arguments, tensors
 
 __all__ = ["InvarianceReport", "WeightReport", "scale_invariant_weights"]
 
