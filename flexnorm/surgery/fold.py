@@ -207,10 +207,8 @@ def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Mo
 
 
 def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], example_input: Any) -> Difference:
-    names = {name for row in rows for name in row.names}
-
     def change(copied: nn.Module, example: Any) -> nn.Module:
-        return _fold(copied, example, lambda name, _: name in names, None)[0]
+        return _fold(copied, example, {row.name for row in rows})[0]
 
     return difference(model, folded, example_input, change, training=False)
 
