@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.nn import is_norm
 
 Selection: TypeAlias = (
     str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool] | Iterable["Selection"]
@@ -154,6 +153,8 @@ def select(
         return {name for name, module in candidates.items() if fits(name, module)}
 
     def norms() -> set[str]:
+        from flexnorm.nn import is_norm  # here, not above: the layers bring in the compiler
+
         if not (found := where(lambda _, module: is_norm(module))):
             raise ValueError(
                 f"{argument}: the model has no normalization layer among its {len(candidates)} modules; choose by a "
