@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.probe import (
-    Layers,
     Mode,
     Samples,
+    Selection,
     call,
     channel_axis,
     check_watchable,
@@ -93,7 +93,7 @@ class ShiftMonitor(Stepper[ShiftRecord]):
         self,
         model: nn.Module,
         probe: Any,
-        layers: Layers = "norm",
+        layers: Selection = "norm",
         *,
         every: int | Schedule | Iterable[int] = 100,
         lag: int = 1,

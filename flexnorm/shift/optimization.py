@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.probe import Layers, check_watchable, detached, isolated, select_layers, side_forward, unwrap
+from flexnorm.probe import Selection, check_watchable, detached, isolated, select_layers, side_forward, unwrap
 from flexnorm.shift._stepping import Reference, Snapshot, Stepper
 from flexnorm.shift.schedules import Schedule
 
@@ -87,7 +87,7 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
         model: nn.Module,
         loss: Loss,
         batch: Any,
-        layers: Layers | None = None,
+        layers: Selection | None = None,
         *,
         every: int | Schedule | Iterable[int] = 500,
         lag: int = 1,

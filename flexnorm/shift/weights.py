@@ -8,7 +8,6 @@ step is what shows it.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
-from flexnorm.probe import unwrap
+from flexnorm.probe import Selection, select_parameters, unwrap
 from flexnorm.shift._stepping import Reference, Snapshot, Stepper
 from flexnorm.shift.schedules import Schedule
 
@@ -59,7 +57,8 @@ class WeightMonitor(Stepper[WeightRecord]):
     Args:
         model: Any module, also compiled or wrapped.
         optimizer: Where to read learning rates; ``None`` to do without.
-        weights: Names or glob patterns of parameters, or the report of
+        weights: Which parameters, as in :func:`flexnorm.probe.select_parameters` (names, patterns, modules, classes of
+            modules that hold them, ..., or a list of these), or the report of
             :func:`flexnorm.optim.scale_invariant_weights`; ``None`` for all parameters with two or more axes. Angles
             mean most for scale-invariant weights.
         every: When to measure: a number of steps, a list of steps, or a schedule.
@@ -88,7 +87,7 @@ class WeightMonitor(Stepper[WeightRecord]):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
-        weights: Iterable[str] | Mapping[str, Any] | None = None,
+        weights: Selection | Mapping[str, Any] | None = None,
         *,
         every: int | Schedule | Iterable[int] = 100,
         lag: int = 1,
@@ -156,18 +155,12 @@ class WeightMonitor(Stepper[WeightRecord]):
         return WeightRecord(**values)
 
 
-def _matching(model: nn.Module, weights: Iterable[str] | Mapping[str, Any] | None) -> dict[str, nn.Parameter]:
+def _matching(model: nn.Module, weights: Selection | Mapping[str, Any] | None) -> dict[str, nn.Parameter]:
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     if weights is None:
         return parameters
-    patterns: Iterable[str] = getattr(weights, "selected", (weights,) if isinstance(weights, str) else weights)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in parameters if name == pattern or fnmatch.fnmatchcase(name, pattern)}
-        if not found:
-            raise ValueError(unknown_name("weight or pattern", pattern, parameters))
-        chosen |= found
-    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+    chosen = select_parameters(model, parameters, getattr(weights, "selected", weights), "weights", "weight")
+    return {name: parameters[name] for name in chosen}
 
 
 def _row_axis(model: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.engine.module import _recomputing
 from flexnorm.nn.batch import _InstanceNorm
-from flexnorm.probe.tree import Selector, find, select
+from flexnorm.probe import Selection, find_places, select_places
 from flexnorm.statistics._pool import Pool
 from flexnorm.statistics.frozen import has_statistics
 
@@ -70,8 +70,8 @@ def accumulate(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
 ) -> Accumulation:
     """Hold back the updates of running statistics, and make one per optimizer step from the pooled micro-batches.
 
@@ -110,7 +110,7 @@ def accumulate(
         >>> model.running_mean, model.num_batches_tracked
         (tensor([3.]), tensor(1))
     """
-    places = select(find(model, has_statistics), include, exclude)
+    places = select_places(find_places(model, has_statistics), include, exclude)
     return Accumulation([place.module for place in places], optimizer)
 
 

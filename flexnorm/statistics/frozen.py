@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from flexnorm.engine import FlexNorm
-from flexnorm.probe.tree import Selector, find, select
+from flexnorm.probe import Selection, find_places, select_places
 
 __all__ = ["freeze", "has_statistics", "is_frozen", "unfreeze"]
 
@@ -86,7 +86,7 @@ _TRAINABLE = "_trainable_when_thawed"
 
 
 def freeze(
-    model: nn.Module, *, include: Selector | None = None, exclude: Selector | None = None, affine: bool = False
+    model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None, affine: bool = False
 ) -> nn.Module:
     """Make normalization layers use their running statistics and leave them alone, whatever ``train()`` says.
 
@@ -113,7 +113,7 @@ def freeze(
         >>> freeze(model).train()[1].training
         False
     """
-    for place in select(find(model, has_statistics), include, exclude):
+    for place in select_places(find_places(model, has_statistics), include, exclude):
         module = place.module
         if not is_frozen(module):
             freeze_layer(module)
@@ -125,7 +125,7 @@ def freeze(
     return model
 
 
-def unfreeze(model: nn.Module, *, include: Selector | None = None, exclude: Selector | None = None) -> nn.Module:
+def unfreeze(model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None) -> nn.Module:
     """Undo :func:`freeze`: the layers train again, with the training flag that ``train()`` has set meanwhile.
 
     Args:
@@ -139,7 +139,7 @@ def unfreeze(model: nn.Module, *, include: Selector | None = None, exclude: Sele
     Raises:
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
     """
-    for place in select(find(model, has_statistics), include, exclude):
+    for place in select_places(find_places(model, has_statistics), include, exclude):
         unfreeze_layer(place.module)
         for name in place.module.__dict__.pop(_TRAINABLE, ()):
             place.module.get_parameter(name).requires_grad_(True)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from flexnorm.nn.factory import BATCH_LIKE, our_family
 from flexnorm.nn.population import _PopulationNorm
-from flexnorm.probe import isolated, unwrap
-from flexnorm.probe.tree import Selector, find, select
+from flexnorm.probe import Selection, batch_inputs, find_places, isolated, map_tensors, select_places, unwrap
 from flexnorm.statistics._pool import Pool, pool_processes
 from flexnorm.statistics.frozen import has_statistics, is_frozen
 
@@ -34,8 +33,8 @@ def recalibrate(
     batches: Iterable[Any],
     *,
     sequential: bool = False,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     process_group: ProcessGroup | str | None = "world",
@@ -84,7 +83,7 @@ def recalibrate(
         (tensor([2.]), tensor([4.]))
     """
     inner = unwrap(model)
-    places = select(find(inner, has_statistics), include, exclude)
+    places = select_places(find_places(inner, has_statistics), include, exclude)
     layers = {place.module: place.name for place in places if not is_frozen(place.module)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no normalization layer with running statistics to recalibrate")
@@ -122,7 +121,7 @@ class _Run:
 
     def moved(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield batch if self.device is None else _to(batch, self.device)
+            yield batch if self.device is None else map_tensors(lambda tensor: tensor.to(self.device), batch)
 
     def at_once(self, layers: Mapping[nn.Module, str], group: ProcessGroup | None) -> dict[nn.Module, Pool]:
         """One pass; every layer normalizes with the statistics of the batch."""
@@ -218,19 +217,7 @@ def _group(process_group: ProcessGroup | str | None) -> ProcessGroup | None:
 def _call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def _to(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(item, device) for item in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(item, device) for item in batch)
-    return batch
+    return model(batch_inputs(batch))
 
 
 def _new_pool(module: nn.Module) -> Pool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NoNorm, NormPropUnits
 from flexnorm.nn.factory import BATCH_LIKE
-from flexnorm.probe.tree import Place, Selector, find, select
+from flexnorm.probe import Place, Selection, find_places, select_places
 from flexnorm.surgery._axes import guess, observe
 from flexnorm.surgery._compare import difference, outputs
 from flexnorm.surgery._effect import UNKNOWN, effect, notes
@@ -39,8 +39,8 @@ def conversion_plan(
     model: nn.Module,
     to: To,
     *,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     example_input: Any = None,
     calibrate: Iterable[Any] | None = None,
     **kwargs: Any,
@@ -106,8 +106,8 @@ def convert(
     model: nn.Module,
     to: To,
     *,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     inplace: bool = False,
     example_input: Any = None,
     calibrate: Iterable[Any] | None = None,
@@ -192,7 +192,7 @@ def _refuse_calibration(calibrate: Iterable[Any] | None) -> None:
         raise TypeError("calibrate is for to='normprop' only; for other layers see recalibrate()")
 
 
-def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
+def _by_name(steps: Sequence[_Step]) -> tuple[Selection, None]:
     """The same choice for a copy of the model, whose modules are other objects."""
     names = {name for step in steps for name in step.row.names}
     return (lambda name, _: name in names), None
@@ -201,18 +201,18 @@ def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
 def _steps(
     model: nn.Module,
     target: Target,
-    include: Selector | None,
-    exclude: Selector | None,
+    include: Selection | None,
+    exclude: Selection | None,
     example_input: Any,
     *,
     dry: bool,
 ) -> list[_Step]:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
-    places = find(model, is_candidate)
+    places = find_places(model, is_candidate)
     if not places:
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
-    chosen = select(places, include, exclude)
+    chosen = select_places(places, include, exclude)
     axes = {} if example_input is None else observe(model, [p.module for p in chosen], example_input)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
     neighbours = guess(model)

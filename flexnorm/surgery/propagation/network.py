@@ -13,8 +13,7 @@ from torch import fx, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.nn.normprop import NormPropConv2d
-from flexnorm.probe import unwrap
-from flexnorm.probe.tree import Selector, find, select
+from flexnorm.probe import Selection, find_places, select_places, unwrap
 from flexnorm.surgery._compare import Difference, difference, outputs
 from flexnorm.surgery._edges import LINEAR
 from flexnorm.surgery._kinds import RefusedError, is_candidate
@@ -33,8 +32,8 @@ def to_normprop(
     *,
     example_input: Any,
     calibrate: Iterable[Any] | None,
-    include: Selector | None,
-    exclude: Selector | None,
+    include: Selection | None,
+    exclude: Selection | None,
     settings: Mapping[str, Any],
 ) -> nn.Module:
     """The conversion to Normalization Propagation; :func:`flexnorm.convert` describes it.
@@ -55,8 +54,8 @@ def normprop_plan(
     *,
     example_input: Any,
     calibrate: Iterable[Any] | None,
-    include: Selector | None,
-    exclude: Selector | None,
+    include: Selection | None,
+    exclude: Selection | None,
     settings: Mapping[str, Any],
 ) -> ConversionPlan:
     """What :func:`to_normprop` would do, and how far the function would be preserved, on copies."""
@@ -80,8 +79,8 @@ def _converted(
     model: nn.Module,
     example_input: Any,
     calibrate: Iterable[Any] | None,
-    include: Selector | None,
-    exclude: Selector | None,
+    include: Selection | None,
+    exclude: Selection | None,
     settings: Mapping[str, Any],
 ) -> tuple[nn.Module, list[ConversionRow], Difference]:
     inner = unwrap(model)
@@ -98,7 +97,7 @@ def _converted(
     except RefusedError as reason:
         rows = [
             ConversionRow(p.name, tuple(p.names), type(p.module).__name__, status="refuse", reason=str(reason))
-            for p in find(inner, is_candidate)
+            for p in find_places(inner, is_candidate)
         ]
         return copy.deepcopy(inner), rows, Difference(0.0, 0.0)
 
@@ -111,8 +110,8 @@ def _converted(
 def _options(
     model: nn.Module,
     example_input: Any,
-    include: Selector | None,
-    exclude: Selector | None,
+    include: Selection | None,
+    exclude: Selection | None,
     settings: Mapping[str, Any],
 ) -> Options:
     for name in settings:
@@ -128,11 +127,11 @@ def _options(
         raise ValueError("border='exact' rescales the border, padding='keep' keeps it as it was; give padding='zeros'")
     # A wrong value is refused here and not in the middle of the walk.
     NormPropConv2d(1, 1, 1, **layer)
-    places = find(model, lambda m: is_candidate(m) or isinstance(m, LINEAR))
+    places = find_places(model, lambda m: is_candidate(m) or isinstance(m, LINEAR))
     if not places:
         raise ValueError(f"{type(model).__name__} has no linear map or normalization that could be converted")
     left = {name for place in places for name in place.names}
-    left -= {name for place in select(places, include, exclude) for name in place.names}
+    left -= {name for place in select_places(places, include, exclude) for name in place.names}
     return Options(layer, padding == "keep", lambda name: name not in left)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from flexnorm.nn.normprop import NormPropActivation, NormPropAdd
-from flexnorm.probe import isolated
+from flexnorm.probe import arguments, batch_inputs, isolated, map_tensors
 from flexnorm.statistics._pool import Pool
 from flexnorm.surgery._edges import _Tracer
 from flexnorm.surgery._kinds import RefusedError
@@ -80,12 +80,8 @@ def _text(graph: fx.Graph) -> list[str]:
 
 def positional(graph: fx.Graph, model: nn.Module, example: Any) -> list[Any]:
     """The values of the graph's placeholders for an example: a tensor, positional or keyword arguments."""
-    if isinstance(example, Mapping):
-        bound = inspect.signature(model.forward).bind(**example)
-    elif isinstance(example, (tuple, list)):
-        bound = inspect.signature(model.forward).bind(*example)
-    else:
-        bound = inspect.signature(model.forward).bind(example)
+    args, kwargs = arguments(example)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     if len(bound.arguments) != sum(node.op == "placeholder" for node in graph.nodes):
         raise RefusedError("its forward takes *args or **kwargs")
@@ -149,12 +145,7 @@ def measure(model: nn.Module, graph: fx.Graph, nodes: Iterable[fx.Node], batches
     with isolated(model, 0):
         model.eval()
         for batch in batches:
-            taken = batch[0] if isinstance(batch, (tuple, list)) else batch
-            moved = (
-                {k: v.to(first.device) if isinstance(v, Tensor) else v for k, v in taken.items()}
-                if isinstance(taken, Mapping)
-                else taken.to(first.device)
-            )
+            moved = map_tensors(lambda tensor: tensor.to(first.device), batch_inputs(batch))
             _Watcher(model, graph, look).run(*positional(graph, model, moved))
             seen += 1
     if not seen:
