@@ -34,7 +34,7 @@ class NormPropPlan(ConversionPlan):
         rows: One :class:`ConversionRow` per linear map, normalization, activation and sum, in the order of execution:
             what becomes of it, or why it stays.
         evaluation: Measured difference of the outputs in evaluation mode.
-        training: The same of the result in training mode, against its own evaluation.
+        training: The same in training mode, in which batch normalization in the original takes the statistics of the batch.
     """
 
 
@@ -137,7 +137,7 @@ def normprop_plan(
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
         >>> plan = normprop_plan(model, torch.randn(2, 3, 8, 8))
-        >>> plan["1"].target, plan["3"].reason, plan.preserved
+        >>> plan["1"].target, plan["3"].reason, plan.evaluation.preserved
         ('(part of 0)', 'no normalization, activation or sum after it', True)
     """
     layer = {"constants": constants, "eps": eps, "unitize": unitize, "border": border}
