@@ -125,7 +125,7 @@ def print_table(study: Study, where: Console) -> None:
     where.print(
         f"Mean ± standard deviation over seeds; vs {baseline}: paired by seed. Shift: Wasserstein-1 distance that one "
         f"update moves a layer's output, mean over layers and measurements; relative to the spread of the output; "
-        f" holds: lower bound <= W1 <= upper bound everywhere. Ratio: step time over that of {baseline}.",
+        f"holds: lower bound <= W1 <= upper bound everywhere. Ratio: step time over that of {baseline}.",
         style="dim",
     )
     remarks: dict[str, list[str]] = {}
