@@ -34,7 +34,7 @@ class NormPropPlan(ConversionPlan):
         rows: One :class:`ConversionRow` per linear map, normalization, activation and sum, in the order of execution:
             what becomes of it, or why it stays.
         evaluation: Measured difference of the outputs in evaluation mode.
-        training: The same in training mode, in which batch normalization in the original takes the statistics of the batch.
+        training: The same in training mode, in which batch normalization takes the statistics of the batch.
     """
 
 
