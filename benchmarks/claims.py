@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import math
 import statistics
@@ -195,14 +194,15 @@ def training(spec: str) -> None:
     """Run the recipe, and put together the shift per layer."""
     from flexnorm.lab.run import compare
     from flexnorm.lab.run.config import Config, load_config
+    from flexnorm.lab.run.files import read_rows
 
     values = {**load_config(ROOT / "recipes" / "shift_cifar10.yaml", "small"), "data": spec}
     folder = ROOT / "runs" / "shift_cifar10-small"
     results = compare(Config.from_dict(values), folder, command="")
     rows: list[Row] = []
     for norm in values["norms"]:
-        runs = [run for run in results["runs"] if run["norm"] == norm and run["status"] == "complete"]
-        measured = [list(csv.DictReader((folder / run["path"] / "shift.csv").open(encoding="utf-8"))) for run in runs]
+        runs = [run for run in results.of(norm) if run.complete]
+        measured = [read_rows(folder / run.path / "shift.csv") for run in runs]
         layers = list(dict.fromkeys(record["layer"] for record in measured[0])) if measured else []
         for number, layer in enumerate(layers, 1):
             row: Row = {"norm": norm, "depth": number, "layer": layer, "seeds": len(runs)}
@@ -217,9 +217,9 @@ def training(spec: str) -> None:
                 for name in ("w1", "relative"):
                     row[f"{name}_{part}"] = statistics.fmean(float(r[name]) for r in chosen)
             rows.append(row)
-    accuracy = {row["norm"]: row["test_accuracy"] for row in results["table"]}
-    config = {**results["config"], "data": Path(spec).name}
-    result = {"rows": rows, "test_accuracy": accuracy, "config": config, "seconds": results["total_seconds"]}
+    accuracy = {cell.norm: cell.test_accuracy.asdict() for cell in results.cells}
+    config = {**results.config, "data": Path(spec).name}
+    result = {"rows": rows, "test_accuracy": accuracy, "config": config, "seconds": results.total_seconds}
     result["alpha"] = alphas(folder)
     write(ROOT / "results" / "claims_training.json", "training", spec, result)
 

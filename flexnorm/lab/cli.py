@@ -294,8 +294,8 @@ def _compare(
     results, path = run_one(config, folder, screen, epochs=single)
     if not single:
         print_table(results, screen)
-    screen.print(f"all runs: {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
-    if not any(run["status"] == "complete" for run in results["runs"]):
+    screen.print(f"all runs: {results.total_seconds:.1f} s; report: {path}", soft_wrap=True)
+    if not results.complete:
         typer.echo("no run was completed: see the reasons above", err=True)
         raise typer.Exit(FAILED)
 

@@ -18,7 +18,7 @@ COMPLETE, DIVERGED, REFUSED, UNFINISHED, MISSING_RUN = "complete", "diverged", "
 METRICS_COLUMNS = ("epoch", "step", "train_loss", "test_loss", "test_accuracy", "lr", "step_ms", "seconds")
 SHIFT_NUMBERS = ("lower", "w1", "upper", "spread", "relative_lower", "relative", "relative_upper")
 SHIFT_COLUMNS = ("epoch", "step", "layer", *SHIFT_NUMBERS)
-_PER_LAYER = tuple(name for name in SHIFT_NUMBERS if name != "spread")
+SHIFT_MEANS = tuple(name for name in SHIFT_NUMBERS if name != "spread")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class ShiftRow:
         lower: Certified lower bound of the Wasserstein distance.
         w1: The Wasserstein distance as estimated.
         upper: Certified upper bound.
-        relative_lower: The lower bound divided by the standard deviation of the layer's output.
+        relative_lower: The lower bound divided by the spread of the layer's output.
         relative: The distance, likewise.
         relative_upper: The upper bound, likewise.
-        std: That standard deviation; its column is called ``spread``.
+        spread: That spread, the mean distance of the outputs to their mean.
         epoch: Epoch that the step belongs to, from 1.
     """
 
@@ -76,17 +76,17 @@ class ShiftRow:
     relative_lower: float
     relative: float
     relative_upper: float
-    std: float = math.nan
+    spread: float = math.nan
     epoch: float = math.nan
 
     @classmethod
     def read(cls, row: Mapping[str, str]) -> ShiftRow:
         """Return the row of a CSV file."""
-        numbers = {name: number(row.get(name)) for name in ("epoch", "step", *_PER_LAYER)}
-        return cls(layer=str(row.get("layer") or "?"), std=number(row.get("spread")), **numbers)
+        numbers = {name: number(row.get(name)) for name in ("epoch", "step", *SHIFT_NUMBERS)}
+        return cls(layer=str(row.get("layer") or "?"), **numbers)
 
     def value(self, relative: bool) -> tuple[float, float, float]:
-        """Return (lower, estimate, upper), relative to the standard deviation of the layer's output or absolute."""
+        """Return (lower, estimate, upper), relative to the spread of the layer's output or absolute."""
         if relative:
             return self.relative_lower, self.relative, self.relative_upper
         return self.lower, self.w1, self.upper
@@ -121,7 +121,7 @@ class Run:
         test_loss: Cross entropy on the test images after the last epoch.
         shift: By layer, means over its measurements, named as in :class:`ShiftRow`.
         shift_w1: Mean over layers and measurements of the Wasserstein distance.
-        shift_relative: Mean over layers of the distance relative to the standard deviation of the layer's output.
+        shift_relative: Mean over layers of the distance relative to the spread of the layer's output.
         shift_measurements: Number of measurements.
         shift_holds: Whether every measurement satisfied lower <= W1 <= upper; None without any.
         step_ms: Median time of an update, in milliseconds.
@@ -210,7 +210,7 @@ class Run:
             "reason": str(values.get("reason") or ""),
             "path": str(values.get("path") or ""),
             "shift": {
-                layer: {name: number(_mapping(means).get(name)) for name in _PER_LAYER}
+                layer: {name: number(_mapping(means).get(name)) for name in SHIFT_MEANS}
                 for layer, means in _mapping(result.get("shift")).items()
             },
             "shift_holds": holds_ if isinstance(holds_, bool) else None,
@@ -270,7 +270,7 @@ class Cell:
         shift_w1: Mean Wasserstein distance over layers and measurements.
         shift_lower: The same mean of the lower bounds.
         shift_upper: The same mean of the upper bounds.
-        shift_relative: Mean distance relative to the standard deviation of the layer's output.
+        shift_relative: Mean distance relative to the spread of the layer's output.
         interval_holds: Whether lower <= W1 <= upper in every measurement; None without measurements.
         step_ms: Milliseconds per update.
         step_ratio: Step time over the baseline's at the same optimizer and seed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +98,16 @@ class Replicates:
         return plus_minus(self.mean, self.std, form, scale, missing)
 
 
-def plus_minus(mean: float | None, std: float | None, form: str, scale: float = 1.0, missing: str = "") -> str:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean, correctly rounded whatever the order; NaN for no values."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def plus_minus(centre: float | None, std: float | None, form: str, scale: float = 1.0, missing: str = "") -> str:
     """Return ``mean ± std`` in words; the mean alone without a standard deviation.
 
     Args:
-        mean: The mean; None or NaN if there is none.
+        centre: The mean; None or NaN if there is none.
         std: The standard deviation, likewise.
         form: Format of both, for example ``".2f"``; a ``+`` in front is for the mean only.
         scale: Factor for both, for example 100 for per cent.
@@ -112,9 +117,9 @@ def plus_minus(mean: float | None, std: float | None, form: str, scale: float = 
         >>> plus_minus(0.0123, 0.004, "+.2f", 100), plus_minus(0.5, None, ".1f")
         ('+1.23 ± 0.40', '0.5')
     """
-    if mean is None or math.isnan(mean):
+    if centre is None or math.isnan(centre):
         return missing
-    text = format(scale * mean, form)
+    text = format(scale * centre, form)
     return text if std is None or math.isnan(std) else f"{text} ± {format(scale * std, form.lstrip('+'))}"
 
 

@@ -3,7 +3,7 @@
 from flexnorm.lab.run.compare import Progress, compare
 from flexnorm.lab.run.config import ESTIMATE, GAMMA_DECAY, NORMS, OPTIMS, Config, load_config, load_variants
 from flexnorm.lab.run.files import BusyError, WriteError
-from flexnorm.lab.run.loop import Epoch, train_run
+from flexnorm.lab.run.loop import train_run
 from flexnorm.lab.run.schedule import SCHEDULES
 from flexnorm.lab.run.stop import Interrupted
 
@@ -15,7 +15,6 @@ __all__ = [
     "SCHEDULES",
     "BusyError",
     "Config",
-    "Epoch",
     "Interrupted",
     "Progress",
     "WriteError",

@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from flexnorm.optim import GammaDecay
     from flexnorm.statistics import PopulationEstimator
 
-__all__ = ["Extras"]
-
 _POPULATION = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
 
 
-class Extras:
-    """The additions of one run, none by default.
+class StepHooks:
+    """What one run adds to its updates, nothing by default.
 
     In each update: `before` the forward pass, `penalty` added to the loss, `after` the optimizer's step; and
     `before_evaluation`.

@@ -135,7 +135,7 @@ def test_a_signal_stops_at_a_safe_moment_and_the_same_call_goes_on(small, images
     assert kinds.count("skip") == 1
     assert kinds.count("epoch") == 2 * 2 + 1  # the second run had done one of its two epochs
     assert summaries(tmp_path / "whole") == summaries(tmp_path / "parts")
-    assert [run["status"] for run in results["runs"]] == ["complete"] * 4
+    assert [run.status for run in results.runs] == ["complete"] * 4
 
 
 def work(config, images, out):
@@ -190,5 +190,5 @@ def test_a_resume_in_another_environment_says_so(one, images, tmp_path, monkeypa
         train_run(one, images, folder, on_epoch=stop)
     monkeypatch.setattr("flexnorm.lab.run.environment.status", lambda: "torch's own kernels")
     summary = train_run(one, images, folder)
-    assert summary["status"] == "complete"
-    assert any("kernels 'compiled' became 'torch'" in note for note in summary["notes"])
+    assert summary.status == "complete"
+    assert any("kernels 'compiled' became 'torch'" in note for note in summary.notes)
