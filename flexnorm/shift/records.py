@@ -10,9 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexnorm.transport._numerics import safe_norm
-from flexnorm.transport.bounds import shift_bounds
-from flexnorm.transport.distances import wasserstein
+from flexnorm.transport import safe_norm, shift_bounds, wasserstein
 
 FAST_BOUNDS = ("mean", "marginal", "max_sliced", "radial", "coupled", "triangle")
 """The bounds that a monitor evaluates: cheap beside the exact distance at its sample sizes."""

@@ -21,8 +21,8 @@ from flexnorm.surgery._effect import UNKNOWN, effect, notes
 from flexnorm.surgery._graft import final_class, graft, graft_hooks
 from flexnorm.surgery._kinds import RefusedError, Source, is_candidate, read
 from flexnorm.surgery._targets import Target, To, resolve
+from flexnorm.surgery.normprop import convert_to_normprop, normprop_plan
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
-from flexnorm.surgery.propagation import normprop_plan, to_normprop
 
 __all__ = ["conversion_plan", "convert"]
 
@@ -77,9 +77,7 @@ def conversion_plan(
         1 converted, 0 kept, 0 refused
     """
     if isinstance(to, str) and to == "normprop":
-        return normprop_plan(
-            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
-        )
+        return normprop_plan(model, example_input, batches=calibrate, include=include, exclude=exclude, **kwargs)
     _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if example_input is not None:
@@ -173,9 +171,7 @@ def convert(
     if isinstance(to, str) and to == "normprop":
         if inplace:
             raise ValueError("to='normprop' makes new layers out of several old ones; it returns a copy, not inplace")
-        return to_normprop(
-            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
-        )
+        return convert_to_normprop(model, example_input, batches=calibrate, include=include, exclude=exclude, **kwargs)
     _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if not inplace:

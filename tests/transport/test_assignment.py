@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from flexnorm.transport import wasserstein
-from flexnorm.transport._assignment import augmenting_paths
+from flexnorm.transport.exact import augmenting_paths
 
 
 @given(n=st.integers(0, 30), seed=st.integers(0, 10**6), ties=st.booleans())
@@ -26,3 +26,10 @@ def test_exact_distances_are_the_same_without_scipy(monkeypatch):
     with_scipy = wasserstein(x, y, method="exact")
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     torch.testing.assert_close(wasserstein(x, y, method="exact"), with_scipy, rtol=1e-14, atol=0)
+
+
+def test_what_needs_the_solver_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ot", None)
+    assert wasserstein(torch.zeros(1, 2), torch.ones(3, 2), method="exact") == pytest.approx(2**0.5), "one coupling"
+    with pytest.raises(ImportError, match=r"pip install 'flexnorm\[lab\]'"):
+        wasserstein(torch.zeros(2, 2), torch.ones(3, 2), method="exact")

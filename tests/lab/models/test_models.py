@@ -22,6 +22,7 @@ def _inputs(name: str, channels: int) -> torch.Tensor:
     return torch.randn(3, channels, size, size)
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize(
     ("name", "norm"),
     # A dense layer has one position: nothing to normalize by instance.
@@ -40,6 +41,7 @@ def test_shapes_gradients_and_copies(name: str, norm: str) -> None:
     assert torch.equal(twin(x), net(x))
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("norm", models.norm_names())
 def test_a_step_of_training_lowers_the_loss(norm: str) -> None:
     net = models.build("convnet", norm=norm, in_channels=1)
@@ -55,6 +57,7 @@ def test_a_step_of_training_lowers_the_loss(norm: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_network_builds_without_memory(name: str) -> None:
     with torch.device("meta"):

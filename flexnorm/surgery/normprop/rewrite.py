@@ -1,6 +1,6 @@
 """Walk over the graph of a model and put NormProp layers where linear maps, normalizations, activations and sums were.
 
-Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.propagation.carry`). Where an
+Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.normprop.carry`). Where an
 operation is not understood, the values that it reads are turned back into the original's by a scale and a shift, and it
 is left as it was. So the network computes the same function whatever the walk understands of it.
 """
@@ -18,10 +18,9 @@ from flexnorm.nn.normprop.folded import ChannelAffine
 from flexnorm.surgery._affine import as_affine
 from flexnorm.surgery._edges import LINEAR
 from flexnorm.surgery._kinds import RefusedError, is_candidate
-from flexnorm.surgery.plan import ConversionRow
-from flexnorm.surgery.propagation import operations as ops
-from flexnorm.surgery.propagation.carry import HANDS_ON, Carry, joined, passed
-from flexnorm.surgery.propagation.layers import (
+from flexnorm.surgery.normprop import operations as ops
+from flexnorm.surgery.normprop.carry import HANDS_ON, Carry, joined, passed
+from flexnorm.surgery.normprop.layers import (
     Moments,
     activation_layer,
     add_layer,
@@ -29,7 +28,8 @@ from flexnorm.surgery.propagation.layers import (
     plain_linear,
     through,
 )
-from flexnorm.surgery.propagation.trace import Stats, dropout_module, functional_dropout
+from flexnorm.surgery.normprop.trace import Stats, dropout_module, functional_dropout
+from flexnorm.surgery.plan import ConversionRow
 
 __all__ = ["Options", "Rewriter"]
 

@@ -149,8 +149,8 @@ def measure(model: nn.Module, graph: fx.Graph, nodes: Iterable[fx.Node], batches
             _Watcher(model, graph, look).run(*positional(graph, model, moved))
             seen += 1
     if not seen:
-        raise ValueError("calibrate is empty: there is nothing to measure")
+        raise ValueError("batches is empty: there is nothing to measure")
     for name, pool in pools.items():
         if not bool(torch.isfinite(pool.mean).all() & torch.isfinite(pool.m2).all()):
-            raise RuntimeError(f"the values at {name} are not finite for some batch of calibrate")
+            raise RuntimeError(f"the values at {name} are not finite for some of the batches")
     return {name: (pool.mean.cpu().double(), pool.var.cpu().double()) for name, pool in pools.items()}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexnorm.transport._numerics import power_mean
+from flexnorm.transport.samples import power_mean
 
 
 def line_wasserstein(
@@ -63,12 +63,9 @@ def sort_rows(values: Tensor) -> Tensor:
 
 
 def uniform_matching(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The monotone coupling of n and m equally heavy sorted points: who goes with whom, and how much mass.
+    """The monotone coupling of n and m equally heavy sorted points, as :func:`quantile_matching` returns it.
 
     Worked in integers (mass in units of 1 / (n m)), hence exact, and the same for every row.
-
-    Returns:
-        (k,) indices into the first sample, (k,) into the second, (k,) float64 masses; k <= n + m.
     """
     ends_x = torch.arange(1, n + 1, device=device) * m
     ends_y = torch.arange(1, m + 1, device=device) * n
@@ -81,13 +78,7 @@ def uniform_matching(n: int, m: int, device: torch.device) -> tuple[Tensor, Tens
 def quantile_matching(
     x: Tensor, y: Tensor, x_mass: Tensor | None, y_mass: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The monotone coupling of weighted points on the line, row by row.
-
-    Args:
-        x: (..., n) points in any order.
-        y: (..., m) points in any order.
-        x_mass: (..., n) weights that sum to 1, or ``None``.
-        y_mass: (..., m) weights that sum to 1, or ``None``.
+    """The monotone coupling of weighted points (..., n) and (..., m) in any order, row by row.
 
     Returns:
         (..., n + m) indices into x, the same into y, and the mass of each pair in float64.
