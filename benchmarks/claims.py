@@ -192,8 +192,7 @@ def slopes(rows: list[Row]) -> dict[str, Row]:
 
 def training(spec: str) -> None:
     """Run the recipe, and put together the shift per layer."""
-    from flexnorm.lab.run import compare
-    from flexnorm.lab.run.config import Config, load_config
+    from flexnorm.lab.run import Config, compare, load_config
     from flexnorm.lab.run.files import read_rows
 
     values = {**load_config(ROOT / "recipes" / "shift_cifar10.yaml", "small"), "data": spec}
