@@ -30,8 +30,7 @@ from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights
 from flexnorm.probe import isolated
 from flexnorm.shift import ShiftMonitor, WeightMonitor
-from flexnorm.statistics import is_frozen, recalibrate
-from flexnorm.statistics.frozen import has_statistics
+from flexnorm.statistics import has_statistics, is_frozen, recalibrate
 from flexnorm.theory import advise
 from flexnorm.theory.regularization import batch_norm_layers
 
