@@ -205,6 +205,14 @@ def test_custom_normalization_and_norm_args() -> None:
     assert {m.constants for m in net.modules() if isinstance(m, ek.NormPropConv2d)} == {"paper"}
 
 
+def test_options_of_a_norm_may_be_called_like_those_of_the_network() -> None:
+    for args in ({"num_features": 4}, {"widths": 3}, {"name": "x"}):
+        with pytest.raises(TypeError, match=next(iter(args))):
+            models.build("convnet", norm="unitized", widths=(4, 8), norm_args=args)
+    net = models.build("convnet", norm="unitized", widths=(4, 8), norm_args={"eps": 0.1}, momentum=0.2)
+    assert {(m.eps, m.momentum) for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {(0.1, 0.2)}
+
+
 def test_equal_seeds_give_equal_weights_under_every_normalization() -> None:
     nets = {}
     for norm in ("none", "batch", "group", "unitized"):
