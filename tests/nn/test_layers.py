@@ -288,6 +288,7 @@ def test_copies_pickles_and_loads_weights_only(info: LayerInfo, tmp_path: Path) 
             assert a.data_ptr() != b.data_ptr() or a.numel() == 0
 
 
+@pytest.mark.quick(4)
 @every_layer
 def test_compiles_whole_with_gradients_and_statistics(info: LayerInfo) -> None:
     torch._dynamo.reset()
@@ -309,6 +310,7 @@ def test_compiles_whole_with_gradients_and_statistics(info: LayerInfo) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.quick(8)
 @every_layer
 def test_exports(info: LayerInfo) -> None:
     module = randomized(info.build()).eval()

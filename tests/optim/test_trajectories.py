@@ -47,12 +47,14 @@ def run(name, option, dtype, steps=100, shapes=SMALL, **path):
     return worst, optimizer, params, reference
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("name", "option"), ALL)
 def test_float64_equals_reference(name, option, foreach):
     worst, *_ = run(name, option, torch.float64, foreach=foreach)
     assert worst < 1e-10  # rows that repel each other double a rounding error every few steps
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("name", "option"), ALL)
 def test_float32_stays_close_to_reference(name, option, foreach):
     worst, *_ = run(name, option, torch.float32, steps=30, foreach=foreach)
@@ -109,6 +111,7 @@ def test_state_equals_reference_and_momentum_is_tangent(name, foreach):
             assert state["exp_avg_sq"].shape == (len(p),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_unit_norm_to_four_ulp_after_ten_thousand_steps(name, foreach):
     params = parameters([(4, 9), (4, 3, 3)])

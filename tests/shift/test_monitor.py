@@ -73,6 +73,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("options", [{"every": 1}, {"every": 2, "lag": 3, "anchor": "both", "samples": "image"}])
 def test_training_is_bit_identical_with_and_without(norm: str, options: dict[str, Any]) -> None:

@@ -438,6 +438,7 @@ def test_torch_export(name: str) -> None:
         assert not [op for op in operators if "batch_norm" in op or "rsqrt" in op or "var_mean" in op]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["resnet", "unitized", "normprop", "not foldable"])
 def test_onnx(name: str) -> None:
     onnx = pytest.importorskip("onnx")

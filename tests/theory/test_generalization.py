@@ -103,6 +103,7 @@ def test_trained_relu_student_is_better_than_printed_and_does_not_diverge():
     assert gen.sgd_relu(2.0) == 0.5
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 3.0])
 def test_linear_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     """Away from alpha = 1, 300 passes: BN and WN + gamma decay agree within 10 percent on the same training sets."""
@@ -112,6 +113,7 @@ def test_linear_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     assert abs(gaps.mean()) < 3 * gaps.std(ddof=1) / 2 + 0.1 * decay.error
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("alpha", [0.5, 1.5, 2.5])
 def test_relu_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     bn = gen.simulate("batchnorm", alpha, NOISE, activation="relu", batch_size=16, epochs=300, runs=4)

@@ -41,6 +41,7 @@ def population():
     return {name: make(1_000_000, torch.Generator().manual_seed(7)) for name, (make, _, _) in INPUTS.items()}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("source", INPUTS)
 def test_zeta_is_the_gap_between_bn_and_pn(population, source, loss):

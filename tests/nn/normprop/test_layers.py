@@ -115,6 +115,7 @@ def test_transposed_convolutions_equal_plain_ones(kind, size, kwargs):
     assert layer.unit_rows().norm(dim=1).allclose(torch.ones(6, dtype=torch.float64))
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("unitize", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "prelu", "gelu", "tanh", "elu", None])
 def test_gradients_and_second_gradients(activation, unitize):
