@@ -61,6 +61,7 @@ def test_float32_stays_close_to_reference(name, option, foreach):
     assert worst < 3e-5
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(("name", "option"), ALL)
 def test_the_function_that_is_compiled_equals_reference(name, option, untraced):
     worst, *_ = run(name, option, torch.float64, steps=20, compile=True)

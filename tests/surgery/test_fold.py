@@ -39,6 +39,7 @@ def normalization(name: str, ndim: int, **kwargs) -> nn.Module:
     return ek.make_norm(name, 6, ndim, **kwargs)
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_linear_map_absorbs_every_population_norm(name: str, norm: str) -> None:

@@ -93,6 +93,7 @@ def test_printed_relu_formula_is_regression_on_the_positive_labels():
         assert agrees(got, expected)
 
 
+@pytest.mark.slow
 def test_trained_relu_student_is_better_than_printed_and_does_not_diverge():
     for alpha in (1.0, 1.9):
         got = gen.simulate("sgd", alpha, NOISE, activation="relu", runs=6)

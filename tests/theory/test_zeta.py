@@ -140,6 +140,7 @@ def test_special_values_are_the_std_part_of_the_full_square(size):
         assert reg.special_zeta(name, size) == pytest.approx(value, rel=0.01)
 
 
+@pytest.mark.slow
 def test_noise_of_statistics_by_sampling():
     for source, (sample, kurtosis, skewness) in INPUTS.items():
         size, batches = 256, 20_000

@@ -37,6 +37,7 @@ def noise(*shape, seed=1, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=dtype)
 
 
+@pytest.mark.quick(15)
 @pytest.mark.parametrize("unitize", [False, True])
 @pytest.mark.parametrize("constants", ["exact", "paper"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
