@@ -99,7 +99,7 @@ def watch(norm: nn.Module, data: ImageData, seed: int, level: float) -> Row:
     start = copy.deepcopy(layer)
     bounds: dict[str, list[float]] = {"previous": [], "initial": []}
     losses: list[float] = []
-    with ShiftMonitor(model, test, lambda _, module: module is layer, every=10, reference="both") as monitor:
+    with ShiftMonitor(model, test, lambda _, module: module is layer, every=10, anchor="both") as monitor:
         for _ in range(SETTINGS["steps"]):
             chosen = torch.randint(len(x), (SETTINGS["batch"],), generator=generator)
             loss = F.cross_entropy(model(x[chosen]), data.y_train[chosen])
@@ -110,14 +110,14 @@ def watch(norm: nn.Module, data: ImageData, seed: int, level: float) -> Row:
             layer.renew(level, generator)
             losses.append(float(loss.detach()))
             for record in monitor.step():
-                old = before if record.reference == "previous" else start
+                old = before if record.anchor == "previous" else start
                 bound = layer_bound(old.norm, layer.norm, noise=old.noise.double(), noise_after=layer.noise.double())
                 if not record.lower <= record.w1 <= min(record.upper, bound):
                     raise AssertionError(f"the bounds do not hold: {record}, {bound}")
-                bounds[record.reference].append(bound)
+                bounds[record.anchor].append(bound)
     row: Row = {"loss": statistics.fmean(losses[-20:]), "noise": float(layer.noise.mean())}
     for kind, prefix in (("previous", ""), ("initial", "start_")):
-        records = [record for record in monitor.records if record.reference == kind]
+        records = [record for record in monitor.records if record.anchor == kind]
         chosen_records = records if kind == "previous" else records[-1:]
         for name in ("lower", "w1", "upper", "spread", "relative"):
             row[prefix + name] = statistics.fmean(getattr(record, name) for record in chosen_records)
@@ -192,8 +192,7 @@ def slopes(rows: list[Row]) -> dict[str, Row]:
 
 def training(spec: str) -> None:
     """Run the recipe, and put together the shift per layer."""
-    from flexnorm.lab.run import compare
-    from flexnorm.lab.run.config import Config, load_config
+    from flexnorm.lab.run import Config, compare, load_config
     from flexnorm.lab.run.files import read_rows
 
     values = {**load_config(ROOT / "recipes" / "shift_cifar10.yaml", "small"), "data": spec}

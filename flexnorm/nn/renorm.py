@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine import Moments
-from flexnorm.engine.module import _recomputing
+from flexnorm.engine.module import recomputing
 from flexnorm.nn import rules
 from flexnorm.nn.batch import _BatchNorm
 
@@ -73,7 +73,7 @@ class _BatchRenorm(_BatchNorm):
         assert self.running_var is not None
         if self.frozen or not self.training:
             return rules.standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
-        if _recomputing() and self._used is not None:
+        if recomputing() and self._used is not None:
             # Activation checkpointing repeats the last forward: by the statistics and limits that it had.
             r_max, d_max, mean, var = self._used
         else:

@@ -8,10 +8,7 @@ from torch import nn
 
 from flexnorm.engine import FlexNorm
 from flexnorm.probe import Selection, find_places, select_places
-
-__all__ = ["freeze", "has_statistics", "is_frozen", "unfreeze"]
-
-_Normalizing = (FlexNorm, nn.modules.batchnorm._NormBase)
+from flexnorm.statistics._layers import has_statistics
 
 
 class Frozen:
@@ -62,7 +59,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def freeze_layer(module: nn.Module) -> None:
-    """Freeze one layer that has running statistics and is not frozen yet."""
+    """Freeze one layer, ``module``, that has running statistics and is not frozen yet."""
     if isinstance(module, FlexNorm):
         module.freeze()
         return
@@ -70,16 +67,6 @@ def freeze_layer(module: nn.Module) -> None:
     module.__class__ = _frozen_class(type(module))
     module.__dict__["training"] = False
     module.__dict__["_training_when_thawed"] = training
-
-
-def unfreeze_layer(module: nn.Module) -> None:
-    """Undo :func:`freeze_layer`."""
-    if isinstance(module, FlexNorm):
-        module.freeze(False)
-    elif isinstance(module, Frozen):
-        training = module.__dict__.pop("_training_when_thawed")
-        module.__class__ = module.thawed  # type: ignore[assignment]
-        module.__dict__["training"] = training
 
 
 _TRAINABLE = "_trainable_when_thawed"
@@ -140,12 +127,13 @@ def unfreeze(model: nn.Module, *, include: Selection | None = None, exclude: Sel
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
     """
     for place in select_places(find_places(model, has_statistics), include, exclude):
-        unfreeze_layer(place.module)
-        for name in place.module.__dict__.pop(_TRAINABLE, ()):
-            place.module.get_parameter(name).requires_grad_(True)
+        module = place.module
+        if isinstance(module, FlexNorm):
+            module.freeze(False)
+        elif isinstance(module, Frozen):
+            training = module.__dict__.pop("_training_when_thawed")
+            module.__class__ = module.thawed  # type: ignore[assignment]
+            module.__dict__["training"] = training
+        for name in module.__dict__.pop(_TRAINABLE, ()):
+            module.get_parameter(name).requires_grad_(True)
     return model
-
-
-def has_statistics(module: nn.Module) -> bool:
-    """Whether the layer keeps running statistics."""
-    return isinstance(module, _Normalizing) and module._buffers.get("running_mean") is not None

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NORMS, NormPropUnits, is_norm
 from flexnorm.nn.factory import _our_classes as our_classes
-from flexnorm.statistics.frozen import Frozen, is_frozen
+from flexnorm.statistics import Frozen, is_frozen
 from flexnorm.surgery._act import ThenAct
 
 __all__ = ["RefusedError", "Source", "arguments", "is_candidate", "read", "torch_family"]

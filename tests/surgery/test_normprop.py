@@ -184,6 +184,7 @@ def test_arguments_are_checked() -> None:
         convert_to_normprop(model, x, batches=[])
 
 
+@pytest.mark.slow
 def test_a_trained_network_keeps_its_accuracy_and_trains_on() -> None:
     data = load_digits()
     torch.manual_seed(0)

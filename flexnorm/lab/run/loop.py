@@ -56,9 +56,9 @@ def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
     Raises:
         ValueError: If network or normalization do not take the arguments they were given.
     """
-    args = {**config.model_args, **config.norm_args.get(norm, {})}
+    own = config.norm_args.get(norm)
     try:
-        return models.build(config.model, norm=norm, in_channels=data.shape[0], num_classes=data.num_classes, **args)
+        return models.build(config.model, norm, data.shape[0], data.num_classes, norm_args=own, **config.model_args)
     except TypeError as error:
         raise ValueError(f"model {config.model} with norm {norm}: {error}") from error
 

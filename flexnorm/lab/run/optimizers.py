@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from flexnorm.nn.normprop import normalize_weights_, register_unit_norm
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, param_groups
 
-__all__ = ["make_optimizer"]
-
 _FLAT = ("sgd", "adamw", "sgdp", "adamp")  # those that leave the length of weights free
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.lab.run.config import ESTIMATE, GAMMA_DECAY, Config
+from flexnorm.lab.run.config import Config
+from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
 from flexnorm.nn import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
 

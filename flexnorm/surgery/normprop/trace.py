@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flexnorm.nn.normprop import NormPropActivation, NormPropAdd
 from flexnorm.probe import arguments, batch_inputs, isolated, map_tensors
-from flexnorm.statistics._pool import Pool
+from flexnorm.statistics import Pool
 from flexnorm.surgery._edges import _Tracer
 from flexnorm.surgery._kinds import RefusedError
 
@@ -136,10 +136,7 @@ def measure(model: nn.Module, graph: fx.Graph, nodes: Iterable[fx.Node], batches
         if node not in wanted or not isinstance(value, Tensor) or not value.numel():
             return
         # An in-place operation may come next, but only after this look.
-        values = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-        var, mean = torch.var_mean(values, (0, *range(2, values.dim())), correction=0)
-        pool = pools.setdefault(node.name, Pool(mean))
-        pool.add(values.numel() // values.shape[1], mean, var)
+        pools.setdefault(node.name, Pool(value.shape[1], value.device)).add_values(value)
 
     seen = 0
     with isolated(model, 0):
@@ -151,6 +148,6 @@ def measure(model: nn.Module, graph: fx.Graph, nodes: Iterable[fx.Node], batches
     if not seen:
         raise ValueError("batches is empty: there is nothing to measure")
     for name, pool in pools.items():
-        if not bool(torch.isfinite(pool.mean).all() & torch.isfinite(pool.m2).all()):
+        if not bool(pool.finite.all()):
             raise RuntimeError(f"the values at {name} are not finite for some of the batches")
     return {name: (pool.mean.cpu().double(), pool.var.cpu().double()) for name, pool in pools.items()}

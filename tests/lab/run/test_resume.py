@@ -67,6 +67,7 @@ def test_a_crash_at_any_write_leaves_a_run_that_resumes_bit_for_bit(one, images,
     assert crashes >= 11  # config, two headers, three files per epoch, weights, summary
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("norm", ["batch", "population", "normprop"])
 @pytest.mark.parametrize("optim", ["sgd", "sgdg", "adamg", "adamw", "sgdp", "adamp"])
 def test_interrupted_after_an_epoch_every_optimizer_resumes_bit_for_bit(
@@ -142,6 +143,7 @@ def work(config, images, out):
     compare(config, out, data=images)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_summaries_are_those_of_an_uninterrupted_run(small, images, tmp_path, summaries):
     # A fork server imports torch once; each comparison is then a fresh process of its own.
     context = multiprocessing.get_context("forkserver")

@@ -1,33 +1,35 @@
-"""What all monitors share: counting steps, keeping what to compare with until it is due, sinks, a resumable state."""
+"""What all monitors share: counting steps, keeping an anchor until it is compared, sinks, a resumable state."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
+from flexnorm.probe import unwrap
 from flexnorm.shift.records import Record
 from flexnorm.shift.schedules import Schedule, as_schedule
 from flexnorm.shift.sinks import Sink, as_sink
 
-Reference = Literal["previous", "initial", "both"]
+Anchor = Literal["previous", "initial", "both"]
 Snapshot = dict[str, Tensor]
 R = TypeVar("R", bound=Record)
 
 _FORMAT = 1
 
 
-class Stepper(ABC, Generic[R]):
-    """Base of the monitors: takes a snapshot where its schedule says so and compares it with a later one.
+class Monitor(ABC, Generic[R]):
+    """Base of the monitors: takes a snapshot, the *anchor*, where its schedule says so, and compares a later one.
 
     Args:
+        model: Any module, also compiled or wrapped for distributed training; the module inside is looked at.
         every: When to measure: a number of steps, a list of steps, or a schedule.
         lag: Optimizer steps between the two snapshots that are compared.
-        reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
+        anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
         sinks: Where else to put each record.
 
     Attributes:
@@ -35,15 +37,20 @@ class Stepper(ABC, Generic[R]):
         steps: Optimizer steps seen so far.
     """
 
+    _kind: type[R]
+
     def __init__(
-        self, every: int | Schedule | Iterable[int], lag: int, reference: Reference, sinks: Iterable[Any]
+        self, model: nn.Module, every: int | Schedule | Iterable[int], lag: int, anchor: Anchor, sinks: Iterable[Any]
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
         check_count("lag", lag)
-        if reference not in get_args(Reference):
-            raise ValueError(unknown_name("reference", reference, get_args(Reference)))
+        if anchor not in get_args(Anchor):
+            raise ValueError(unknown_name("anchor", anchor, get_args(Anchor)))
+        self._model = unwrap(model)
         self._schedule = as_schedule(every)
         self._lag = lag
-        self._reference = reference
+        self._anchor = anchor
         self._sinks: list[Sink] = [as_sink(sink) for sink in sinks]
         self._pending: list[tuple[int, Snapshot]] = []
         self._initial: tuple[int, Snapshot] | None = None
@@ -56,17 +63,12 @@ class Stepper(ABC, Generic[R]):
         """What is compared, as it is now: tensors by name. Changes nothing in the model."""
 
     @abstractmethod
-    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[R]:
-        """The records of a snapshot taken at step ``taken`` and one taken now."""
+    def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """What a record says besides where it was made, by the name of its layer."""
 
     @abstractmethod
     def _config(self) -> dict[str, Any]:
-        """The arguments that must agree for a state to be taken up, as plain values."""
-
-    @staticmethod
-    @abstractmethod
-    def _record(values: Mapping[str, Any]) -> R:
-        """A record from its ``asdict()``."""
+        """Further arguments that must agree for a state to be taken up, as plain values."""
 
     def __enter__(self) -> Self:
         self.start()
@@ -82,12 +84,12 @@ class Stepper(ABC, Generic[R]):
         if self._started:
             return
         self._started = True
-        due = self._schedule(self.steps) and self._reference != "initial"
-        if due or self._reference != "previous":
+        due = self._schedule(self.steps) and self._anchor != "initial"
+        if due or self._anchor != "previous":
             now = self.look()
             if due:
                 self._pending.append((self.steps, now))
-            if self._reference != "previous":
+            if self._anchor != "previous":
                 self._initial = (self.steps, now)
 
     def step(self) -> list[R]:
@@ -103,16 +105,18 @@ class Stepper(ABC, Generic[R]):
             raise RuntimeError("call start(), or use the monitor in a with statement, before the first optimizer step")
         self.steps += 1
         scheduled = self._schedule(self.steps)
-        ready = [(taken, snapshot) for taken, snapshot in self._pending if taken + self._lag <= self.steps]
+        ready = [entry for entry in self._pending if entry[0] + self._lag <= self.steps]
         since_start = [self._initial] if scheduled and self._initial is not None else []
-        take = scheduled and self._reference != "initial"
+        take = scheduled and self._anchor != "initial"
         if not (ready or since_start or take):
             return []
         now = self.look()
-        made: list[R] = []
-        for kind, references in (("previous", ready), ("initial", since_start)):
-            for taken, snapshot in references:
-                made += self._compare(kind, taken, snapshot, now)
+        made = [
+            self._kind(step=self.steps, layer=layer, anchor=anchor, anchor_step=taken, **numbers)
+            for anchor, entries in (("previous", ready), ("initial", since_start))
+            for taken, before in entries
+            for layer, numbers in self._compare(before, now)
+        ]
         self._pending = [entry for entry in self._pending if entry[0] + self._lag > self.steps]
         if take:
             self._pending.append((self.steps, now))
@@ -142,7 +146,7 @@ class Stepper(ABC, Generic[R]):
         """Everything that a resumed run needs to go on exactly: tensors, numbers and strings, nothing else."""
         return {
             "format": _FORMAT,
-            "config": self._config(),
+            "config": self._arguments(),
             "steps": self.steps,
             "started": self._started,
             "pending": [_pack(entry) for entry in self._pending],
@@ -158,7 +162,7 @@ class Stepper(ABC, Generic[R]):
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"the monitor's state has format {state.get('format')!r}, this version reads {_FORMAT}")
-        there, here = state["config"], self._config()
+        there, here = state["config"], self._arguments()
         differences = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
         if differences:
             raise ValueError(f"the state is of a monitor with other arguments ({'; '.join(differences)})")
@@ -166,17 +170,17 @@ class Stepper(ABC, Generic[R]):
         self._started = bool(state["started"])
         self._pending = [_unpack(entry) for entry in state["pending"]]
         self._initial = None if state["initial"] is None else _unpack(state["initial"])
-        self.records = [self._record(values) for values in state["records"]]
+        self.records = [self._kind.from_dict(values) for values in state["records"]]
         for sink in self._sinks:
             sink.rewind(self.steps)
 
+    def _arguments(self) -> dict[str, Any]:
+        # States and files call the anchor "reference", as they always have.
+        return {"lag": self._lag, "reference": self._anchor, **self._config()}
+
 
 def check_count(name: str, number: object) -> None:
-    """Refuse what is not a whole number from 1 on.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Refuse what is not a whole number from 1 on (ValueError)."""
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
 
