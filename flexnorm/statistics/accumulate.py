@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.engine.module import _recomputing
-from flexnorm.nn.batch import _InstanceNorm
+from flexnorm.nn import norm_of
 from flexnorm.probe.tree import Selector, find, select
 from flexnorm.statistics._pool import Pool
 from flexnorm.statistics.frozen import has_statistics
@@ -127,7 +127,8 @@ class _Part(ABC):
     @property
     def between(self) -> bool:
         """Whether the spread of the means enters the variance; not in instance normalization's averages."""
-        return not isinstance(self.module, (_InstanceNorm, nn.modules.instancenorm._InstanceNorm))
+        norm = norm_of(self.module)
+        return norm is None or norm.statistics_from != "sample"
 
     @abstractmethod
     def update(self, pool: Pool) -> None:

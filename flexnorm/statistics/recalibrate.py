@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.nn.factory import BATCH_LIKE, our_family
-from flexnorm.nn.population import _PopulationNorm
+from flexnorm.nn import norm_of
 from flexnorm.probe import isolated, unwrap
 from flexnorm.probe.tree import Selector, find, select
 from flexnorm.statistics._pool import Pool, pool_processes
@@ -239,10 +238,8 @@ def _new_pool(module: nn.Module) -> Pool:
 
 def _averages_instances(module: nn.Module) -> bool:
     """Instance normalization, whose running statistics are the average of the instances' own."""
-    known = next((found for base in type(module).__mro__ if (found := our_family(base))), None)
-    if known is not None:
-        return known[0] not in BATCH_LIKE
-    return isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    norm = norm_of(module)
+    return norm is not None and norm.statistics_from == "sample"
 
 
 def _add(pool: Pool, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,7 +263,8 @@ def _add(pool: Pool, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _final(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
     """What the layer shall keep: population normalization the biased variance, all others torch's unbiased one."""
-    return pool.mean, pool.var if isinstance(module, _PopulationNorm) else pool.unbiased
+    norm = norm_of(module)
+    return pool.mean, pool.var if norm is not None and norm.statistics_from == "population" else pool.unbiased
 
 
 def _put(module: nn.Module, mean: Tensor, var: Tensor) -> None:

@@ -54,8 +54,8 @@ RULES = {
     ),
     "unitized": (lambda m, w, b, a: rules.unitized(m, w, b, a), reference.unitized),
     "unitized rms": (
-        lambda m, w, b, a: rules.unitized(m, w, b, a, norm="rms"),
-        lambda x, w, b, a: reference.unitized(x, w, b, a, norm="rms"),
+        lambda m, w, b, a: rules.unitized(m, w, b, a, unit_norm="rms"),
+        lambda x, w, b, a: reference.unitized(x, w, b, a, unit_norm="rms"),
     ),
     "population": (
         lambda m, w, b, a: rules.population(m, b, a + 1, w, b),
