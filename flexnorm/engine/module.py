@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexnorm.engine.declaration import Norm, constructor_arguments
 from flexnorm.engine.engine import flex_norm
 from flexnorm.engine.moments import Moments
+from flexnorm.engine.pool import active_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["FlexNorm"]
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward runs inside a backward, as activation checkpointing does to recompute what it dropped."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -182,7 +183,7 @@ class FlexNorm(Norm):
         activation checkpointing.
         """
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None or tracked is None or self.frozen or _recomputing():
+        if mean is None or var is None or tracked is None or self.frozen or recomputing():
             return
         count = pooled.count
         if isinstance(count, int) and count == 0:
@@ -202,9 +203,7 @@ class FlexNorm(Norm):
 
     def group(self) -> ProcessGroup | None:
         """Return the process group to synchronize over, or ``None`` where there is nothing to synchronize."""
-        if self.process_group is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return None
-        return torch.distributed.group.WORLD if isinstance(self.process_group, str) else self.process_group
+        return active_group(self.process_group)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError if ``x`` has the wrong number of axes or channels for this layer."""

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm, Moments
-from flexnorm.engine.module import _recomputing
+from flexnorm.engine import FlexNorm, Moments, recomputing
 from flexnorm.nn._base import Shared, standardize
 from flexnorm.nn._fused import follow_statistics
 from flexnorm.nn.renorm import renormalize
@@ -202,7 +201,7 @@ class _PopulationNorm(FlexNorm):
         assert mean is not None
         assert var is not None
         assert tracked is not None
-        if self.frozen or _recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
+        if self.frozen or recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
         native = self._native(pooled)
         if native is not None:

@@ -11,8 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from flexnorm.engine import Moments
-from flexnorm.engine.module import _recomputing
+from flexnorm.engine import Moments, recomputing
 from flexnorm.nn._base import BatchStatistics, Shared, standardize
 
 __all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d", "renorm", "renormalize"]
@@ -136,7 +135,7 @@ class _BatchRenorm(BatchStatistics):
         assert self.running_var is not None
         if self.frozen or not self.training:
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
-        if _recomputing() and self._used is not None:
+        if recomputing() and self._used is not None:
             # Activation checkpointing repeats the last forward: by the statistics and limits that it had.
             r_max, d_max, mean, var = self._used
         else:

@@ -34,7 +34,7 @@ from flexnorm.probe import Samples
 Noise = float | Tensor
 
 
-def statistics_noise(mean: Tensor, var: Tensor, used_mean: Tensor, used_var: Tensor, eps: float = 1e-5) -> Tensor:
+def second_moment_excess(mean: Tensor, var: Tensor, used_mean: Tensor, used_var: Tensor, eps: float = 1e-5) -> Tensor:
     r"""The noise $n_c = E \hat x_c^2 - 1$ of standardizing data with statistics that are not its own.
 
     $1 + n_c = (v_c + (m_c - \mu_c)^2) / (\sigma_c^2 + \epsilon)$ for data of mean m and variance v that is standardized
@@ -58,7 +58,7 @@ def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
 
     Args:
         weight: (C,) the scale gamma.
-        noise: n, one number or (C,); see :func:`statistics_noise`.
+        noise: n, one number or (C,); see :func:`second_moment_excess`.
 
     Returns:
         A scalar tensor.
@@ -105,7 +105,7 @@ def layer_bound(
         before: A layer as it was: BatchNorm, population normalization or unitized BatchNorm, of this package or
             torch's.
         after: The same layer later; ``None`` for unchanged parameters (the input may still have moved).
-        noise: Noise of the statistics before, one number or (C,); see :func:`statistics_noise`. By default 0 for a
+        noise: Noise of the statistics before, one number or (C,); see :func:`second_moment_excess`. By default 0 for a
             layer in training that standardizes a batch with its own moments, and infinite for one that uses running or
             population statistics (evaluation, frozen, population normalization): nothing is known of its input.
         noise_after: Noise after; ``None`` for the same.

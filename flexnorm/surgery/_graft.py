@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import make_norm
-from flexnorm.statistics.frozen import freeze_layer
+from flexnorm.statistics import freeze_layer
 from flexnorm.surgery._act import ThenAct, with_act
 from flexnorm.surgery._kinds import _BUFFERS_ONLY, _WITH_ACT, Source
 

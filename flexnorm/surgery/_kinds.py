@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from flexnorm.engine import FlexNorm, Norm, constructor_arguments
 from flexnorm.nn import NORMS, TORCH_LAYERS, NormPropUnits, is_norm
-from flexnorm.statistics.frozen import Frozen, is_frozen
+from flexnorm.statistics import Frozen, is_frozen
 from flexnorm.surgery._act import ThenAct
 
 __all__ = ["RefusedError", "Source", "family_of", "is_candidate", "read"]

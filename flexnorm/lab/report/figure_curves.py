@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from flexnorm.lab.records import EpochRow, Run, Study
 from flexnorm.lab.report.lines import Series, line_panel
 from flexnorm.lab.report.markup import Markup
 from flexnorm.lab.report.numbers import percent, significant
 from flexnorm.lab.report.scale import Scale, accuracy, linear, log_or_linear
-from flexnorm.lab.report.study import EpochRow, Run, Study
 
 Pick = Callable[[EpochRow], float]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flexnorm.lab.report.aggregate import Cell, rank_correlation
+from flexnorm.lab.records import Cell, Run, Study
+from flexnorm.lab.report.aggregate import rank_correlation
 from flexnorm.lab.report.frame import Frame
 from flexnorm.lab.report.markup import Markup, join
 from flexnorm.lab.report.numbers import fixed, percent, significant
 from flexnorm.lab.report.palette import marker_shape
 from flexnorm.lab.report.scale import accuracy, linear, logarithmic
-from flexnorm.lab.report.study import Run, Study
 from flexnorm.lab.report.svg import Point, drawing, fit, group, line, marker, text, text_width
 
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from flexnorm.lab.records import Run, ShiftRow, Study
 from flexnorm.lab.report.lines import Series, line_panel
 from flexnorm.lab.report.markup import Markup
 from flexnorm.lab.report.numbers import significant
 from flexnorm.lab.report.scale import Scale, linear, log_or_linear
-from flexnorm.lab.report.study import Run, ShiftRow, Study
 
 Triple = tuple[float, float, float]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flexnorm.lab.report.aggregate import Cell, Sample
+from flexnorm.lab.records import Cell, Study
+from flexnorm.lab.replicates import Replicates
 from flexnorm.lab.report.frame import FONT, Frame
 from flexnorm.lab.report.markup import Markup, element, join
 from flexnorm.lab.report.numbers import significant
 from flexnorm.lab.report.palette import marker_shape
 from flexnorm.lab.report.scale import Scale, linear
-from flexnorm.lab.report.study import Study
 from flexnorm.lab.report.svg import drawing, fit, group, line, marker, text, text_width
 
 BAR = 13.0
@@ -29,7 +29,7 @@ def steps(study: Study, rows: Sequence[Cell], key: str, *, width: float) -> Mark
     """
     relative = study.has_baseline and any(cell.step_ratio for cell in rows)
 
-    def pick(cell: Cell) -> Sample:
+    def pick(cell: Cell) -> Replicates:
         return cell.step_ratio if relative else cell.step_ms
 
     shown = [cell for cell in rows if math.isfinite(pick(cell).median)]
@@ -61,7 +61,7 @@ def _label(cell: Cell, relative: bool) -> str:
     return f"{significant(cell.step_ratio.median)}× · {ms}" if relative else ms
 
 
-def _bar(frame: Frame, study: Study, cell: Cell, sample: Sample, label: str, y: float) -> Markup:
+def _bar(frame: Frame, study: Study, cell: Cell, sample: Replicates, label: str, y: float) -> Markup:
     norm, optim = study.norms.index(cell.norm), study.optims.index(cell.optim)
     end, middle = frame.px(sample.median), y + BAR / 2
     tip = f"{cell.norm}, {cell.optim}: {label}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from flexnorm.lab.report.aggregate import Cell, Sample
+from flexnorm.lab.records import Cell, Study
+from flexnorm.lab.replicates import Replicates
 from flexnorm.lab.report.markup import Markup
 from flexnorm.lab.report.numbers import percent, significant
 from flexnorm.lab.report.rows import Dot, rows_panel
 from flexnorm.lab.report.scale import Scale, accuracy, linear, log_or_linear
-from flexnorm.lab.report.study import Study
 
 
 def summary_panels(
@@ -28,7 +28,7 @@ def summary_panels(
     shifts = [v for c in rows for v in c.shift_relative.values]
 
     def panel(
-        name: str, pick: Callable[[Cell], Sample], scale: Scale, write: Callable[[float], str], **words: str
+        name: str, pick: Callable[[Cell], Replicates], scale: Scale, write: Callable[[float], str], **words: str
     ) -> Markup:
         return rows_panel(
             f"{prefix}-{name}",
@@ -72,7 +72,7 @@ def summary_panels(
     ]
 
 
-def dots(study: Study, rows: Sequence[Cell], pick: Callable[[Cell], Sample], *, median: bool = False) -> list[Dot]:
+def dots(study: Study, rows: Sequence[Cell], pick: Callable[[Cell], Replicates], *, median: bool = False) -> list[Dot]:
     """Return one mark per cell that has a finite mean: the mean with its standard deviation, or the median alone."""
     return [
         Dot(

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from flexnorm._version import __version__
-from flexnorm.lab.report.aggregate import Cell, cells
+from flexnorm.lab.records import MISSING_RUN, Cell, Study
 from flexnorm.lab.report.figure_curves import accuracy_panels, loss_panels
 from flexnorm.lab.report.figure_scatter import correlation_note, scatter
 from flexnorm.lab.report.figure_shift import Depth, depth_panels, depths, shift_scale, time_panels
@@ -18,7 +18,6 @@ from flexnorm.lab.report.headline import Headline, headline
 from flexnorm.lab.report.lines import legend_line
 from flexnorm.lab.report.markup import Child, Markup, element, join
 from flexnorm.lab.report.numbers import duration, listing, plural
-from flexnorm.lab.report.study import MISSING_RUN, Study
 from flexnorm.lab.report.table import results_table
 from flexnorm.lab.report.theme import asset, variables
 
@@ -28,7 +27,7 @@ SHOWN_LAYERS = 12
 
 def page(study: Study) -> str:
     """Return the whole report on a study as HTML."""
-    rows = cells(study)
+    rows = study.cells
     head = headline(study, rows)
     style, script = variables(study) + asset("plot.css") + asset("style.css"), asset("page.js")
     # The page may run this script and this style, and load nothing at all.

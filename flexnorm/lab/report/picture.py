@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexnorm.lab.report.aggregate import cells
+from flexnorm.lab.records import Study
 from flexnorm.lab.report.figure_summary import summary_panels
 from flexnorm.lab.report.headline import headline
 from flexnorm.lab.report.load import load
 from flexnorm.lab.report.markup import Markup, element, join, number
 from flexnorm.lab.report.palette import marker_shape
 from flexnorm.lab.report.rows import rows_height
-from flexnorm.lab.report.study import Study
 from flexnorm.lab.report.svg import drawing, fit, group, marker, text, text_width
 from flexnorm.lab.report.theme import asset, variables
 from flexnorm.lab.report.write import write_text
@@ -42,7 +41,7 @@ def picture(out_dir: str | Path, path: str | Path) -> Path:
 
 def draw(study: Study) -> Markup:
     """Return the picture of a study as SVG."""
-    rows = cells(study)
+    rows = study.cells
     claim = headline(study, rows).claim
     width = 3 * PANEL + 2 * GAP + 2 * EDGE
     height = 96.0 + rows_height(len(study.norms), len(study.optims)) + 8.0

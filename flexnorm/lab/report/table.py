@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flexnorm.lab.report.aggregate import Cell, Sample
+from flexnorm.lab.records import Cell, Study
+from flexnorm.lab.replicates import Replicates
 from flexnorm.lab.report.frame import Frame
 from flexnorm.lab.report.markup import Child, Markup, element, join, number
 from flexnorm.lab.report.numbers import (
@@ -20,7 +21,6 @@ from flexnorm.lab.report.numbers import (
 )
 from flexnorm.lab.report.palette import marker_shape
 from flexnorm.lab.report.scale import Scale, accuracy
-from flexnorm.lab.report.study import Study
 from flexnorm.lab.report.svg import group, line, marker
 
 STRIP = (120.0, 20.0)
@@ -126,13 +126,13 @@ def _cell(value: float, main: str, below: Child) -> Markup:
     return element("td", element("span", main), small, class_="num", data_v="" if math.isnan(value) else repr(value))
 
 
-def _mean(sample: Sample, places: int, factor: float = 1.0) -> str:
+def _mean(sample: Replicates, places: int, factor: float = 1.0) -> str:
     if not math.isfinite(sample.std):
         return fixed(factor * sample.mean, places)
     return f"{fixed(factor * sample.mean, places)} ± {fixed(factor * sample.std, places)}"
 
 
-def _significant(sample: Sample) -> str:
+def _significant(sample: Replicates) -> str:
     """Return mean ± std, both with the decimals that give the mean three digits."""
     size = max(abs(sample.mean), sample.std if math.isfinite(sample.std) else 0.0)
     if not math.isfinite(size) or size == 0 or (not 1e-3 <= size < 1e6 and not math.isfinite(sample.std)):

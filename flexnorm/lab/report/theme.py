@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib import resources
 
+from flexnorm.lab.records import Study
 from flexnorm.lab.report.palette import hues
-from flexnorm.lab.report.study import Study
 
 _FACES = (
     '--serif:"Iowan Old Style",Charter,"Bitstream Charter","Source Serif 4","Source Serif Pro","Noto Serif",Georgia,'

@@ -12,8 +12,6 @@ from flexnorm.nn import undecayed
 from flexnorm.nn.normprop import normalize_weights_, register_unit_norm
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, param_groups
 
-__all__ = ["make_optimizer"]
-
 _FLAT = ("sgd", "adamw", "sgdp", "adamp")  # those that leave the length of weights free
 
 

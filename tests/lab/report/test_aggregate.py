@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from flexnorm.lab.report.aggregate import Sample, cells, holds, rank_correlation
+from flexnorm.lab.records import holds
+from flexnorm.lab.replicates import Replicates
+from flexnorm.lab.report.aggregate import rank_correlation
 from flexnorm.lab.report.load import load
 
 numbers = st.floats(-100, 100).map(lambda v: round(v, 3))
@@ -17,7 +19,7 @@ numbers = st.floats(-100, 100).map(lambda v: round(v, 3))
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.lists(numbers, min_size=2, max_size=25))
 def test_sample(values):
-    sample = Sample.of([*values, math.nan])
+    sample = Replicates.of([*values, math.nan])
     assert sample.mean == pytest.approx(np.mean(values), abs=1e-12)
     assert sample.std == pytest.approx(np.std(values, ddof=1), abs=1e-9)
     assert sample.median == pytest.approx(np.median(values))
@@ -30,12 +32,12 @@ def test_sample(values):
 
 def test_samples_that_have_no_interval():
     for values in ((), (1.0,), (1.0, 1.0, 1.0), (math.inf, 1.0)):
-        sample = Sample(values)
+        sample = Replicates(values)
         assert math.isnan(sample.margin)
         assert not sample.separated
-    assert math.isnan(Sample(()).mean)
-    assert math.isnan(Sample(()).median)
-    assert Sample((math.inf, 1.0)).mean == math.inf
+    assert math.isnan(Replicates(()).mean)
+    assert math.isnan(Replicates(()).median)
+    assert Replicates((math.inf, 1.0)).mean == math.inf
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -52,7 +54,7 @@ def test_rank_correlation(pairs):
 def test_cells_against_numpy(study):
     runs = study.make()
     results = {(r["norm"], r["optim"], r["seed"]): r for r in runs}
-    rows = cells(load(study.out))
+    rows = load(study.out).cells
     assert len(rows) == 6
     for row in rows:
         mine = [results[row.norm, row.optim, seed] for seed in range(3)]
@@ -75,7 +77,7 @@ def test_only_complete_runs_count_and_pairs_need_both(study):
     study.make(("none", "batch"), ("sgd",), 3, results=False)
     study.run("none", "sgd", 0, status="diverged", reason="NaN", test_accuracy=0.1)
     study.run("batch", "sgd", 1, status="diverged", reason="NaN")
-    base, other = cells(load(study.out))
+    base, other = load(study.out).cells
     assert (base.norm, other.norm) == ("batch", "none")
     assert other.test_accuracy.n == 2
     assert other.difference.n == 1  # seed 2 alone is complete in both
@@ -90,7 +92,7 @@ def test_a_violated_interval_is_seen(study):
     cells_of = first.split(",")
     cells_of[4] = "99"
     path.write_text("\n".join([head, ",".join(cells_of), *rest]))
-    assert cells(load(study.out))[0].interval_holds is False
+    assert load(study.out).cells[0].interval_holds is False
     assert holds(1.0, 1.0 - 1e-9, 1.0)
     assert not holds(1.0, math.inf, 2.0)
     assert not holds(1.0, 0.9, 2.0)
