@@ -6,12 +6,12 @@ STAMP := $(VENV)/.installed
 DEMO_OUT ?= runs/digits
 WORKERS ?= auto
 
-.PHONY: demo test lint types imports unit bench results docs clean
+.PHONY: demo test lint types imports unit slow bench results docs clean
 
 demo: $(STAMP)
 	$(BIN)/flexnorm compare --out $(DEMO_OUT)
 
-test: lint types imports unit
+test: lint types imports unit slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -24,7 +24,10 @@ imports: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=95
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=95
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

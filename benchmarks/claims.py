@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import math
 import statistics
@@ -77,7 +76,7 @@ class Noisy(nn.Module):
         xhat = (x - mean - self.offset * var.sqrt()) / (var * self.factor.exp() + self.norm.eps).sqrt()
         alpha = getattr(self.norm, "alpha", None)
         if alpha is not None:
-            square = xhat.square().sum(1) if self.norm.norm == "paper" else xhat.square().mean(1)
+            square = xhat.square().sum(1) if self.norm.unit_norm == "paper" else xhat.square().mean(1)
             xhat = xhat * (alpha / (square + self.norm.eps).sqrt()[:, None] + 1 - alpha)
         return self.norm.weight * xhat + self.norm.bias
 
@@ -100,7 +99,7 @@ def watch(norm: nn.Module, data: ImageData, seed: int, level: float) -> Row:
     start = copy.deepcopy(layer)
     bounds: dict[str, list[float]] = {"previous": [], "initial": []}
     losses: list[float] = []
-    with ShiftMonitor(model, test, lambda _, module: module is layer, every=10, reference="both") as monitor:
+    with ShiftMonitor(model, test, lambda _, module: module is layer, every=10, anchor="both") as monitor:
         for _ in range(SETTINGS["steps"]):
             chosen = torch.randint(len(x), (SETTINGS["batch"],), generator=generator)
             loss = F.cross_entropy(model(x[chosen]), data.y_train[chosen])
@@ -111,14 +110,14 @@ def watch(norm: nn.Module, data: ImageData, seed: int, level: float) -> Row:
             layer.renew(level, generator)
             losses.append(float(loss.detach()))
             for record in monitor.step():
-                old = before if record.reference == "previous" else start
+                old = before if record.anchor == "previous" else start
                 bound = layer_bound(old.norm, layer.norm, noise=old.noise.double(), noise_after=layer.noise.double())
                 if not record.lower <= record.w1 <= min(record.upper, bound):
                     raise AssertionError(f"the bounds do not hold: {record}, {bound}")
-                bounds[record.reference].append(bound)
+                bounds[record.anchor].append(bound)
     row: Row = {"loss": statistics.fmean(losses[-20:]), "noise": float(layer.noise.mean())}
     for kind, prefix in (("previous", ""), ("initial", "start_")):
-        records = [record for record in monitor.records if record.reference == kind]
+        records = [record for record in monitor.records if record.anchor == kind]
         chosen_records = records if kind == "previous" else records[-1:]
         for name in ("lower", "w1", "upper", "spread", "relative"):
             row[prefix + name] = statistics.fmean(getattr(record, name) for record in chosen_records)
@@ -193,16 +192,16 @@ def slopes(rows: list[Row]) -> dict[str, Row]:
 
 def training(spec: str) -> None:
     """Run the recipe, and put together the shift per layer."""
-    from flexnorm.lab.run import compare
-    from flexnorm.lab.run.config import Config, load_config
+    from flexnorm.lab.run import Config, compare, load_config
+    from flexnorm.lab.run.files import read_rows
 
     values = {**load_config(ROOT / "recipes" / "shift_cifar10.yaml", "small"), "data": spec}
     folder = ROOT / "runs" / "shift_cifar10-small"
     results = compare(Config.from_dict(values), folder, command="")
     rows: list[Row] = []
     for norm in values["norms"]:
-        runs = [run for run in results["runs"] if run["norm"] == norm and run["status"] == "complete"]
-        measured = [list(csv.DictReader((folder / run["path"] / "shift.csv").open(encoding="utf-8"))) for run in runs]
+        runs = [run for run in results.of(norm) if run.complete]
+        measured = [read_rows(folder / run.path / "shift.csv") for run in runs]
         layers = list(dict.fromkeys(record["layer"] for record in measured[0])) if measured else []
         for number, layer in enumerate(layers, 1):
             row: Row = {"norm": norm, "depth": number, "layer": layer, "seeds": len(runs)}
@@ -217,9 +216,9 @@ def training(spec: str) -> None:
                 for name in ("w1", "relative"):
                     row[f"{name}_{part}"] = statistics.fmean(float(r[name]) for r in chosen)
             rows.append(row)
-    accuracy = {row["norm"]: row["test_accuracy"] for row in results["table"]}
-    config = {**results["config"], "data": Path(spec).name}
-    result = {"rows": rows, "test_accuracy": accuracy, "config": config, "seconds": results["total_seconds"]}
+    accuracy = {cell.norm: cell.test_accuracy.asdict() for cell in results.cells}
+    config = {**results.config, "data": Path(spec).name}
+    result = {"rows": rows, "test_accuracy": accuracy, "config": config, "seconds": results.total_seconds}
     result["alpha"] = alphas(folder)
     write(ROOT / "results" / "claims_training.json", "training", spec, result)
 

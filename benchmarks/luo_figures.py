@@ -32,8 +32,10 @@ from torch.nn import functional as F
 from benchmarks.luo_runs import POOLING, configs
 from flexnorm.lab.data import ImageData, load
 from flexnorm.lab.figures import Curve, Figure, plot
+from flexnorm.lab.records import Study
+from flexnorm.lab.replicates import Replicates
 from flexnorm.lab.run import Config, compare
-from flexnorm.lab.run.files import read_rows
+from flexnorm.lab.run.files import read_json, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = dict[str, Any]
@@ -108,18 +110,17 @@ def images(spec: str, scale: str, limit: int | None) -> ImageData:
 def measure(folder: Path, config: Config, data: Callable[[int | None], ImageData]) -> Result:
     """Run an experiment, or what is missing of it, and return the curves of its seeds."""
     path = folder / "results.json"
-    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if done.get("config") != json.loads(json.dumps(config.as_dict())):
+    done = Study.read(read_json(path)) if path.exists() else None
+    if done is None or done.config != config.as_dict():
         done = compare(config, folder, data=data(config.limit), command="python -m benchmarks.luo_figures")
-    complete = [run for run in done["runs"] if run["status"] == "complete"]
-    tables = [read_rows(folder / run["path"] / "metrics.csv") for run in complete]
+    tables = [read_rows(folder / run.path / "metrics.csv") for run in done.complete]
     seeds = {
         column: [[float(row[column]) for row in rows] for rows in tables]
         for column in ("train_loss", "test_loss", "test_accuracy")
     }
-    seeds["gamma_squared"] = [[gamma_squared(folder / run["path"] / "model.safetensors")] for run in complete]
-    bad = [run["reason"] for run in done["runs"] if run["status"] != "complete"]
-    return {"seeds": seeds, "bad": bad, "seconds": done["total_seconds"], "environment": done["environment"]}
+    seeds["gamma_squared"] = [[gamma_squared(folder / run.path / "model.safetensors")] for run in done.complete]
+    bad = [run.reason for run in done.runs if not run.complete]
+    return {"seeds": seeds, "bad": bad, "seconds": done.total_seconds, "environment": done.environment}
 
 
 def gamma_squared(path: Path) -> float:
@@ -130,10 +131,10 @@ def gamma_squared(path: Path) -> float:
     return statistics.fmean(values) if values else float("nan")
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error over seeds."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
+    found = Replicates.of(values)
+    return found.mean, found.standard_error if found.n > 1 else 0.0
 
 
 def curves(recipe: Recipe, found: dict[str, Result]) -> list[Figure]:
@@ -146,10 +147,10 @@ def curves(recipe: Recipe, found: dict[str, Result]) -> list[Figure]:
             if not seeds:
                 continue
             if recipe.against == "epoch":
-                lines[label] = [(i + 1.0, *spread(values)) for i, values in enumerate(zip(*seeds, strict=True))]
+                lines[label] = [(i + 1.0, *over_seeds(values)) for i, values in enumerate(zip(*seeds, strict=True))]
             else:
                 layer, _, size = label.partition(", M=")
-                lines.setdefault(layer, []).append((float(size), *spread([values[-1] for values in seeds])))
+                lines.setdefault(layer, []).append((float(size), *over_seeds([values[-1] for values in seeds])))
         drawn = []
         for label, points in lines.items():
             x, y, error = zip(*points, strict=True)
@@ -167,9 +168,9 @@ def table(found: dict[str, Result]) -> list[Result]:
         for column in WORDS:
             last = [values[-1] for values in result["seeds"][column] if math.isfinite(values[-1])]
             if last:
-                row[column], row[f"{column}_error"] = spread(last)
+                row[column], row[f"{column}_error"] = over_seeds(last)
         if result["seeds"]["test_loss"]:
-            row["lowest_test_loss"], row["lowest_test_loss_error"] = spread(
+            row["lowest_test_loss"], row["lowest_test_loss_error"] = over_seeds(
                 [min(values) for values in result["seeds"]["test_loss"]]
             )
         rows.append(row)

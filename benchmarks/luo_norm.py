@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.luo_figures import ROOT, draw, images, measure, slug, spread
+from benchmarks.luo_figures import ROOT, draw, images, measure, over_seeds, slug
 from benchmarks.luo_runs import POOLING, configs
 from flexnorm.lab import models
 from flexnorm.lab.data import ImageData
@@ -74,7 +74,7 @@ def panels(found: dict[str, list[History]]) -> list[Figure]:
     for column, word in WORDS.items():
         curves = []
         for kind, seeds in found.items():
-            points = [spread([row[column] for row in rows]) for rows in zip(*seeds, strict=True)]
+            points = [over_seeds([row[column] for row in rows]) for rows in zip(*seeds, strict=True)]
             y, error = zip(*points, strict=True)
             curves.append(Curve(kind, tuple(float(epoch) for epoch in range(len(y))), y, error))
         made.append(Figure(column, "Training on at a rate of 0.001", "epoch", word, tuple(curves)))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from flexnorm.engine import FlexNorm, Moments, flex_norm
     from flexnorm.statistics import accumulate, freeze, recalibrate, unfreeze
-    from flexnorm.surgery import conversion_plan, convert, fold
+    from flexnorm.surgery import conversion_plan, convert, convert_to_normprop, fold
 
 # Loaded when first used: the command line answers before torch is there, and rooms cost what they are used for.
 _ROOMS = (
@@ -48,7 +48,7 @@ _ROOMS = (
 _NAMES = {
     **dict.fromkeys(("FlexNorm", "Moments", "flex_norm"), "engine"),
     **dict.fromkeys(("accumulate", "freeze", "recalibrate", "unfreeze"), "statistics"),
-    **dict.fromkeys(("conversion_plan", "convert", "fold"), "surgery"),
+    **dict.fromkeys(("conversion_plan", "convert", "convert_to_normprop", "fold"), "surgery"),
 }
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "accumulate",
     "conversion_plan",
     "convert",
+    "convert_to_normprop",
     "engine",
     "flex_norm",
     "fold",

@@ -21,3 +21,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         # Several workers share the cores; threads of their own would only wait for each other.
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but ``n`` cases of a test with ``@pytest.mark.quick(n)`` as slow, those kept spread over all of them."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("quick") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for family in cases.values():
+        (n,) = family[0].get_closest_marker("quick").args
+        kept = {k * len(family) // n for k in range(n)}
+        for k, item in enumerate(family):
+            if k not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import flexnorm
-from flexnorm._messages import unknown_name
+from flexnorm._messages import optional, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("scipy", "ot", "sklearn", "rich", "typer", "lightning", "lightning_fabric", "matplotlib", "datasets", "yaml")
+HEAVY = ("scipy", "ot", "sklearn", "rich", "typer", "lightning_fabric", "matplotlib", "yaml", "safetensors", "pydantic")
 
 
 def _run(code: str, cwd: Path = ROOT) -> str:
@@ -41,11 +44,16 @@ def test_importing_runs_little_code_of_its_own() -> None:
     assert added.count("'") // 2 <= 30
 
 
-def test_the_wheel_holds_what_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_what_runs(wheel: Path, tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in (
         "flexnorm/py.typed",
@@ -69,6 +77,88 @@ def test_the_wheel_holds_what_runs(tmp_path: Path) -> None:
     assert "demo" in out
 
 
+def _closure(*roots: str) -> list[metadata.Distribution]:
+    """The distributions named and all that they require, as installed here."""
+    found: dict[str, metadata.Distribution] = {}
+    wanted = list(roots)
+    while wanted:
+        name = re.split(r"[^\w.-]", wanted.pop())[0].lower().replace("_", "-")
+        if name in found:
+            continue
+        try:
+            found[name] = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # for another platform
+            continue
+        wanted += [needed for needed in found[name].requires or () if "extra ==" not in needed]
+    return list(found.values())
+
+
+@pytest.fixture
+def bare(wheel: Path, tmp_path: Path) -> Path:
+    """The interpreter of an environment with torch, numpy, what they require, and the wheel; nothing else."""
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    for distribution in _closure("torch", "numpy"):
+        for top in {Path(file).parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            link, kept = site / top, Path(str(distribution.locate_file(top)))
+            if kept.exists() and not link.exists():
+                link.symlink_to(kept, target_is_directory=kept.is_dir())
+    zipfile.ZipFile(wheel).extractall(site)
+    return tmp_path / "env" / "bin" / "python"
+
+
+BARE = """
+import importlib.util, sys
+import torch
+from torch import nn
+import flexnorm
+from flexnorm import nn as norms, optim, shift, theory, transport
+
+assert not any(importlib.util.find_spec(name) for name in {heavy!r}), "not a bare environment"
+x = torch.randn(32, 3, 8, 8)
+y = flexnorm.flex_norm(x.requires_grad_(), norms.rules.batch)
+y.square().sum().backward()
+for name in norms.NORMS:
+    norms.make_norm(name, 3)(x)
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+unitized = flexnorm.convert(model, "unitized")
+flexnorm.recalibrate(unitized, [x])
+flexnorm.fold(model.eval())
+model.train()
+groups = optim.param_groups(unitized, lr=0.1, lr_manifold=0.2, example_input=x, verbose=False)
+for cls in (optim.SGDG, optim.AdamG):
+    optimizer = cls(groups)
+    unitized(x).square().mean().backward()
+    optimizer.step()
+with shift.ShiftMonitor(unitized, x[:8].detach(), every=1) as monitor:
+    unitized(x).square().mean().backward()
+    optimizer.step()
+    monitor.step()
+assert monitor.records
+points = torch.randn(2, 16, 3)
+shift.shift_bounds(*points)
+flexnorm.freeze(unitized)
+norms.NormPropLinear(3, 4)(torch.randn(5, 3))
+try:
+    transport.wasserstein(points[0], points[1, 1:], method="exact")
+except ImportError as error:
+    assert str(error).endswith("pip install 'flexnorm[lab]'"), error
+else:
+    raise AssertionError("exact distances came from nowhere")
+print(sorted(name for name in sys.modules if name.startswith("flexnorm.lab")))
+"""
+
+
+def test_the_library_runs_on_torch_and_numpy_alone(bare: Path, tmp_path: Path) -> None:
+    code = BARE.format(heavy=HEAVY)
+    done = subprocess.run([bare, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    command = subprocess.run([bare, "-m", "flexnorm", "--help"], capture_output=True, text=True, check=False)
+    assert command.returncode == 1
+    assert command.stderr.strip() == "the flexnorm command needs typer: pip install 'flexnorm[lab]'"
+
+
 def test_version() -> None:
     assert flexnorm.__version__.split(".")[0].isdigit()
     command = [sys.executable, "-m", "flexnorm", "--version"]
@@ -78,3 +168,9 @@ def test_version() -> None:
 
 def test_unknown_names() -> None:
     assert unknown_name("norm", "zzz", ["batch"]) == "unknown norm 'zzz'. Valid: batch"
+
+
+def test_what_is_not_installed_is_named() -> None:
+    assert optional("json.decoder", "this", "lab").JSONDecoder
+    with pytest.raises(ImportError, match=r"^this needs no_such_module: pip install 'flexnorm\[plot\]'$"):
+        optional("no_such_module.part", "this", "plot")

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from flexnorm.probe import map_tensors
 from flexnorm.shift import ShiftMonitor, ShiftRecord
 
 
@@ -66,15 +67,7 @@ class ShiftWatch:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Tensors of a probe on a device, in plain dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(inner, device) for key, inner in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(inner, device) for inner in value)
-    if isinstance(value, list):
-        return [to_device(inner, device) for inner in value]
-    return value
+    return map_tensors(lambda tensor: tensor.detach().to(device), value, plain=True)
 
 
 def base_class(homes: Sequence[tuple[str, str]]) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from flexnorm.integrations._watch import ShiftWatch, base_class
+from flexnorm.probe import batch_inputs
 from flexnorm.shift import ShiftRecord
 
 _Base: Any = base_class((("lightning.pytorch.callbacks", "Callback"), ("pytorch_lightning.callbacks", "Callback")))
@@ -114,7 +115,7 @@ class LightningShiftCallback(_Base):
 def _inputs(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("label", "labels", "target", "targets")}
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+    return batch_inputs(batch)
 
 
 def _precision(trainer: Any) -> contextlib.AbstractContextManager[Any]:

@@ -233,7 +233,7 @@ def recipe_run(
 ) -> None:
     """Run a recipe, like compare --config; each of its variants is an experiment in a folder of its own."""
     with friendly():
-        from flexnorm.lab.run.config import load_variants
+        from flexnorm.lab.run.recipes import load_variants
 
         path = _recipe(name)
         folder = out or Path("runs") / (f"{name}-{scale}" if scale else name)
@@ -265,7 +265,7 @@ def _compare(
     if scale is not None and file is None:
         raise ValueError("--scale needs --config with a recipe")
     # Wrong settings are worth saying before the seconds that importing torch takes... and data that are missing, too.
-    from flexnorm.lab.run.config import Config, load_config
+    from flexnorm.lab.run import Config, load_config
 
     values = load_config(file, scale) if file else {}
     values = {{"norm": "norms", "optim": "optims", "seed": "seeds"}.get(k, k): v for k, v in values.items()}
@@ -294,8 +294,8 @@ def _compare(
     results, path = run_one(config, folder, screen, epochs=single)
     if not single:
         print_table(results, screen)
-    screen.print(f"all runs: {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
-    if not any(run["status"] == "complete" for run in results["runs"]):
+    screen.print(f"all runs: {results.total_seconds:.1f} s; report: {path}", soft_wrap=True)
+    if not results.complete:
         typer.echo("no run was completed: see the reasons above", err=True)
         raise typer.Exit(FAILED)
 
@@ -304,7 +304,7 @@ def _override(values: dict[str, Any], given: dict[str, Any], settings: list[str]
     """Put the options of the command line, then its --set, over the settings of a file, in place."""
     import yaml
 
-    from flexnorm.lab.run.config import assign
+    from flexnorm.lab.run.recipes import assign
 
     for key, value in given.items():
         if value is None:

@@ -9,7 +9,7 @@ output as it is and Eq. 3 holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
+from flexnorm.probe import Selection
 from flexnorm.probe.capture import batch_norm_layers
 from flexnorm.theory.regularization.strength import LayerStrength
 from flexnorm.theory.regularization.zeta import statistics_noise
@@ -115,7 +116,7 @@ class BatchNoise:
     Args:
         model: Model with layers that normalize by population (or, frozen, running) statistics.
         batch_size: M of the BN to imitate.
-        layers: Names of the layers; all by default.
+        layers: Which layers, as in :func:`flexnorm.probe.select`; all batch-normalized ones by default.
         strengths: Measured statistics per layer (`Advice.strengths`), which give the effective batch size of
             convolutions. Without them every image counts as one Gaussian value: right for (N, C), an upper bound on the
             noise for images.
@@ -135,7 +136,7 @@ class BatchNoise:
         model: nn.Module,
         batch_size: int,
         *,
-        layers: Sequence[str] | None = None,
+        layers: Selection | None = None,
         strengths: Mapping[str, LayerStrength] | None = None,
         mean: bool = True,
         variance: bool = True,

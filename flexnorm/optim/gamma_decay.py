@@ -6,13 +6,13 @@ step (no gradient flows through it), so the penalty pulls on gamma alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flexnorm.probe import Selection
 from flexnorm.probe.capture import Loss, batch_norm_layers, capture
 from flexnorm.theory.regularization.strength import layer_strength
 from flexnorm.theory.regularization.zeta import statistics_noise
@@ -57,7 +57,7 @@ class GammaDecay:
         coefficient: ``"adaptive"``: zeta per channel from the curvature of the loss, following the training. A number:
             that zeta for every channel (the paper's ``1/(2M)`` or ``1/(4M)``, for example); `batch_size` is then only
             kept.
-        layers: Names of the layers; all by default.
+        layers: Which layers, as in :func:`flexnorm.probe.select`; all batch-normalized ones by default.
         loss: Loss whose curvature counts; see `CURVED_LOSSES`, or a function ``loss(outputs, targets)`` for the
             empirical Fisher information at the true labels.
         momentum: Weight of a new estimate in the moving average, in (0, 1]; bias-corrected. Default 0.1.
@@ -83,7 +83,7 @@ class GammaDecay:
         batch_size: int,
         coefficient: str | float = "adaptive",
         *,
-        layers: Sequence[str] | None = None,
+        layers: Selection | None = None,
         loss: Loss = "cross_entropy",
         momentum: float = 0.1,
         seed: int = 0,

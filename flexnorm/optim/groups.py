@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from flexnorm.optim.invariance import InvarianceReport, Probe, WeightReport, scale_invariant_weights
 from flexnorm.optim.manifold import row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
+from flexnorm.probe import Selection, select_parameters
 
 __all__ = ["ParamGroups", "param_groups"]
 
@@ -54,7 +54,7 @@ def param_groups(
     grad_clip: float | None = 0.1,
     ortho: float = 0.1,
     decay_vectors: bool = False,
-    exclude: Iterable[str] = (),
+    exclude: Selection = (),
     normalize: bool = True,
     verbose: bool = True,
 ) -> ParamGroups:
@@ -79,7 +79,8 @@ def param_groups(
         ortho: Weight :math:`\alpha` of the orthogonality regularizer. Weights with more rows than inputs get 0: their
             rows cannot be orthogonal, and pushing them apart only makes them unstable.
         decay_vectors: Whether biases and gains are decayed too.
-        exclude: Names or patterns (``"head.*"``) of parameters to keep off the manifold.
+        exclude: Parameters to keep off the manifold, as in :func:`flexnorm.probe.select_parameters`: names, patterns
+            (``"head.*"``), modules, or classes of modules that hold them, ..., or a list of these.
         normalize: Bring the rows of manifold weights to unit length now. (The optimizer does it at its first step in
             any case, without the care for running statistics.)
         verbose: Print what went where to standard output.
@@ -88,7 +89,7 @@ def param_groups(
         The groups, with their report. Parameters that do not require gradients are left out.
 
     Raises:
-        ValueError: As :func:`scale_invariant_weights`, or if a pattern of ``exclude`` matches nothing.
+        ValueError: As :func:`scale_invariant_weights`, or if a name or pattern of ``exclude`` matches nothing.
 
     Examples:
         >>> from flexnorm.optim import SGDG
@@ -99,15 +100,8 @@ def param_groups(
         >>> optimizer = SGDG(groups, momentum=0.9)
     """
     report = scale_invariant_weights(model, example_input, select=select)
-    patterns = list(exclude)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in report):
-            raise ValueError(f"exclude: no parameter of the model matches {pattern!r}")
-    chosen = [
-        r
-        for r in report.values()
-        if r.selected and r.parameter.requires_grad and not any(fnmatchcase(r.name, pattern) for pattern in patterns)
-    ]
+    excluded = set(select_parameters(model, report, exclude, "exclude"))
+    chosen = [r for r in report.values() if r.selected and r.parameter.requires_grad and r.name not in excluded]
     notes = _normalize(model, chosen, example_input, exact=select == "probe") if normalize else []
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in chosen:

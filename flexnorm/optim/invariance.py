@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.optim.rows import RowLayout, from_rows, to_rows
+from flexnorm.probe import arguments, tensors
 
 __all__ = ["InvarianceReport", "WeightReport", "scale_invariant_weights"]
 
@@ -304,9 +305,9 @@ class Probe:
 
     def _noise(self, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments like the example: noise, in batches of 16, where all of it is floating point."""
-        args, kwargs = _arguments(example)
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        noisy = all(t.is_floating_point() and t.ndim > 0 and len(t) == len(tensors[0]) for t in tensors)
+        args, kwargs = arguments(example)
+        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        noisy = all(t.is_floating_point() and t.ndim > 0 and len(t) == len(given[0]) for t in given)
 
         def like(t: Any) -> Any:
             if not isinstance(t, Tensor):
@@ -327,11 +328,11 @@ class Probe:
             with torch.random.fork_rng(devices=devices), torch.autocast(self.device.type, enabled=False):
                 torch.manual_seed(0)
                 random.seed(0)
-                tensors = {**self.parameters, **changed, **buffers}
-                output = torch.func.functional_call(self.model, tensors, self.args, self.kwargs)
+                state_dict = {**self.parameters, **changed, **buffers}
+                output = torch.func.functional_call(self.model, state_dict, self.args, self.kwargs)
         finally:
             random.setstate(state)
-        return torch.cat([t.detach().double().flatten() for t in _leaves(output)])
+        return torch.cat([t.detach().double().flatten() for t in tensors(output) if t.is_floating_point()])
 
     def distance(self, name: str, weight: Tensor) -> float:
         """Return the length of the change of the outputs when one parameter is exchanged, relative to their length.
@@ -345,23 +346,6 @@ class Probe:
         return relative if relative > 1e-9 else 0.0
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
-
-
 def _wide(t: Tensor) -> Tensor:
     """Low precision to float32; everything else as it is."""
     return t.float() if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
-def _leaves(output: Any) -> list[Tensor]:
-    """Return all floating point tensors in an output, whatever it is packed in."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return [leaf for item in output for leaf in _leaves(item)]
-    return []

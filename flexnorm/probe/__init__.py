@@ -1,26 +1,46 @@
 """Look into a model without leaving a trace: isolation, side forwards, points, one language to select layers."""
 
-from flexnorm.probe.forward import Look, Mode, call, detached, side_forward
+from flexnorm.probe.forward import Look, Mode, side_forward
 from flexnorm.probe.isolate import isolated, private_randomness
-from flexnorm.probe.points import Samples, channel_axis, choose_rows, count_points, first_tensor, take_points
-from flexnorm.probe.select import Layers, check_watchable, select_layers, unwrap
+from flexnorm.probe.nested import arguments, batch_inputs, call, detached, first_tensor, map_tensors, tensors
+from flexnorm.probe.points import Samples, channel_axis, choose_rows, count_points, take_points
+from flexnorm.probe.select import (
+    Place,
+    Selection,
+    check_watchable,
+    find_places,
+    select,
+    select_layers,
+    select_parameters,
+    select_places,
+    unwrap,
+)
 
 __all__ = [
-    "Layers",
     "Look",
     "Mode",
+    "Place",
     "Samples",
+    "Selection",
+    "arguments",
+    "batch_inputs",
     "call",
     "channel_axis",
     "check_watchable",
     "choose_rows",
     "count_points",
     "detached",
+    "find_places",
     "first_tensor",
     "isolated",
+    "map_tensors",
     "private_randomness",
+    "select",
     "select_layers",
+    "select_parameters",
+    "select_places",
     "side_forward",
     "take_points",
+    "tensors",
     "unwrap",
 ]

@@ -8,7 +8,7 @@ accounted for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.nn import is_norm
+from flexnorm.nn import norm_of
+from flexnorm.probe.select import Selection, select
 
 __all__ = ["CURVED_LOSSES", "ImageTables", "Loss", "batch_norm_layers", "capture"]
 
@@ -76,7 +77,7 @@ class ImageTables:
     scale: Tensor
 
 
-def batch_norm_layers(model: nn.Module, layers: Sequence[str] | None = None) -> dict[str, nn.Module]:
+def batch_norm_layers(model: nn.Module, layers: Selection | None = None) -> dict[str, nn.Module]:
     """Return the layers that standardize every channel by statistics of a batch or of the population, by name.
 
     These are torch's BatchNorm (SyncBatchNorm included) and this package's batch, population and unitized layers:
@@ -84,22 +85,17 @@ def batch_norm_layers(model: nn.Module, layers: Sequence[str] | None = None) -> 
 
     Args:
         model: Any model.
-        layers: Names to take instead of all.
+        layers: Which of them, in the language of :func:`flexnorm.probe.select`; all by default.
 
     Raises:
-        ValueError: If a name is not such a layer.
+        ValueError: If a name or pattern fits no such layer.
     """
     found = {
         name: module
         for name, module in model.named_modules()
-        if is_norm(module) and hasattr(module, "running_mean") and "InstanceNorm" not in type(module).__name__
+        if (norm := norm_of(module)) is not None and norm.statistics_from in ("batch", "population")
     }
-    if layers is None:
-        return found
-    for name in layers:
-        if name not in found:
-            raise ValueError(unknown_name("batch normalization layer", name, found))
-    return {name: found[name] for name in layers}
+    return found if layers is None else select(found, layers, kind="batch normalization layer")
 
 
 def capture(
@@ -108,7 +104,7 @@ def capture(
     loss: Loss = "cross_entropy",
     targets: Tensor | None = None,
     *,
-    layers: Sequence[str] | None = None,
+    layers: Selection | None = None,
     generator: torch.Generator | None = None,
 ) -> list[ImageTables]:
     """Run one side pass in evaluation mode and return the tables of every layer.
@@ -121,7 +117,7 @@ def capture(
         inputs: (N, *), one batch.
         loss: See `Loss`.
         targets: Labels, for a callable loss.
-        layers: Names of the layers to look at; all batch-normalized ones by default.
+        layers: Which layers to look at, as for :func:`batch_norm_layers`; all batch-normalized ones by default.
         generator: Source of the draws for a named loss; a fresh one seeded with 0 by default.
 
     Returns:

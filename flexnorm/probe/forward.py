@@ -7,32 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flexnorm.probe.isolate import isolated
+from flexnorm.probe.nested import call
 
 Look = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 Mode = Literal["train", "eval"]
-
-
-def call(model: nn.Module, probe: Any) -> Any:
-    """Call a model: a tensor ``probe`` is its only argument, a tuple its positional, a mapping its keyword ones."""
-    if isinstance(probe, Mapping):
-        return model(**probe)
-    if isinstance(probe, (tuple, list)):
-        return model(*probe)
-    return model(probe)
-
-
-def detached(probe: Any) -> Any:
-    """A copy of ``probe`` that later changes of the original do not reach."""
-    if isinstance(probe, Tensor):
-        return probe.detach().clone()
-    if isinstance(probe, Mapping):
-        return {key: detached(value) for key, value in probe.items()}
-    if isinstance(probe, (tuple, list)):
-        return type(probe)(detached(item) for item in probe)
-    return probe
 
 
 def side_forward(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +11,6 @@ from torch import Tensor, nn
 Samples = Literal["position", "image"]
 
 _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The first floating-point tensor in an ``output``: itself, or inside tuples, lists and dictionaries."""
-    if isinstance(output, Tensor):
-        return output if output.dtype.is_floating_point else None
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return next((found for item in output if (found := first_tensor(item)) is not None), None)
-    return None
 
 
 def channel_axis(module: nn.Module) -> int:

@@ -1,18 +1,74 @@
-"""Which layers to watch: by kind, by name, by pattern, or the modules themselves."""
+"""Which layers, or parameters, of a model a user means: one language, for every option that chooses some."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from flexnorm._messages import unknown_name
 
-Layer = str | re.Pattern[str] | nn.Module
-Layers = Layer | Callable[[str, nn.Module], bool] | Iterable[Layer]
+Selection: TypeAlias = (
+    str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool] | Iterable["Selection"]
+)
+"""What chooses layers, as :func:`select` says: a name, a pattern, a class, a module, a function, or a list of these."""
+
+
+@dataclass
+class Place:
+    """One module and all the slots that hold it (several where it is shared).
+
+    Attributes:
+        module: The module.
+        slots: (parent, key, full name) of each slot; the parent of the model itself is ``None``.
+    """
+
+    module: nn.Module
+    slots: list[tuple[nn.Module | None, str, str]]
+
+    @property
+    def name(self) -> str:
+        """Full name of the first slot; empty for the model itself."""
+        return self.slots[0][2]
+
+    @property
+    def names(self) -> list[str]:
+        """Full names of all slots."""
+        return [name for _, _, name in self.slots]
+
+    def put(self, module: nn.Module) -> None:
+        """Hang ``module`` into every slot. The model itself has no slot to hang something into."""
+        for parent, key, _ in self.slots:
+            if parent is not None:
+                parent._modules[key] = module
+
+
+def find_places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Place]:
+    """All ``wanted`` modules of ``model``, in the order of registration, each once; nothing inside them is looked at.
+
+    Unlike ``named_modules``, this sees every slot of a shared module, so that none of them keeps the old one.
+    """
+    places: dict[int, Place] = {}
+    visited: set[int] = set()
+
+    def visit(module: nn.Module, parent: nn.Module | None, key: str, name: str) -> None:
+        if wanted(module):
+            places.setdefault(id(module), Place(module, [])).slots.append((parent, key, name))
+            return
+        if id(module) in visited:
+            return
+        visited.add(id(module))
+        for child_key, child in module._modules.items():
+            if child is not None:
+                visit(child, module, child_key, f"{name}.{child_key}" if name else child_key)
+
+    visit(model, None, "", "")
+    return list(places.values())
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -47,15 +103,130 @@ def check_watchable(model: nn.Module) -> None:
             raise ValueError(f"module {name!r} is lazy and has no parameters yet: call the model once, then watch it")
 
 
-def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-    """The layers that a specification names, in the order of ``model.named_modules()``.
+def select(
+    candidates: Mapping[str, nn.Module],
+    selection: Selection,
+    argument: str = "layers",
+    *,
+    kind: str = "layer",
+    keyword_first: bool = False,
+    below: bool = False,
+) -> dict[str, nn.Module]:
+    r"""The candidates that a selection means.
+
+    A selection is one of these, or a list of them:
+
+    * a full name (``"layer1.0.bn1"``); where no candidate has it, all candidates below the module of that name;
+    * ``"norm"``: all normalization layers (a candidate that is itself called ``norm`` is ``"re:norm"``);
+    * a glob pattern (``"layer?.*.bn*"``), or a regular expression, compiled or as ``"re:..."``, for the whole name;
+    * a class of modules, which may fit nothing;
+    * a module; where it is no candidate, all candidates inside it;
+    * a function ``(name, module) -> bool``, which may fit nothing.
+
+    Args:
+        candidates: What can be chosen, by full name.
+        selection: See above. Names hold for compiled submodules with or without their ``_orig_mod.``.
+        argument: The option's name, for messages.
+        kind: What a candidate is called in messages.
+        keyword_first: Whether ``"norm"`` means all normalization layers even if a candidate, or a module above some,
+            has that name.
+        below: Whether a module stands for all candidates inside it even if it is one itself.
+
+    Returns:
+        The chosen candidates, in their order.
+
+    Raises:
+        ValueError: A name, a pattern, a module or ``"norm"`` fits nothing.
+        TypeError: The selection is of another kind.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Sequential(nn.ReLU()))
+        >>> list(select(dict(model.named_modules()), ["norm", "re:2.*"]))
+        ['1', '2', '2.0']
+    """
+    named = {name: (name, _plain(name)) for name in candidates}
+
+    def named_like(fits: Callable[[str], object]) -> set[str]:
+        return {name for name, spellings in named.items() if any(map(fits, spellings))}
+
+    def where(fits: Callable[[str, nn.Module], object]) -> set[str]:
+        return {name for name, module in candidates.items() if fits(name, module)}
+
+    def norms() -> set[str]:
+        from flexnorm.nn import is_norm  # here, not above: the layers bring in the compiler
+
+        if not (found := where(lambda _, module: is_norm(module))):
+            raise ValueError(
+                f"{argument}: the model has no normalization layer among its {len(candidates)} modules; choose by a "
+                f"pattern ({argument}='*conv*') or by a list of names"
+            )
+        return found
+
+    def by_name(text: str) -> set[str]:
+        if text == "norm" and keyword_first:
+            return norms()
+        if found := text and named_like(lambda name: name == text):
+            return set(found)
+        if text.startswith("re:"):
+            return chosen(re.compile(text[3:]))
+        # A pattern of everything does not mean the model around its layers.
+        found = named_like(
+            lambda name: ((name or len(named) == 1) and fnmatch.fnmatchcase(name, text)) or name.startswith(f"{text}.")
+        )
+        return found or (norms() if text == "norm" else unknown(text))
+
+    def unknown(pattern: str) -> set[str]:
+        names = [name for name in named if name]
+        raise ValueError(f"{argument}: {unknown_name(f'{kind} or pattern', pattern, names)}")
+
+    def chosen(part: object) -> set[str]:
+        if isinstance(part, str):
+            return by_name(part)
+        if isinstance(part, re.Pattern):
+            return named_like(part.fullmatch) or unknown(part.pattern)
+        if isinstance(part, type):
+            return where(lambda _, module: isinstance(module, part))
+        if isinstance(part, nn.Module):
+            found = set() if below else where(lambda _, module: module in (part, unwrap(part)))
+            inside = set(part.modules())
+            if not (found or (found := where(lambda _, module: module in inside))):
+                raise ValueError(
+                    f"{argument}: the {type(part).__name__} given is not part of the model, or holds no {kind} that "
+                    "could be chosen"
+                )
+            return found
+        if callable(part):
+            return where(part)
+        if isinstance(part, Iterable):
+            return set().union(*map(chosen, part))
+        raise TypeError(
+            f"{argument} must be or hold names, patterns or modules, or classes or functions of (name, module); got "
+            f"{type(part).__name__}"
+        )
+
+    found = chosen(selection)
+    return {name: module for name, module in candidates.items() if name in found}
+
+
+def select_places(places: list[Place], include: Selection | None, exclude: Selection | None) -> list[Place]:
+    """Those of ``places`` that ``include`` names (all, if ``None``) and ``exclude`` does not.
+
+    Raises:
+        ValueError: A name, a pattern or a module fits none of the places.
+        TypeError: A selection is of another kind.
+    """
+    candidates = {name: place.module for place in places for name in place.names}
+    wanted = candidates if include is None else select(candidates, include, "include")
+    dropped = {} if exclude is None else select(candidates, exclude, "exclude")
+    return [p for p in places if any(n in wanted for n in p.names) and not any(n in dropped for n in p.names)]
+
+
+def select_layers(model: nn.Module, layers: Selection) -> dict[str, nn.Module]:
+    """Those of all modules of a model that a selection means, in the order of ``model.named_modules()``.
 
     Args:
         model: The unwrapped model.
-        layers: ``"norm"`` for all normalization layers and the markers of absent ones (a layer that is itself called
-            ``norm`` is ``"re:norm"``); a layer's name; a glob pattern (``"layer?.*.bn*"``); a regular expression,
-            compiled or as ``"re:..."``, matched against the full name; a module; a function of name and module; or a
-            list of names, patterns and modules.
+        layers: As for :func:`select`; ``"norm"`` is always all normalization layers and markers of absent ones.
 
     Returns:
         Modules by name. A module reachable under several names has the first; the prefix ``_orig_mod.`` of compiled
@@ -63,50 +234,46 @@ def select_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Module]:
 
     Raises:
         ValueError: Nothing matches, or a module is not part of the model.
-        TypeError: The specification is of another kind.
+        TypeError: The selection is of another kind.
     """
-    names = {
-        name.replace("_orig_mod.", "").removesuffix("._orig_mod"): module for name, module in model.named_modules()
-    }
-    if isinstance(layers, (str, re.Pattern, nn.Module)) or not isinstance(layers, Iterable):
-        chosen = _match(names, layers)
-    else:
-        chosen = set().union(*(_match(names, layer) for layer in layers))
-        if not chosen:
-            raise ValueError("layers is an empty list; name at least one layer")
-    return {name: module for name, module in names.items() if name in chosen}
-
-
-def _match(names: dict[str, nn.Module], layer: object) -> set[str]:
-    if isinstance(layer, nn.Module):
-        found = {name for name, module in names.items() if module is layer or module is unwrap(layer)}
-        if not found:
-            raise ValueError(f"the layer {type(layer).__name__} given in layers is not part of the model")
-        return found
-    if isinstance(layer, re.Pattern):
-        return _some({name for name in names if layer.fullmatch(name)}, names, layer.pattern)
-    if isinstance(layer, str):
-        if layer == "norm":
-            from flexnorm.nn import is_norm
-
-            found = {name for name, module in names.items() if is_norm(module)}
-            if not found:
-                raise ValueError(
-                    f"the model has no normalization layer among its {len(names)} modules; name the layers to watch by "
-                    "a pattern (layers='*conv*') or by a list of names"
-                )
-            return found
-        if layer in names and layer:
-            return {layer}
-        if layer.startswith("re:"):
-            return _match(names, re.compile(layer[3:]))
-        return _some({name for name in names if name and fnmatch.fnmatchcase(name, layer)}, names, layer)
-    if callable(layer):
-        return _some({name for name, module in names.items() if layer(name, module)}, names, repr(layer))
-    raise TypeError(f"layers must hold names, patterns or modules, got {type(layer).__name__}")
-
-
-def _some(found: set[str], names: dict[str, nn.Module], pattern: str) -> set[str]:
+    candidates = {_plain(name): module for name, module in model.named_modules()}
+    if isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module)) and not (layers := list(layers)):
+        raise ValueError("layers is an empty list; name at least one layer")
+    found = select(candidates, layers, keyword_first=True)
     if not found:
-        raise ValueError(unknown_name("layer or pattern", pattern, [name for name in names if name]))
+        raise ValueError(f"layers: {unknown_name('layer or pattern', layers, filter(None, candidates))}")
     return found
+
+
+def select_parameters(
+    model: nn.Module, names: Iterable[str], selection: Selection, argument: str, kind: str = "parameter"
+) -> list[str]:
+    """Those of some parameters of a model that a selection means, by their own names or by the modules that hold them.
+
+    Args:
+        model: The model.
+        names: Full names of the parameters that can be chosen.
+        selection: As for :func:`select`; a module, or the name of one, stands for all parameters inside it, and a
+            function gets a parameter's name and the module that holds it.
+        argument: The option's name, for messages.
+        kind: What a parameter is called in messages.
+
+    Returns:
+        Their names, in the order given.
+
+    Raises:
+        ValueError: A name, a pattern or a module fits none of them.
+        TypeError: The selection is of another kind.
+    """
+    holders = {name: model.get_submodule(_holder(name)) for name in names}
+    return list(select(holders, selection, argument, kind=kind, below=True))
+
+
+def _holder(parameter: str) -> str:
+    """Name of the module that holds a parameter; of a parametrized one, the module that it parametrizes."""
+    before, found, _ = f".{parameter}".partition(".parametrizations.")
+    return (before if found else before.rpartition(".")[0]).lstrip(".")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")

@@ -1,6 +1,6 @@
 """Internal covariate shift: Wasserstein distances, certified bounds, and a monitor for any model."""
 
-from flexnorm.shift.layer_bounds import batch_norm_radius, layer_bound, statistics_noise, unitized_radius
+from flexnorm.shift.layer_bounds import batch_norm_radius, layer_bound, second_moment_excess, unitized_radius
 from flexnorm.shift.monitor import ShiftMonitor
 from flexnorm.shift.optimization import OptimizationMonitor, OptimizationRecord
 from flexnorm.shift.records import Shift, ShiftRecord, measure_shift
@@ -33,8 +33,8 @@ __all__ = [
     "layer_bound",
     "measure_shift",
     "moment_lower_bound",
+    "second_moment_excess",
     "shift_bounds",
-    "statistics_noise",
     "unitized_radius",
     "wasserstein",
 ]

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm.nn import norm_of
 from flexnorm.probe import Samples
 
 Noise = float | Tensor
 
 
-def statistics_noise(mean: Tensor, var: Tensor, used_mean: Tensor, used_var: Tensor, eps: float = 1e-5) -> Tensor:
+def second_moment_excess(mean: Tensor, var: Tensor, used_mean: Tensor, used_var: Tensor, eps: float = 1e-5) -> Tensor:
     r"""The noise $n_c = E \hat x_c^2 - 1$ of standardizing data with statistics that are not its own.
 
     $1 + n_c = (v_c + (m_c - \mu_c)^2) / (\sigma_c^2 + \epsilon)$ for data of mean m and variance v that is standardized
@@ -57,7 +58,7 @@ def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
 
     Args:
         weight: (C,) the scale gamma.
-        noise: n, one number or (C,); see :func:`statistics_noise`.
+        noise: n, one number or (C,); see :func:`second_moment_excess`.
 
     Returns:
         A scalar tensor.
@@ -104,7 +105,7 @@ def layer_bound(
         before: A layer as it was: BatchNorm, population normalization or unitized BatchNorm, of this package or
             torch's.
         after: The same layer later; ``None`` for unchanged parameters (the input may still have moved).
-        noise: Noise of the statistics before, one number or (C,); see :func:`statistics_noise`. By default 0 for a
+        noise: Noise of the statistics before, one number or (C,); see :func:`second_moment_excess`. By default 0 for a
             layer in training that standardizes a batch with its own moments, and infinite for one that uses running or
             population statistics (evaluation, frozen, population normalization): nothing is known of its input.
         noise_after: Noise after; ``None`` for the same.
@@ -137,21 +138,16 @@ _STANDARD_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.
 
 def _default_noise(layer: nn.Module) -> float:
     """0 where a batch is standardized with its own moments, else infinity."""
-    from flexnorm.nn import population
-
+    norm = norm_of(layer)
     tracked = getattr(layer, "running_mean", None) is not None
-    foreign = not layer.training or getattr(layer, "frozen", False) or isinstance(layer, population._PopulationNorm)
+    population = norm is not None and norm.statistics_from == "population"
+    foreign = not layer.training or getattr(layer, "frozen", False) or population
     return float("inf") if tracked and foreign else 0.0
 
 
 def _radius(layer: Any, noise: Noise, positions: int) -> float:
-    from flexnorm.nn import batch, population, unitized
-
-    # Not batch._BatchNorm: layers that are derived from it (mean only, renormalized, mixed) do not standardize.
-    ours = (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
-    standardizing = (*ours, population._PopulationNorm, nn.modules.batchnorm._BatchNorm)
-    known: tuple[Any, ...] = (*standardizing, unitized._UnitizedBatchNorm)
-    if not isinstance(layer, known):
+    norm = norm_of(layer)
+    if norm is None or norm.norm_name not in ("batch", "population", "unitized"):
         raise TypeError(
             f"no bound is known for {type(layer).__name__} from its parameters alone; BatchNorm, population "
             "normalization and unitized BatchNorm have one"
@@ -162,9 +158,9 @@ def _radius(layer: Any, noise: Noise, positions: int) -> float:
             "the standardized activation is not in its parameters"
         )
     weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach()
-    if isinstance(layer, unitized._UnitizedBatchNorm):
+    if norm.norm_name == "unitized":
         alpha = layer.alpha.detach().clamp(0, 1) if layer.constrain_alpha else layer.alpha.detach()
-        return float(unitized_radius(weight.double(), alpha.double(), noise, positions=positions, norm=layer.norm))
+        return float(unitized_radius(weight.double(), alpha.double(), noise, positions=positions, norm=layer.unit_norm))
     return float(batch_norm_radius(weight.double(), noise))
 
 

@@ -71,7 +71,7 @@ def noise(seen: Seen) -> dict[str, float | Tensor]:
     Returns:
         ``noise_mean``: root mean square over the channels of (m - mu) / sigma. ``noise_variance``: root mean square of
         v / sigma^2 - 1. ``noise``: mean over the channels of E xhat^2 - 1 if the batch were standardized by the running
-        statistics, see :func:`flexnorm.shift.statistics_noise`.
+        statistics, see :func:`flexnorm.shift.second_moment_excess`.
     """
     mean, var = seen.buffers.get("running_mean"), seen.buffers.get("running_var")
     if seen.input is None or mean is None or var is None:

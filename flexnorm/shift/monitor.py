@@ -8,7 +8,7 @@ to the spread of the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.probe import (
-    Layers,
     Mode,
     Samples,
+    Selection,
     call,
     channel_axis,
     check_watchable,
@@ -29,15 +29,14 @@ from flexnorm.probe import (
     select_layers,
     side_forward,
     take_points,
-    unwrap,
 )
-from flexnorm.shift._stepping import Reference, Snapshot, Stepper, check_count
+from flexnorm.shift.base import Anchor, Monitor, Snapshot, check_count
 from flexnorm.shift.metrics import Metric, Seen, as_metrics
-from flexnorm.shift.records import ShiftRecord, measure_shift, record_from_dict
+from flexnorm.shift.records import ShiftRecord, measure_shift
 from flexnorm.shift.schedules import Schedule
 
 
-class ShiftMonitor(Stepper[ShiftRecord]):
+class ShiftMonitor(Monitor[ShiftRecord]):
     """Measures how far the output distribution of each layer moves as a model trains.
 
     Args:
@@ -45,11 +44,11 @@ class ShiftMonitor(Stepper[ShiftRecord]):
         probe: The inputs on which the layers are compared, kept as a copy: a tensor (the only argument of the model), a
             tuple (positional) or a dictionary (keyword arguments), on the device of the model. A training batch held
             out for the purpose does well.
-        layers: Which layers: ``"norm"`` for all normalization layers, a name, a glob pattern, ``"re:..."``, or a list
-            of names, patterns and modules.
+        layers: Which layers, in the language of :func:`flexnorm.probe.select`: ``"norm"`` for all normalization layers,
+            a name, a glob pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these.
         every: When to measure: a number of steps, a list of steps, or a schedule from :mod:`flexnorm.shift.schedules`.
         lag: Optimizer steps between the two distributions that are compared.
-        reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
+        anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
         metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`flexnorm.shift.metrics`,
             or functions of :class:`flexnorm.shift.metrics.Seen`.
         samples: What a point is: ``"position"``, every position of every input a point in R^C; or ``"image"``, every
@@ -89,15 +88,17 @@ class ShiftMonitor(Stepper[ShiftRecord]):
         True
     """
 
+    _kind = ShiftRecord
+
     def __init__(
         self,
         model: nn.Module,
         probe: Any,
-        layers: Layers = "norm",
+        layers: Selection = "norm",
         *,
         every: int | Schedule | Iterable[int] = 100,
         lag: int = 1,
-        reference: Reference = "previous",
+        anchor: Anchor = "previous",
         metrics: Iterable[str | Metric] = (),
         samples: Samples = "position",
         max_samples: int = 128,
@@ -108,14 +109,11 @@ class ShiftMonitor(Stepper[ShiftRecord]):
         sinks: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a module, got {type(model).__name__}")
-        super().__init__(every, lag, reference, sinks)
+        super().__init__(model, every, lag, anchor, sinks)
         check_count("max_samples", max_samples)
         for name, value, valid in (("samples", samples, get_args(Samples)), ("mode", mode, get_args(Mode))):
             if value not in valid:
                 raise ValueError(unknown_name(name, value, valid))
-        self._model = unwrap(model)
         check_watchable(self._model)
         self._layers = select_layers(self._model, layers)
         self._probe = detached(probe)
@@ -171,31 +169,11 @@ class ShiftMonitor(Stepper[ShiftRecord]):
         self._numbers = {name: {key: float(value) for key, value in row.items()} for name, row in numbers.items()}
         return {name: value.cpu() for name, value in points.items()}
 
-    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[ShiftRecord]:
-        return [
-            ShiftRecord(
-                **vars(measure_shift(before[layer], points)),
-                step=self.steps,
-                reference_step=taken,
-                reference=kind,
-                layer=layer,
-                metrics=self._numbers[layer],
-            )
-            for layer, points in now.items()
-            if layer in before
-        ]
+    def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for layer, points in now.items():
+            if layer in before:
+                yield layer, {**vars(measure_shift(before[layer], points)), "metrics": self._numbers[layer]}
 
     def _config(self) -> dict[str, Any]:
-        return {
-            "layers": list(self._layers),
-            "lag": self._lag,
-            "reference": self._reference,
-            "samples": self._samples,
-            "max_samples": self._max_samples,
-            "mode": self._mode,
-            "seed": self._seed,
-        }
-
-    @staticmethod
-    def _record(values: Mapping[str, Any]) -> ShiftRecord:
-        return record_from_dict(values)
+        names = ("samples", "max_samples", "mode", "seed")
+        return {"layers": list(self._layers)} | {name: getattr(self, f"_{name}") for name in names}

@@ -12,50 +12,41 @@ is that in which the model first calls them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.probe import Layers, check_watchable, detached, isolated, select_layers, side_forward, unwrap
-from flexnorm.shift._stepping import Reference, Snapshot, Stepper
+from flexnorm.probe import Selection, check_watchable, detached, isolated, select_layers, side_forward
+from flexnorm.shift.base import Anchor, Monitor, Snapshot
+from flexnorm.shift.records import Record
 from flexnorm.shift.schedules import Schedule
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class OptimizationRecord:
+class OptimizationRecord(Record):
     """How the gradient of one layer changed when the layers before it were updated.
 
+    The attributes are those of :class:`flexnorm.shift.records.Record` and:
+
     Attributes:
-        step: Optimizer steps done after the update.
-        layer: Name of the layer.
-        reference: ``"previous"`` or ``"initial"``.
-        reference_step: Optimizer steps done before the update.
         gradient: Norm of G, the gradient before.
         shift: Norm of G - G'.
         relative: ``shift / gradient``; NaN for a zero gradient.
         cosine: Cosine of the angle between G and G'; NaN if one is zero.
     """
 
-    step: int
-    layer: str
-    reference: str
-    reference_step: int
     gradient: float
     shift: float
     relative: float
     cosine: float
 
-    def asdict(self) -> dict[str, Any]:
-        """All fields as a dictionary."""
-        return asdict(self)
 
-
-class OptimizationMonitor(Stepper[OptimizationRecord]):
+class OptimizationMonitor(Monitor[OptimizationRecord]):
     """Measures the optimization shift of each layer between steps, without a trace in the training.
 
     A measurement costs one forward and backward for each layer and one more, and a copy of the parameters is held from
@@ -67,10 +58,10 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
         batch: What ``loss`` takes, kept as a copy.
         layers: Which layers, as for :class:`ShiftMonitor`; ``None`` for all that hold a parameter of two or more axes
             themselves.
-        every: When to measure: a number of steps, a list of steps, or a schedule.
-        lag: Optimizer steps between before and after (1 in the paper).
-        reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
-        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
+        every: When to measure, and
+        lag: optimizer steps between before and after (1 in the paper),
+        anchor: what to compare with,
+        sinks: and where else to put each record, as for :class:`ShiftMonitor`.
         seed: Seed of the noise in the side forward.
 
     Attributes:
@@ -82,21 +73,22 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
         ValueError: No layer matches, or none of them holds parameters and is called by the loss.
     """
 
+    _kind = OptimizationRecord
+
     def __init__(
         self,
         model: nn.Module,
         loss: Loss,
         batch: Any,
-        layers: Layers | None = None,
+        layers: Selection | None = None,
         *,
         every: int | Schedule | Iterable[int] = 500,
         lag: int = 1,
-        reference: Reference = "previous",
+        anchor: Anchor = "previous",
         sinks: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
-        super().__init__(every, lag, reference, sinks)
-        self._model = unwrap(model)
+        super().__init__(model, every, lag, anchor, sinks)
         check_watchable(self._model)
         self._loss = loss
         self._batch = detached(batch)
@@ -151,31 +143,25 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
         }
         return {layer: torch.cat([flat[name] for name in self._owners[layer]]) for layer in layers}
 
-    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[OptimizationRecord]:
+    def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
         device = next(iter(now.values())).device
         mixed = {name: value.to(device) for name, value in before.items()}
         gradients = self.gradients(mixed, self._measured)
-        records = []
         for layer, own in self._owners.items():
             if layer in gradients:
-                first = gradients[layer]
-                second = self.gradients(mixed, [layer])[layer]
+                first, second = gradients[layer], self.gradients(mixed, [layer])[layer]
                 size, change = float(first.norm()), float((first - second).norm())
                 lengths = size * float(second.norm())
-                records.append(
-                    OptimizationRecord(
-                        step=self.steps,
-                        layer=layer,
-                        reference=kind,
-                        reference_step=taken,
-                        gradient=size,
-                        shift=change,
-                        relative=change / size if size > 0 else float("nan"),
-                        cosine=float(first @ second) / lengths if lengths > 0 else float("nan"),
-                    )
+                yield (
+                    layer,
+                    {
+                        "gradient": size,
+                        "shift": change,
+                        "relative": change / size if size > 0 else float("nan"),
+                        "cosine": float(first @ second) / lengths if lengths > 0 else float("nan"),
+                    },
                 )
             mixed.update({name: now[name] for name in own})
-        return records
 
     def _order(self) -> dict[str, list[str]]:
         """Names of the own parameters of each layer, in the order in which the loss first calls the layers."""
@@ -188,7 +174,7 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
             self._batch,
             owners,
             lambda name, *_: called.setdefault(name.split("#")[0]),
-            forward=lambda model, batch: self._loss(model, batch),
+            forward=self._loss,
             seed=self._seed,
         )
         # A parameter that several modules share belongs to the first that is called.
@@ -201,11 +187,7 @@ class OptimizationMonitor(Stepper[OptimizationRecord]):
         return result
 
     def _config(self) -> dict[str, Any]:
-        return {"layers": self._measured, "lag": self._lag, "reference": self._reference, "seed": self._seed}
-
-    @staticmethod
-    def _record(values: Mapping[str, Any]) -> OptimizationRecord:
-        return OptimizationRecord(**values)
+        return {"layers": self._measured, "seed": self._seed}
 
 
 class _Loss(nn.Module):

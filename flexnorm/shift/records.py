@@ -5,35 +5,48 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from flexnorm.transport._numerics import safe_norm
-from flexnorm.transport.bounds import shift_bounds
-from flexnorm.transport.distances import wasserstein
+from flexnorm.transport import safe_norm, shift_bounds, wasserstein
 
 FAST_BOUNDS = ("mean", "marginal", "max_sliced", "radial", "coupled", "triangle")
 """The bounds that a monitor evaluates: cheap beside the exact distance at its sample sizes."""
 
+_COLUMNS = {"anchor": "reference", "anchor_step": "reference_step"}
 
-class Record(Protocol):
-    """What every record of a monitor offers: where it was made, of which layer or weight, and all of it as numbers."""
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps done when the record was made."""
-        ...
+@dataclass(frozen=True)
+class Record:
+    """What every record of a monitor says: where it was made, of which layer or weight, and measured from where.
 
-    @property
-    def layer(self) -> str:
-        """Name of the layer or weight."""
-        ...
+    Attributes:
+        step: Optimizer steps done when the record was made.
+        layer: Name of the layer or weight.
+        anchor: What the shift is measured from: ``"previous"`` (``lag`` steps earlier) or ``"initial"`` (the first step
+            that the monitor saw).
+        anchor_step: Optimizer steps done when the anchor was taken.
+    """
+
+    step: int
+    layer: str
+    anchor: str
+    anchor_step: int
 
     def asdict(self) -> dict[str, Any]:
-        """All numbers in one flat dictionary that begins with ``step`` and ``layer``."""
-        ...
+        """All numbers in one flat dictionary, metrics last; the anchor is called ``reference``, as in every file."""
+        values = {_COLUMNS.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        return values | dict(values.pop("metrics", {}))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`asdict`."""
+        names = {_COLUMNS.get(f.name, f.name): f.name for f in fields(cls)}
+        own: dict[str, Any] = {names[name]: value for name, value in values.items() if name in names}
+        metrics = {name: value for name, value in values.items() if name not in names}
+        return cls(**(own | {"metrics": metrics} if metrics else own))
 
 
 @dataclass(frozen=True)
@@ -94,35 +107,17 @@ def measure_shift(before: Tensor, after: Tensor, *, include: Iterable[str] | Non
 
 
 @dataclass(frozen=True)
-class ShiftRecord(Shift):
+class ShiftRecord(Shift, Record):
     """The shift of one layer between two steps, with what else was asked for.
 
+    The attributes are those of :class:`Record` (to the layer's name ``#2`` and so on is appended for further calls of
+    it within one forward), of :class:`Shift`, and:
+
     Attributes:
-        step: Optimizer steps done when the shift was measured.
-        reference_step: Optimizer steps done when the distribution before was taken.
-        reference: ``"previous"`` (``lag`` steps earlier) or ``"initial"`` (the first step that the monitor saw).
-        layer: Name of the layer; ``#2`` and so on is appended for further calls of it within one forward.
         metrics: Further numbers by name, as the monitor's ``metrics`` ask for.
     """
 
-    step: int
-    reference_step: int
-    reference: str
-    layer: str
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-    def asdict(self) -> dict[str, Any]:
-        """All numbers in one flat dictionary: step, layer, shift, then the metrics."""
-        first = ("step", "layer", "reference", "reference_step")
-        rest = (f.name for f in fields(self) if f.name not in first and f.name != "metrics")
-        return {name: getattr(self, name) for name in (*first, *rest)} | dict(self.metrics)
-
-
-def record_from_dict(values: Mapping[str, Any]) -> ShiftRecord:
-    """The inverse of :meth:`ShiftRecord.asdict`."""
-    names = {f.name for f in fields(ShiftRecord)} - {"metrics"}
-    own = {name: value for name, value in values.items() if name in names}
-    return ShiftRecord(**own, metrics={name: value for name, value in values.items() if name not in names})
 
 
 def _ratio(value: float, spread: float) -> float:

@@ -6,16 +6,9 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
-
-@runtime_checkable
-class Schedule(Protocol):
-    """Anything that maps a step count to whether to measure there; a plain function will do."""
-
-    def __call__(self, step: int, /) -> bool:
-        """Whether to measure after ``step`` optimizer steps."""
-        ...
+Schedule = Callable[[int], bool]
+"""Anything that maps a step count to whether to measure there; a plain function will do."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +106,8 @@ class EverySeconds:
 
 
 def as_schedule(every: int | Schedule | Iterable[int]) -> Schedule:
-    """A schedule from a number of steps, a list of steps, or a schedule or function as it is.
-
-    Raises:
-        TypeError: For anything else.
-        ValueError: For numbers out of range.
-    """
-    if isinstance(every, bool):
-        raise TypeError("every must be a number of steps, a list of steps or a schedule, got a bool")
-    if isinstance(every, int):
+    """A schedule from a number of steps, a list of steps, or a schedule or function as it is; TypeError for others."""
+    if isinstance(every, int) and not isinstance(every, bool):
         return EverySteps(every)
     if callable(every):
         return every

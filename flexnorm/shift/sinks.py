@@ -6,47 +6,53 @@ import csv
 import json
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from flexnorm.shift.records import Record
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """What a monitor asks of a place for its records."""
+    """What a monitor asks of a place for its records; a class derived from it needs ``write`` alone."""
 
+    @abstractmethod
     def write(self, record: Record) -> None:
         """Take one record; it is visible to readers when this returns."""
-        ...
 
-    def rewind(self, step: int) -> None:
-        """Forget the records of steps after ``step``, which a resumed run will make again."""
-        ...
+    def rewind(self, step: int) -> None:  # noqa: ARG002
+        """Forget the records of steps after ``step``, which a resumed run will make again; by default nothing."""
+        return
 
     def close(self) -> None:
-        """Release what the sink holds open."""
-        ...
+        """Release what the sink holds open; by default nothing."""
+        return
 
 
-class _FileSink:
+class _FileSink(Sink):
     """A text file with a line for each record; it is open only while a line is written, so readers see whole lines."""
+
+    _header = 0
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def _append(self) -> TextIO:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.path.open("a", newline="", encoding="utf-8")
+    @abstractmethod
+    def _step(self, line: str, header: list[str]) -> float:
+        """The step of a line that ends; infinite for one that was torn before."""
 
-    def _replace(self, lines: list[str]) -> None:
+    def rewind(self, step: int) -> None:
+        """Keep the header and the complete lines up to ``step``."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        head, rest = lines[: self._header], lines[self._header :]
         part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(lines), encoding="utf-8", newline="")
+        kept = [line for line in rest if line.endswith("\n") and self._step(line, head) <= step]
+        part.write_text("".join(head + kept), encoding="utf-8", newline="")
         part.replace(self.path)
-
-    def close(self) -> None:
-        """Nothing is left open."""
 
 
 class CSVSink(_FileSink):
@@ -56,23 +62,20 @@ class CSVSink(_FileSink):
         path: The file; its folder is made where missing. An existing file is continued.
     """
 
+    _header = 1
+
     def write(self, record: Record) -> None:
         """Append a row, and the header to an empty file."""
         row = record.asdict()
-        with self._append() as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
 
-    def rewind(self, step: int) -> None:
-        """Keep the header and the complete rows up to ``step``."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        width = lines[0].count(",") if lines else 0
-        complete = [line for line in lines[1:] if line.endswith("\n") and line.count(",") >= width]
-        self._replace(lines[:1] + [line for line in complete if int(line.split(",", 1)[0]) <= step])
+    def _step(self, line: str, header: list[str]) -> float:
+        return int(line.split(",", 1)[0]) if line.count(",") >= header[0].count(",") else math.inf
 
 
 class JSONLSink(_FileSink):
@@ -85,17 +88,15 @@ class JSONLSink(_FileSink):
     def write(self, record: Record) -> None:
         """Append a line."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.asdict().items()}
-        with self._append() as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Keep the complete lines up to ``step``."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._replace([line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step])
+    def _step(self, line: str, header: list[str]) -> float:  # noqa: ARG002
+        return int(json.loads(line)["step"])
 
 
-class MemorySink:
+class MemorySink(Sink):
     """Keeps the records in a list.
 
     Attributes:
@@ -113,15 +114,12 @@ class MemorySink:
         """Drop the records of later steps."""
         self.records = [record for record in self.records if record.step <= step]
 
-    def close(self) -> None:
-        """Keep the list."""
 
-
-class TensorBoardSink:
-    """Writes each number of a record as a scalar ``shift/LAYER/NAME``.
+class TensorBoardSink(Sink):
+    """Writes each number of a record as a scalar ``shift/LAYER/NAME``; of two values of one step it shows the later.
 
     Args:
-        target: A folder for event files (needs ``pip install flexnorm[tensorboard]``), or a ``SummaryWriter`` that
+        target: A folder for event files (needs ``pip install 'flexnorm[tensorboard]'``), or a ``SummaryWriter`` that
             already exists.
         names: Which numbers to write; ``None`` for all.
     """
@@ -132,20 +130,15 @@ class TensorBoardSink:
         if self._own:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer: Any = SummaryWriter(str(target))
-        else:
-            self._writer = target
+            target = SummaryWriter(str(target))
+        self._writer: Any = target
 
     def write(self, record: Record) -> None:
         """Add the scalars at the step of the record."""
         for name, value in record.asdict().items():
-            number = isinstance(value, float) and (self.names is None or name in self.names)
-            if number:
+            if isinstance(value, float) and (self.names is None or name in self.names):
                 self._writer.add_scalar(f"shift/{record.layer}/{name}", value, record.step)
         self._writer.flush()
-
-    def rewind(self, step: int) -> None:
-        """Nothing: TensorBoard shows the later of two values of one step."""
 
     def close(self) -> None:
         """Close the writer if this sink made it."""
@@ -153,8 +146,8 @@ class TensorBoardSink:
             self._writer.close()
 
 
-class FunctionSink:
-    """Hands each record to a function.
+class FunctionSink(Sink):
+    """Hands each record to a function; what that did cannot be taken back.
 
     Args:
         function: Called with each record.
@@ -166,12 +159,6 @@ class FunctionSink:
     def write(self, record: Record) -> None:
         """Call the function."""
         self._function(record)
-
-    def rewind(self, step: int) -> None:
-        """Nothing: what a function did cannot be taken back."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def as_sink(target: Any) -> Sink:

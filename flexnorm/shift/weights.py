@@ -8,29 +8,26 @@ step is what shows it.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
-from flexnorm.probe import unwrap
-from flexnorm.shift._stepping import Reference, Snapshot, Stepper
+from flexnorm.probe import Selection, select_parameters
+from flexnorm.shift.base import Anchor, Monitor, Snapshot
+from flexnorm.shift.records import Record
 from flexnorm.shift.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class WeightRecord:
+class WeightRecord(Record):
     """How far the vectors of one weight turned between two steps.
 
+    The attributes are those of :class:`flexnorm.shift.records.Record` and:
+
     Attributes:
-        step: Optimizer steps done when the weight was looked at.
-        layer: Name of the weight.
-        reference: ``"previous"`` or ``"initial"``.
-        reference_step: Optimizer steps done at the look before.
         norm: Root mean square length of the weight vectors (rows of output units), now.
         angle: Mean angle between the vectors before and now, in radians.
         largest_angle: Largest of these angles.
@@ -38,34 +35,27 @@ class WeightRecord:
         effective_rate: ``learning_rate`` times the mean over the vectors of 1 / length^2.
     """
 
-    step: int
-    layer: str
-    reference: str
-    reference_step: int
     norm: float
     angle: float
     largest_angle: float
     learning_rate: float
     effective_rate: float
 
-    def asdict(self) -> dict[str, Any]:
-        """All fields as a dictionary."""
-        return asdict(self)
 
-
-class WeightMonitor(Stepper[WeightRecord]):
+class WeightMonitor(Monitor[WeightRecord]):
     """Watches the direction and length of weights; needs no forward pass.
 
     Args:
         model: Any module, also compiled or wrapped.
         optimizer: Where to read learning rates; ``None`` to do without.
-        weights: Names or glob patterns of parameters, or the report of
+        weights: Which parameters, as in :func:`flexnorm.probe.select_parameters` (names, patterns, modules, classes of
+            modules that hold them, ..., or a list of these), or the report of
             :func:`flexnorm.optim.scale_invariant_weights`; ``None`` for all parameters with two or more axes. Angles
             mean most for scale-invariant weights.
-        every: When to measure: a number of steps, a list of steps, or a schedule.
-        lag: Optimizer steps between the two looks that are compared.
-        reference: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
-        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
+        every: When to measure, and
+        lag: optimizer steps between the two looks that are compared,
+        anchor: what to compare with,
+        sinks: and where else to put each record, as for :class:`ShiftMonitor`.
 
     Attributes:
         records: All measurements so far, a list of :class:`WeightRecord`.
@@ -84,27 +74,31 @@ class WeightMonitor(Stepper[WeightRecord]):
         True
     """
 
+    _kind = WeightRecord
+
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
-        weights: Iterable[str] | Mapping[str, Any] | None = None,
+        weights: Selection | Mapping[str, Any] | None = None,
         *,
         every: int | Schedule | Iterable[int] = 100,
         lag: int = 1,
-        reference: Reference = "previous",
+        anchor: Anchor = "previous",
         sinks: Iterable[Any] = (),
     ) -> None:
         # Here and below, not above: optimizers bring in the compiler, which would double the time to import this room.
         from flexnorm.optim.rows import RowLayout
 
-        super().__init__(every, lag, reference, sinks)
+        super().__init__(model, every, lag, anchor, sinks)
         self._optimizer = optimizer
-        self._parameters = _matching(unwrap(model), weights)
-        self._layouts = {
-            name: RowLayout.of(parameter, *_row_axis(unwrap(model), parameter))
-            for name, parameter in self._parameters.items()
-        }
+        parameters = {name: p for name, p in self._model.named_parameters() if p.ndim >= 2}
+        if weights is not None:
+            chosen = getattr(weights, "selected", weights)
+            names = select_parameters(self._model, parameters, chosen, "weights", "weight")
+            parameters = {name: parameters[name] for name in names}
+        self._parameters = parameters
+        self._layouts = {name: RowLayout.of(p, *_row_axis(self._model, p)) for name, p in parameters.items()}
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -115,59 +109,31 @@ class WeightMonitor(Stepper[WeightRecord]):
         """Copies of the weights, by name."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
-    def _compare(self, kind: str, taken: int, before: Snapshot, now: Snapshot) -> list[WeightRecord]:
+    def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
         from flexnorm.optim.manifold import angle
         from flexnorm.optim.rows import to_rows
 
-        records = []
         for name, weight in now.items():
-            old, new = (
-                to_rows(values.double(), self._layouts[name]) for values in (before[name].to(weight.device), weight)
+            old, new = (to_rows(w.to(weight.device).double(), self._layouts[name]) for w in (before[name], weight))
+            angles, square = angle(old, new), new.square().sum(-1)
+            alive, rate = square[square > 0], self._rate(self._parameters[name])
+            yield (
+                name,
+                {
+                    "norm": float(square.mean().sqrt()),
+                    "angle": float(angles.mean()),
+                    "largest_angle": float(angles.max()),
+                    "learning_rate": rate,
+                    "effective_rate": rate * float(alive.reciprocal().mean()) if len(alive) else 0.0,
+                },
             )
-            angles = angle(old, new)
-            square = new.square().sum(-1)
-            rate = self._rate(self._parameters[name])
-            records.append(
-                WeightRecord(
-                    step=self.steps,
-                    layer=name,
-                    reference=kind,
-                    reference_step=taken,
-                    norm=float(square.mean().sqrt()),
-                    angle=float(angles.mean()),
-                    largest_angle=float(angles.max()),
-                    learning_rate=rate,
-                    effective_rate=rate * float(square[square > 0].reciprocal().mean())
-                    if bool((square > 0).any())
-                    else 0.0,
-                )
-            )
-        return records
 
     def _rate(self, parameter: Tensor) -> float:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
         return next((float(g["lr"]) for g in groups if any(p is parameter for p in g["params"])), float("nan"))
 
     def _config(self) -> dict[str, Any]:
-        return {"weights": list(self._parameters), "lag": self._lag, "reference": self._reference}
-
-    @staticmethod
-    def _record(values: Mapping[str, Any]) -> WeightRecord:
-        return WeightRecord(**values)
-
-
-def _matching(model: nn.Module, weights: Iterable[str] | Mapping[str, Any] | None) -> dict[str, nn.Parameter]:
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
-    if weights is None:
-        return parameters
-    patterns: Iterable[str] = getattr(weights, "selected", (weights,) if isinstance(weights, str) else weights)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in parameters if name == pattern or fnmatch.fnmatchcase(name, pattern)}
-        if not found:
-            raise ValueError(unknown_name("weight or pattern", pattern, parameters))
-        chosen |= found
-    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+        return {"weights": list(self._parameters)}
 
 
 def _row_axis(model: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:

@@ -9,7 +9,6 @@ the forward still uses each micro-batch's own statistics, as it has to, since th
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flexnorm.engine import FlexNorm, Moments
-from flexnorm.engine.module import _recomputing
-from flexnorm.nn.batch import _InstanceNorm
-from flexnorm.probe.tree import Selector, find, select
-from flexnorm.statistics._pool import Pool
-from flexnorm.statistics.frozen import has_statistics
-
-__all__ = ["Accumulation", "accumulate"]
+from flexnorm.engine import FlexNorm, Moments, Pool, recomputing
+from flexnorm.probe import Selection, find_places, select_places
+from flexnorm.statistics._layers import has_statistics, new_pool
 
 # The unbiased and the biased variance of that many values are the same number.
 _MANY = 2**60
@@ -45,14 +39,14 @@ class Accumulation:
         for part in self._parts:
             if part.pool.batches:
                 part.update(part.pool)
-                part.pool = part.empty()
+                part.pool = new_pool(part.module)
 
     def close(self) -> None:
         """Give the layers back their ordinary updates; what has been collected since the last step is dropped."""
-        for handle in self._handles:
+        for handle in (*self._handles, *(handle for part in self._parts for handle in part.handles)):
             handle.remove()
         for part in self._parts:
-            part.close()
+            part.module.__dict__.pop("track", None)
         self._handles, self._parts = [], []
 
     def __enter__(self) -> Accumulation:
@@ -70,8 +64,8 @@ def accumulate(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
 ) -> Accumulation:
     """Hold back the updates of running statistics, and make one per optimizer step from the pooled micro-batches.
 
@@ -110,42 +104,18 @@ def accumulate(
         >>> model.running_mean, model.num_batches_tracked
         (tensor([3.]), tensor(1))
     """
-    places = select(find(model, has_statistics), include, exclude)
+    places = select_places(find_places(model, has_statistics), include, exclude)
     return Accumulation([place.module for place in places], optimizer)
 
 
-class _Part(ABC):
-    """One layer whose updates are held back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.pool = self.empty()
-
-    def empty(self) -> Pool:
-        return Pool(self.module.get_buffer("running_mean"), between=self.between)
-
-    @property
-    def between(self) -> bool:
-        """Whether the spread of the means enters the variance; not in instance normalization's averages."""
-        return not isinstance(self.module, (_InstanceNorm, nn.modules.instancenorm._InstanceNorm))
-
-    @abstractmethod
-    def update(self, pool: Pool) -> None:
-        """Let the pooled micro-batches enter the running statistics as one batch."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give the layer back its ordinary updates."""
-
-
-class _Ours(_Part):
-    """A layer of this package: its ``track`` is exchanged on the instance."""
+class _Ours:
+    """A layer of this package whose updates are held back: its ``track`` is exchanged on the instance."""
 
     def __init__(self, module: FlexNorm) -> None:
-        super().__init__(module)
-        self.layer = module
+        self.module = module
+        self.pool = new_pool(module)
         self.samples = 1
-        self.handle = module.register_forward_pre_hook(self._count)
+        self.handles = [module.register_forward_pre_hook(self._count)]
         module.__dict__["track"] = functools.partial(self._record)
 
     def _count(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -153,32 +123,29 @@ class _Ours(_Part):
 
     @torch.no_grad()
     def _record(self, pooled: Moments) -> None:
-        if self.layer.frozen or _recomputing():
+        count = pooled.count
+        if self.module.frozen or recomputing():
             return
-        if self.between:
-            self.pool.add(pooled.count, pooled.mean.detach(), pooled.var.detach())
+        if self.pool.between:
+            self.pool.add(count, pooled.mean.detach(), pooled.var.detach())
         else:
-            count = pooled.count
             self.pool.add(self.samples, pooled.mean.detach(), pooled.var.detach() * (count / (count - 1)))
 
     def update(self, pool: Pool) -> None:
+        """Let the pooled micro-batches enter the running statistics as one batch."""
         dtype = self.module.get_buffer("running_mean").dtype
-        count = pool.count if self.between else _MANY
-        pooled = Moments(pool.mean.to(dtype)[None], pool.var.to(dtype)[None], count)
-        type(self.layer).track(self.layer, pooled)
-
-    def close(self) -> None:
-        self.handle.remove()
-        self.module.__dict__.pop("track", None)
+        count = pool.count if pool.between else _MANY
+        type(self.module).track(self.module, Moments(pool.mean.to(dtype)[None], pool.var.to(dtype)[None], count))
 
 
-class _Torchs(_Part):
+class _Torchs:
     """A layer of torch: during the forward it writes the bare batch statistics into scratch buffers."""
 
     _names = ("running_mean", "running_var", "num_batches_tracked")
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+        self.module = module
+        self.pool = new_pool(module)
         self.saved: dict[str, Any] | None = None
         self.handles = [
             module.register_forward_pre_hook(self._before),
@@ -203,11 +170,11 @@ class _Torchs(_Part):
         saved, self.saved = self.saved, None
         module.__dict__["momentum"] = saved.pop("momentum")
         module._buffers.update(saved)
-        if output is None or _recomputing():
+        if output is None or recomputing():
             return
-        if not self.between:
-            samples = inputs[0].shape[0] if inputs[0].dim() > _batched_axes(module) else 1
-            self.pool.add(samples, mean, var)
+        if not self.pool.between:
+            batched = inputs[0].dim() > int(module._get_no_batch_dim())  # type: ignore[operator]
+            self.pool.add(inputs[0].shape[0] if batched else 1, mean, var)
             return
         count: Tensor | int = inputs[0].numel() // mean.numel()
         if isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_initialized():
@@ -216,9 +183,10 @@ class _Torchs(_Part):
         self.pool.add(count, mean, var * ((count - 1) / count))
 
     def update(self, pool: Pool) -> None:
+        """Let the pooled micro-batches enter the running statistics as one batch."""
         mean, var = (self.module.get_buffer(name) for name in self._names[:2])
         tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.__dict__["momentum"]
-        if not self.between:
+        if not pool.between:
             # torch's instance normalization does not count, and takes no momentum for no update.
             rate = momentum or 0.0
         else:
@@ -229,12 +197,3 @@ class _Torchs(_Part):
         usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
         mean.copy_(torch.where(usable, mean + rate * (new_mean - mean), mean))
         var.copy_(torch.where(usable, var + rate * (new_var - var), var))
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _batched_axes(module: nn.Module) -> int:
-    """Number of axes of an input without batch axis, for torch's instance normalization."""
-    return int(module._get_no_batch_dim())  # type: ignore[operator]

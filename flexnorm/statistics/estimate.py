@@ -7,20 +7,15 @@ Luo et al. 2019, Sec. 5: PN takes its statistics from 10,000 training samples. F
 from __future__ import annotations
 
 import time
-from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.nn import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
-from flexnorm.probe.capture import evaluation
-
-__all__ = ["PopulationEstimator", "estimate_population"]
-
-_KINDS = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
-_BUFFERS = ("running_mean", "running_var")
+from flexnorm.engine import Pool, active_group, pool_processes
+from flexnorm.probe import isolated
+from flexnorm.statistics._layers import new_pool, of_population, put, watching
 
 
 @torch.no_grad()
@@ -48,60 +43,33 @@ def estimate_population(model: nn.Module, pool: Tensor, *, chunk: int | None = N
     """
     if chunk is not None and chunk < 2:
         raise ValueError(f"chunk must be at least 2 samples, whose statistics stand for the pool's, got {chunk}")
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, _KINDS)]
-    if not layers:
-        return 0
-    sums: dict[nn.Module, _Moments] = {}
-    before = {layer: [layer.get_buffer(name).clone() for name in _BUFFERS] for layer in layers}
-    handles = [layer.register_forward_pre_hook(partial(_renew, sums)) for layer in layers]
-    try:
-        with evaluation(model):
-            for part in [pool] if chunk is None else torch.split(pool, chunk):
-                model(part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer, (mean, squares, count) in sums.items():
-        # What is not finite in any part keeps the value that it had before the first.
-        for name, value in zip(_BUFFERS, before[layer], strict=True):
-            layer.get_buffer(name).copy_(value)
-        _set(layer, mean, squares / count)
-    return len(layers)
+    pools = {module: new_pool(module) for module in model.modules() if of_population(module)}
+    group = active_group()
+
+    def renew(module: nn.Module, x: Tensor) -> None:
+        part = new_pool(module)
+        part.add_values(x)
+        if group is not None:
+            pool_processes([part], group)
+        pools[module].merge(part)
+        put(module, *_usable(module, part))
+
+    with isolated(model, 0), watching(pools, renew):
+        model.eval()
+        for part in [pool] if chunk is None else torch.split(pool, chunk):
+            model(part)
+    for module, whole in pools.items():
+        mean, var = _usable(module, whole)
+        module.get_buffer("running_mean").copy_(mean)
+        module.get_buffer("running_var").copy_(var)
+    return len(pools)
 
 
-_Moments = tuple[Tensor, Tensor, Tensor]  # mean, sum of squares about it, number of values
-
-
-def _renew(sums: dict[nn.Module, _Moments], module: nn.Module, args: tuple[Any, ...]) -> None:
-    x: Tensor = args[0].detach()
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    count = x.new_tensor(float(x.numel() // max(x.shape[1], 1)))
-    total = x.sum(axes)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed:
-        torch.distributed.all_reduce(count)
-        torch.distributed.all_reduce(total)
-    mean = total / count
-    squares = (x - mean.view(shape)).square().sum(axes)
-    if distributed:
-        torch.distributed.all_reduce(squares)
-    _set(module, mean, squares / count)
-    if module in sums:
-        old_mean, old_squares, old_count = sums[module]
-        both, gap = old_count + count, mean - old_mean
-        squares = old_squares + squares + gap.square() * (old_count * count / both)
-        sums[module] = old_mean + gap * (count / both), squares, both
-    else:
-        sums[module] = mean, squares, count
-
-
-def _set(module: nn.Module, mean: Tensor, var: Tensor) -> None:
-    usable = torch.isfinite(mean) & torch.isfinite(var)
-    for name, value in zip(_BUFFERS, (mean, var), strict=True):
-        kept = module.get_buffer(name)
-        kept.copy_(torch.where(usable, value.to(kept), kept))
+def _usable(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a pool; in channels where it holds nothing finite, or nothing, those of the layer."""
+    mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
+    usable = pool.finite & (pool.count > 0)
+    return torch.where(usable, pool.mean.to(mean), mean), torch.where(usable, pool.var.to(var), var)
 
 
 class PopulationEstimator:
@@ -134,6 +102,7 @@ class PopulationEstimator:
         ValueError: If the model has no PopulationNorm with estimated statistics, or an argument is not positive.
 
     Examples:
+        >>> from flexnorm.nn import PopulationNorm1d
         >>> model = nn.Sequential(nn.Linear(4, 8), PopulationNorm1d(8, statistics="estimated"))
         >>> estimate = PopulationEstimator(model, torch.randn(100, 4), every=10)
         >>> estimate(), estimate()  # renewed at the first step, not at the second
@@ -155,7 +124,7 @@ class PopulationEstimator:
         chunk: int | None = None,
         seed: int = 0,
     ) -> None:
-        layers = [m for m in model.modules() if isinstance(m, _KINDS) and m.source == "estimated"]
+        layers = [m for m in model.modules() if of_population(m) and m.statistics == "estimated"]
         if not layers:
             raise ValueError("the model has no PopulationNorm layer with statistics='estimated' to renew")
         if size < 1 or every < 1 or len(samples) < 1:

@@ -7,11 +7,8 @@ from typing import Any
 from torch import nn
 
 from flexnorm.engine import FlexNorm
-from flexnorm.probe.tree import Selector, find, select
-
-__all__ = ["freeze", "has_statistics", "is_frozen", "unfreeze"]
-
-_Normalizing = (FlexNorm, nn.modules.batchnorm._NormBase)
+from flexnorm.probe import Selection, find_places, select_places
+from flexnorm.statistics._layers import has_statistics
 
 
 class Frozen:
@@ -62,7 +59,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def freeze_layer(module: nn.Module) -> None:
-    """Freeze one layer that has running statistics and is not frozen yet."""
+    """Freeze one layer, ``module``, that has running statistics and is not frozen yet."""
     if isinstance(module, FlexNorm):
         module.freeze()
         return
@@ -72,21 +69,11 @@ def freeze_layer(module: nn.Module) -> None:
     module.__dict__["_training_when_thawed"] = training
 
 
-def unfreeze_layer(module: nn.Module) -> None:
-    """Undo :func:`freeze_layer`."""
-    if isinstance(module, FlexNorm):
-        module.freeze(False)
-    elif isinstance(module, Frozen):
-        training = module.__dict__.pop("_training_when_thawed")
-        module.__class__ = module.thawed  # type: ignore[assignment]
-        module.__dict__["training"] = training
-
-
 _TRAINABLE = "_trainable_when_thawed"
 
 
 def freeze(
-    model: nn.Module, *, include: Selector | None = None, exclude: Selector | None = None, affine: bool = False
+    model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None, affine: bool = False
 ) -> nn.Module:
     """Make normalization layers use their running statistics and leave them alone, whatever ``train()`` says.
 
@@ -113,7 +100,7 @@ def freeze(
         >>> freeze(model).train()[1].training
         False
     """
-    for place in select(find(model, has_statistics), include, exclude):
+    for place in select_places(find_places(model, has_statistics), include, exclude):
         module = place.module
         if not is_frozen(module):
             freeze_layer(module)
@@ -125,7 +112,7 @@ def freeze(
     return model
 
 
-def unfreeze(model: nn.Module, *, include: Selector | None = None, exclude: Selector | None = None) -> nn.Module:
+def unfreeze(model: nn.Module, *, include: Selection | None = None, exclude: Selection | None = None) -> nn.Module:
     """Undo :func:`freeze`: the layers train again, with the training flag that ``train()`` has set meanwhile.
 
     Args:
@@ -139,13 +126,14 @@ def unfreeze(model: nn.Module, *, include: Selector | None = None, exclude: Sele
     Raises:
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
     """
-    for place in select(find(model, has_statistics), include, exclude):
-        unfreeze_layer(place.module)
-        for name in place.module.__dict__.pop(_TRAINABLE, ()):
-            place.module.get_parameter(name).requires_grad_(True)
+    for place in select_places(find_places(model, has_statistics), include, exclude):
+        module = place.module
+        if isinstance(module, FlexNorm):
+            module.freeze(False)
+        elif isinstance(module, Frozen):
+            training = module.__dict__.pop("_training_when_thawed")
+            module.__class__ = module.thawed  # type: ignore[assignment]
+            module.__dict__["training"] = training
+        for name in module.__dict__.pop(_TRAINABLE, ()):
+            module.get_parameter(name).requires_grad_(True)
     return model
-
-
-def has_statistics(module: nn.Module) -> bool:
-    """Whether the layer keeps running statistics."""
-    return isinstance(module, _Normalizing) and module._buffers.get("running_mean") is not None

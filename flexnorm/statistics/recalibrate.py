@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.nn.factory import BATCH_LIKE, our_family
-from flexnorm.nn.population import _PopulationNorm
-from flexnorm.probe import isolated, unwrap
-from flexnorm.probe.tree import Selector, find, select
-from flexnorm.statistics._pool import Pool, pool_processes
-from flexnorm.statistics.frozen import has_statistics, is_frozen
+from flexnorm.engine import Pool, active_group, pool_processes
+from flexnorm.probe import Selection, batch_inputs, find_places, isolated, map_tensors, select_places, unwrap
+from flexnorm.statistics._layers import has_statistics, kept, new_pool, put, watching
+from flexnorm.statistics.frozen import is_frozen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = ["recalibrate"]
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class _Reached(BaseException):
@@ -34,8 +29,8 @@ def recalibrate(
     batches: Iterable[Any],
     *,
     sequential: bool = False,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     process_group: ProcessGroup | str | None = "world",
@@ -84,7 +79,7 @@ def recalibrate(
         (tensor([2.]), tensor([4.]))
     """
     inner = unwrap(model)
-    places = select(find(inner, has_statistics), include, exclude)
+    places = select_places(find_places(inner, has_statistics), include, exclude)
     layers = {place.module: place.name for place in places if not is_frozen(place.module)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no normalization layer with running statistics to recalibrate")
@@ -93,12 +88,16 @@ def recalibrate(
             "sequential=True goes over the data once per layer, but batches can be iterated only once; "
             "pass a list, a DataLoader, or another object that can be iterated again"
         )
-    group = _group(process_group)
-    run = _Run(inner, batches, forward, device)
+    run = _Run(inner, batches, forward or _call, device, active_group(process_group))
     with isolated(inner, 0):
         inner.eval()
-        pools = run.layer_by_layer(layers, group) if sequential else run.at_once(layers, group)
-    _refuse_non_finite(layers, pools)
+        pools = run.layer_by_layer(layers) if sequential else run.at_once(layers)
+    for module, pool in pools.items():
+        if not bool(pool.finite.all()):
+            raise RuntimeError(
+                f"the input of {layers[module] or 'the model'} ({type(module).__name__}) is not finite for some batch; "
+                "no statistics were changed"
+            )
     for module, pool in pools.items():
         _write(module, pool)
     return model
@@ -111,192 +110,91 @@ class _Run:
         self,
         model: nn.Module,
         batches: Iterable[Any],
-        forward: Callable[[nn.Module, Any], Any] | None,
+        forward: Callable[[nn.Module, Any], Any],
         device: torch.device | str | None,
+        group: ProcessGroup | None,
     ) -> None:
-        self.model = model
-        self.batches = batches
-        self.forward = forward or _call
+        self.model, self.batches, self.forward, self.group = model, batches, forward, group
         first = next((t for t in (*model.parameters(), *model.buffers())), None)
         self.device = device if device is not None or first is None else first.device
 
     def moved(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield batch if self.device is None else _to(batch, self.device)
+            yield batch if self.device is None else map_tensors(lambda tensor: tensor.to(self.device), batch)
 
-    def at_once(self, layers: Mapping[nn.Module, str], group: ProcessGroup | None) -> dict[nn.Module, Pool]:
+    def at_once(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
         """One pass; every layer normalizes with the statistics of the batch."""
-        pools = {module: _new_pool(module) for module in layers}
-
-        def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            mean, var = _add(pools[module], inputs[0])
-            # Evaluation with these is normalization with the batch, without counters and momenta to take care of.
-            _put(module, mean, var)
-
-        handles = [module.register_forward_pre_hook(look) for module in layers]
-        try:
-            seen = 0
+        pools = {module: new_pool(module) for module in layers}
+        seen = 0
+        # Evaluation with a batch's own moments is normalization with the batch, without counters and momenta.
+        with watching(layers, lambda module, x: put(module, *pools[module].add_values(x))):
             for batch in self.moved():
                 self.forward(self.model, batch)
                 seen += 1
-        finally:
-            for handle in handles:
-                handle.remove()
-        _refuse_nothing(seen, group)
-        if group is not None:
-            pool_processes(list(pools.values()), group)
+        self._refuse_nothing(seen)
+        if self.group is not None:
+            pool_processes(list(pools.values()), self.group)
         return pools
 
-    def layer_by_layer(self, layers: Mapping[nn.Module, str], group: ProcessGroup | None) -> dict[nn.Module, Pool]:
+    def layer_by_layer(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
         """A pass per layer, in the order of execution; the layers before it use their new statistics."""
-        calls = self._order(layers)
-        _refuse_nothing(len(calls), group)
-        by_name = {name: module for module, name in layers.items()}
-        order = [layers[module] for module in calls]
-        if group is not None:
-            # A process without data does not know the order; all have to agree on one.
-            orders: list[Any] = [None] * torch.distributed.get_world_size(group)
-            torch.distributed.all_gather_object(orders, order, group=group)
-            order = next(filter(None, orders), order)
-        pools: dict[nn.Module, Pool] = {}
-        for name in order:
-            module = by_name[name]
-            pool = pools[module] = _new_pool(module)
-            self._look_at(module, pool, calls.get(module, 0))
-            if group is not None:
-                pool_processes([pool], group)
-            _put(module, *_final(module, pool))
-        return pools
-
-    def _order(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, int]:
-        """Layers in the order in which the first batch reaches them, and how often it does."""
-        calls: Counter[nn.Module] = Counter()
-
-        def count(module: nn.Module, _: tuple[Any, ...]) -> None:
-            calls[module] += 1
-
-        handles = [module.register_forward_pre_hook(count) for module in layers]
-        try:
+        calls: Counter[nn.Module] = Counter()  # in the order in which the first batch reaches them
+        with watching(layers, lambda module, _: calls.update([module])):
             for batch in self.moved():
                 self.forward(self.model, batch)
                 break
-        finally:
-            for handle in handles:
-                handle.remove()
-        return dict(calls)
+        self._refuse_nothing(len(calls))
+        by_name = {name: module for module, name in layers.items()}
+        order = [layers[module] for module in calls]
+        # A process without data does not know the order; all have to agree on one.
+        order = next(filter(None, self._gathered(order)), order)
+        pools: dict[nn.Module, Pool] = {}
+        for name in order:
+            module = by_name[name]
+            pool = pools[module] = new_pool(module)
+            self._look_at(module, pool, calls[module])
+            if self.group is not None:
+                pool_processes([pool], self.group)
+            put(module, *kept(module, pool))
+        return pools
 
     def _look_at(self, module: nn.Module, pool: Pool, calls: int) -> None:
         reached = 0
 
-        def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def look(_: nn.Module, x: Tensor) -> None:
             nonlocal reached
-            _add(pool, inputs[0])
+            pool.add_values(x)
             reached += 1
             if reached == calls:
                 raise _Reached
 
-        handle = module.register_forward_pre_hook(look)
-        try:
+        with watching([module], look):
             for batch in self.moved():
                 reached = 0
-                try:
+                with suppress(_Reached):
                     self.forward(self.model, batch)
-                except _Reached:
-                    continue
-        finally:
-            handle.remove()
 
+    def _gathered(self, value: Any) -> list[Any]:
+        """The value of every process."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * torch.distributed.get_world_size(self.group)
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
 
-def _group(process_group: ProcessGroup | str | None) -> ProcessGroup | None:
-    if isinstance(process_group, str) and process_group != "world":
-        raise ValueError(f"process_group must be a ProcessGroup, 'world' or None, got {process_group!r}")
-    if process_group is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
-    return torch.distributed.group.WORLD if isinstance(process_group, str) else process_group
+    def _refuse_nothing(self, seen: int) -> None:
+        if not sum(self._gathered(seen)):
+            raise ValueError("batches is empty: there is nothing to take statistics of")
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def _to(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(item, device) for item in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(item, device) for item in batch)
-    return batch
-
-
-def _new_pool(module: nn.Module) -> Pool:
-    return Pool(module.get_buffer("running_mean"), between=not _averages_instances(module))
-
-
-def _averages_instances(module: nn.Module) -> bool:
-    """Instance normalization, whose running statistics are the average of the instances' own."""
-    known = next((found for base in type(module).__mro__ if (found := our_family(base))), None)
-    if known is not None:
-        return known[0] not in BATCH_LIKE
-    return isinstance(module, nn.modules.instancenorm._InstanceNorm)
-
-
-def _add(pool: Pool, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Let the input of a layer enter its pool; returns mean and biased variance of this input alone, (C,)."""
-    channels = pool.mean.numel()
-    if pool.between is False and x.dim() >= 2 and x.shape[1] != channels and x.shape[0] == channels:
-        x = x.unsqueeze(0)  # torch's instance normalization also takes (C, *spatial)
-    values = x.float() if x.dtype in _HALF else x
-    if not values.numel():
-        return pool.mean, pool.var
-    positions = values.numel() // (values.shape[0] * channels)
-    if pool.between:
-        var, mean = torch.var_mean(values, (0, *range(2, values.dim())), correction=0)
-        pool.add(values.shape[0] * positions, mean, var)
-        return mean, var
-    var, mean = torch.var_mean(values, tuple(range(2, values.dim())), correction=min(1, positions - 1))
-    mean, var = mean.mean(0), var.mean(0)
-    pool.add(values.shape[0], mean, var)
-    return mean, var
-
-
-def _final(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
-    """What the layer shall keep: population normalization the biased variance, all others torch's unbiased one."""
-    return pool.mean, pool.var if isinstance(module, _PopulationNorm) else pool.unbiased
-
-
-def _put(module: nn.Module, mean: Tensor, var: Tensor) -> None:
-    """Exchange the private buffers; the model's own are not touched before the end."""
-    for name, value in (("running_mean", mean), ("running_var", var)):
-        module._buffers[name] = value.to(module.get_buffer(name))
-
-
-def _refuse_nothing(seen: int, group: ProcessGroup | None) -> None:
-    if group is not None:
-        counts: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(counts, seen, group=group)
-        seen = sum(counts)
-    if not seen:
-        raise ValueError("batches is empty: there is nothing to take statistics of")
-
-
-def _refuse_non_finite(layers: Mapping[nn.Module, str], pools: Mapping[nn.Module, Pool]) -> None:
-    for module, pool in pools.items():
-        if not bool(torch.isfinite(pool.mean).all() & torch.isfinite(pool.m2).all()):
-            raise RuntimeError(
-                f"the input of {layers[module] or 'the model'} ({type(module).__name__}) is not finite for some batch; "
-                "no statistics were changed"
-            )
+    return model(**batch) if isinstance(batch, Mapping) else model(batch_inputs(batch))
 
 
 def _write(module: nn.Module, pool: Pool) -> None:
     if not bool(pool.count > 0):
         return
-    mean, var = _final(module, pool)
+    mean, var = kept(module, pool)
     module.get_buffer("running_mean").copy_(mean)
     module.get_buffer("running_var").copy_(var)
     tracked = module._buffers.get("num_batches_tracked")

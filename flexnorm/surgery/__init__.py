@@ -2,6 +2,7 @@
 
 from flexnorm.surgery.convert import conversion_plan, convert
 from flexnorm.surgery.fold import FoldPlan, FoldRow, fold, fold_plan
+from flexnorm.surgery.normprop import NormPropPlan, convert_to_normprop, normprop_plan
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
 
 __all__ = [
@@ -9,8 +10,11 @@ __all__ = [
     "ConversionRow",
     "FoldPlan",
     "FoldRow",
+    "NormPropPlan",
     "conversion_plan",
     "convert",
+    "convert_to_normprop",
     "fold",
     "fold_plan",
+    "normprop_plan",
 ]

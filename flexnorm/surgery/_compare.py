@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.probe import call, isolated, unwrap
+from flexnorm.probe import call, isolated, map_tensors, tensors, unwrap
 
 __all__ = ["Difference", "difference", "outputs"]
 
@@ -82,13 +82,7 @@ def difference(
 
 
 def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _double(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_double(item) for item in value)
-    return value
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
 
 
 def _difference(model: nn.Module, other: nn.Module, example_input: Any, *, training: bool) -> Difference:
@@ -121,21 +115,6 @@ def outputs(model: nn.Module, example_input: Any, *, training: bool) -> list[Ten
     with isolated(inner, 0):
         inner.train(training)
         return [t.detach().clone() for t in tensors(call(inner, example_input))]
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value):
-        for entry in fields(value):
-            yield from tensors(getattr(value, entry.name))
 
 
 def _first_line(error: Exception) -> str:

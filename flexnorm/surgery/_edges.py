@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NormPropUnits
-from flexnorm.probe import call, isolated
-from flexnorm.surgery._compare import tensors
+from flexnorm.probe import call, isolated, tensors
 from flexnorm.surgery._kinds import is_candidate
 
 __all__ = ["LINEAR", "Edges", "executed", "traced"]
@@ -123,8 +121,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.inside: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs or {})):
-            output = self.outputs.get(id(value)) if isinstance(value, Tensor) else None
+        for value in tensors((args, kwargs or {})):
+            output = self.outputs.get(id(value))
             if output is not None and id(value) not in self.inside:
                 output.used_elsewhere = True
         return func(*args, **(kwargs or {}))

@@ -13,16 +13,15 @@ from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NoNorm, NormPropUnits
-from flexnorm.nn.factory import BATCH_LIKE
-from flexnorm.probe.tree import Place, Selector, find, select
+from flexnorm.probe import Place, Selection, find_places, select_places
 from flexnorm.surgery._axes import guess, observe
 from flexnorm.surgery._compare import difference, outputs
 from flexnorm.surgery._effect import UNKNOWN, effect, notes
 from flexnorm.surgery._graft import final_class, graft, graft_hooks
 from flexnorm.surgery._kinds import RefusedError, Source, is_candidate, read
-from flexnorm.surgery._targets import Target, To, resolve
+from flexnorm.surgery._targets import Target, To, batch_like, resolve
+from flexnorm.surgery.normprop import convert_to_normprop, normprop_plan
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
-from flexnorm.surgery.propagation import normprop_plan, to_normprop
 
 __all__ = ["conversion_plan", "convert"]
 
@@ -39,8 +38,8 @@ def conversion_plan(
     model: nn.Module,
     to: To,
     *,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     example_input: Any = None,
     calibrate: Iterable[Any] | None = None,
     **kwargs: Any,
@@ -77,9 +76,7 @@ def conversion_plan(
         1 converted, 0 kept, 0 refused
     """
     if isinstance(to, str) and to == "normprop":
-        return normprop_plan(
-            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
-        )
+        return normprop_plan(model, example_input, batches=calibrate, include=include, exclude=exclude, **kwargs)
     _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if example_input is not None:
@@ -106,8 +103,8 @@ def convert(
     model: nn.Module,
     to: To,
     *,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     inplace: bool = False,
     example_input: Any = None,
     calibrate: Iterable[Any] | None = None,
@@ -164,18 +161,17 @@ def convert(
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> unitized = convert(model, "unitized", norm="rms")
+        >>> unitized = convert(model, "unitized", unit_norm="rms")
         >>> unitized[1]
-        UnitizedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, norm='rms')
+        UnitizedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, unit_norm='rms', \
+constrain_alpha=False)
         >>> type(convert(unitized, "torch")[1]).__name__
         'BatchNorm2d'
     """
     if isinstance(to, str) and to == "normprop":
         if inplace:
             raise ValueError("to='normprop' makes new layers out of several old ones; it returns a copy, not inplace")
-        return to_normprop(
-            model, example_input=example_input, calibrate=calibrate, include=include, exclude=exclude, settings=kwargs
-        )
+        return convert_to_normprop(model, example_input, batches=calibrate, include=include, exclude=exclude, **kwargs)
     _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if not inplace:
@@ -192,7 +188,7 @@ def _refuse_calibration(calibrate: Iterable[Any] | None) -> None:
         raise TypeError("calibrate is for to='normprop' only; for other layers see recalibrate()")
 
 
-def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
+def _by_name(steps: Sequence[_Step]) -> tuple[Selection, None]:
     """The same choice for a copy of the model, whose modules are other objects."""
     names = {name for step in steps for name in step.row.names}
     return (lambda name, _: name in names), None
@@ -201,18 +197,18 @@ def _by_name(steps: Sequence[_Step]) -> tuple[Selector, None]:
 def _steps(
     model: nn.Module,
     target: Target,
-    include: Selector | None,
-    exclude: Selector | None,
+    include: Selection | None,
+    exclude: Selection | None,
     example_input: Any,
     *,
     dry: bool,
 ) -> list[_Step]:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
-    places = find(model, is_candidate)
+    places = find_places(model, is_candidate)
     if not places:
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
-    chosen = select(places, include, exclude)
+    chosen = select_places(places, include, exclude)
     axes = {} if example_input is None else observe(model, [p.module for p in chosen], example_input)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
     neighbours = guess(model)
@@ -264,7 +260,7 @@ def _step(
         row,
         target=final_class(source, new, restore=target.restores).__name__,
         effect=effect(source, new, target.family_for(source)),
-        notes=(*source.notes, *notes(source, new, target.family_for(source) in BATCH_LIKE | {"sync"})),
+        notes=(*source.notes, *notes(source, new, batch_like(target.family_for(source)))),
     )
     return _Step(place, row, source, new)
 

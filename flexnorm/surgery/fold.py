@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flexnorm.nn import NormPropUnits
-from flexnorm.probe import unwrap
-from flexnorm.probe.tree import Place, Selector, find, select
+from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
 from flexnorm.surgery._affine import MatrixOnly, absorb, as_affine
 from flexnorm.surgery._compare import Difference, difference
 from flexnorm.surgery._edges import LINEAR, Edges, executed, traced
@@ -87,8 +86,8 @@ def fold_plan(
     model: nn.Module,
     *,
     example_input: Any = None,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
 ) -> FoldPlan:
     """Say what :func:`fold` would do with the same arguments; the model is not changed.
 
@@ -110,7 +109,7 @@ def fold_plan(
         <BLANKLINE>
         1 folded, 1 left
     """
-    folded, rows = _fold(copy.deepcopy(model), example_input, include, exclude)
+    folded, rows = _fold(copy.deepcopy(model), example_input, _chosen(model, include, exclude))
     if example_input is None:
         return FoldPlan(rows)
     return FoldPlan(rows, _measured(model, folded, rows, example_input))
@@ -120,8 +119,8 @@ def fold(
     model: nn.Module,
     *,
     example_input: Any = None,
-    include: Selector | None = None,
-    exclude: Selector | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     inplace: bool = False,
     strict: bool = False,
 ) -> nn.Module:
@@ -167,7 +166,8 @@ def fold(
         )
     """
     reference = copy.deepcopy(model) if inplace and example_input is not None else model
-    folded, rows = _fold(model if inplace else copy.deepcopy(model), example_input, include, exclude)
+    chosen = _chosen(model, include, exclude)
+    folded, rows = _fold(model if inplace else copy.deepcopy(model), example_input, chosen)
     left = [row for row in rows if row.fixed and not row.folded]
     if left:
         shown = "; ".join(f"{row.name} ({row.layer}): {row.reason}" for row in left[:3])
@@ -183,12 +183,15 @@ def fold(
     return folded
 
 
-def _fold(
-    model: nn.Module, example_input: Any, include: Selector | None, exclude: Selector | None
-) -> tuple[nn.Module, list[FoldRow]]:
-    """Fold in place; the model comes back in evaluation mode."""
+def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | None) -> set[str]:
+    """Names that mean the same layers in a copy of the model, whose modules are other objects."""
+    return {place.name for place in select_places(find_places(unwrap(model), is_candidate), include, exclude)}
+
+
+def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Module, list[FoldRow]]:
+    """Fold the layers of these names in place; the model comes back in evaluation mode."""
     model = unwrap(model).eval()
-    places = select(find(model, is_candidate), include, exclude)
+    places = [place for place in find_places(model, is_candidate) if place.name in chosen]
     edges, failure = _edges(model, example_input)
     names = {id(module): name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -204,10 +207,8 @@ def _fold(
 
 
 def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], example_input: Any) -> Difference:
-    names = {name for row in rows for name in row.names}
-
     def change(copied: nn.Module, example: Any) -> nn.Module:
-        return _fold(copied, example, lambda name, _: name in names, None)[0]
+        return _fold(copied, example, {row.name for row in rows})[0]
 
     return difference(model, folded, example_input, change, training=False)
 

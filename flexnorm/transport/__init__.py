@@ -3,6 +3,7 @@
 from flexnorm.transport.bounds import ShiftBounds, shift_bounds
 from flexnorm.transport.distances import wasserstein
 from flexnorm.transport.gaussian import gaussian_wasserstein
-from flexnorm.transport.moments import moment_lower_bound
+from flexnorm.transport.inequalities import moment_lower_bound
+from flexnorm.transport.samples import safe_norm
 
-__all__ = ["ShiftBounds", "gaussian_wasserstein", "moment_lower_bound", "shift_bounds", "wasserstein"]
+__all__ = ["ShiftBounds", "gaussian_wasserstein", "moment_lower_bound", "safe_norm", "shift_bounds", "wasserstein"]

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from flexnorm._messages import unknown_name
-from flexnorm.transport._lower import LOWER
-from flexnorm.transport._numerics import power_of_two
-from flexnorm.transport._samples import Pair, Weights, check_finite, check_order, pair
-from flexnorm.transport._upper import UPPER
-from flexnorm.transport._view import View
+from flexnorm.transport.inequalities import LOWER, UPPER, Bound, PairStatistics
+from flexnorm.transport.samples import Pair, Weights, check_order, power_of_two
 
 
 @dataclass(frozen=True)
@@ -125,23 +122,22 @@ def shift_bounds(
             ``include``.
     """
     p = check_order(p)
-    samples = pair(x, y, weights)
+    samples = Pair.of(x, y, weights)
     samples = Pair(*(None if part is None else part.detach() for part in samples))  # type: ignore[arg-type]
     if samples.x.ndim != 2:
         raise ValueError(
             f"shift_bounds takes one pair of samples, (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    check_finite(samples)
+    samples.check_finite()
     wanted = None if include is None else {include} if isinstance(include, str) else set(include)
     for name in wanted or ():
         if name not in LOWER and name not in UPPER:
             raise ValueError(unknown_name("bound", name, [*LOWER, *UPPER]))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         scaled, factor = _centred(samples)
-        view = View(scaled, p, projections, seed)
-        low = {k: value for k, bound in LOWER.items() if wanted is None or k in wanted for value in bound(view)}
-        high = {k: value for k, bound in UPPER.items() if wanted is None or k in wanted for value in bound(view)}
-        error, radius = view.rounding, view.radius
+        statistics = PairStatistics(scaled, p, projections, seed)
+        low, high = (_evaluated(table, wanted, statistics) for table in (LOWER, UPPER))
+        error, radius = statistics.rounding, statistics.radius
     plain = len(samples.x) == len(samples.y) and samples.x_mass is None and samples.y_mass is None
     low = {name: _sink(value, p, error, radius, plain) for name, value in low.items()}
     high = {name: _raise(value, p, error, radius) for name, value in high.items()}
@@ -158,6 +154,11 @@ def shift_bounds(
         p=p,
         slack=error * radius * factor,
     )
+
+
+def _evaluated(table: dict[str, Bound], wanted: set[str] | None, statistics: PairStatistics) -> dict[str, float]:
+    values = {name: bound(statistics) for name, bound in table.items() if wanted is None or name in wanted}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _centred(samples: Pair) -> tuple[Pair, float]:

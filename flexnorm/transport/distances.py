@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from flexnorm._messages import unknown_name
-from flexnorm.transport._line import line_wasserstein
-from flexnorm.transport._numerics import power_mean, safe_norm
-from flexnorm.transport._samples import Pair, Weights, check_order, pair
-from flexnorm.transport._transport import exact_wasserstein
+from flexnorm.transport.exact import exact_wasserstein
+from flexnorm.transport.line import line_wasserstein
+from flexnorm.transport.samples import Pair, Weights, check_order, power_mean, safe_norm
 
 Method = Literal["marginal", "sliced", "max_sliced", "exact", "coupled"]
 
@@ -80,11 +79,12 @@ def wasserstein(
         tensor([3., 4.])
     """
     p = check_order(p)
-    samples = pair(x, y, weights)
+    samples = Pair.of(x, y, weights)
     # Inside autocast the projections would be rounded to half precision.
     with torch.autocast(samples.x.device.type, enabled=False):
         if method == "marginal":
-            return _marginal(samples, p)
+            # Sorting a transposed contiguous copy is faster than sorting along a strided axis.
+            return _lines(samples, samples.x.mT, samples.y.mT, p)
         if method == "sliced":
             return power_mean(_along(samples, directions(samples, projections, seed), p), p)
         if method == "max_sliced":
@@ -97,13 +97,9 @@ def wasserstein(
 
 
 def directions(samples: Pair, projections: int | Tensor, seed: int, mean_difference: bool = False) -> Tensor:
-    """Unit directions as columns, (..., d, k) in the dtype of the samples.
+    """Unit directions as columns, (..., d, k) in the dtype of the samples: those given, or so many random ones.
 
-    Args:
-        samples: The two samples.
-        projections: Number of random directions, or the directions themselves.
-        seed: Seed of the random directions.
-        mean_difference: Append the direction of the difference of the means to random directions.
+    With ``mean_difference`` that of the difference of the means is appended to random directions.
     """
     x = samples.x
     d = x.shape[-1]
@@ -122,18 +118,15 @@ def directions(samples: Pair, projections: int | Tensor, seed: int, mean_differe
     return torch.cat((columns.expand(*gap.shape[:-1], d, projections), _unit_columns(gap.unsqueeze(-1))), -1)
 
 
-def _marginal(samples: Pair, p: float) -> Tensor:
-    # Sorting a transposed contiguous copy is faster than sorting along a strided axis.
-    x, y = samples.x.mT, samples.y.mT
+def _lines(samples: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
     return line_wasserstein(x, y, p, *(None if mass is None else mass.unsqueeze(-2) for mass in samples[2:]))
 
 
 def _along(samples: Pair, columns: Tensor, p: float) -> Tensor:
     rows = columns.mT
-    masses = (None if mass is None else mass.unsqueeze(-2) for mass in samples[2:])
     # A common move changes no distance; without it the rounding of a projection grows with the mean of the points.
     centre = _mean(samples.x.detach(), samples.x_mass).unsqueeze(-2)
-    return line_wasserstein(rows @ (samples.x - centre).mT, rows @ (samples.y - centre).mT, p, *masses)
+    return _lines(samples, rows @ (samples.x - centre).mT, rows @ (samples.y - centre).mT, p)
 
 
 def _coupled(samples: Pair, p: float) -> Tensor:

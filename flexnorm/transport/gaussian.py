@@ -10,9 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flexnorm.transport._numerics import safe_norm
-from flexnorm.transport._samples import check_sample
-from flexnorm.transport._view import View
+from flexnorm.transport.samples import check_sample, safe_norm
 
 
 def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> Tensor:
@@ -77,19 +75,6 @@ def _distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> T
             f"got {tuple(cov_x.shape)} and {tuple(cov_y.shape)}"
         )
     return _root(gap.square() + bures)
-
-
-def gelbrich(view: View) -> float:
-    """The same for the moments of two samples, lowered by its rounding error; it needs the centred points alone."""
-    x, y = (
-        (sample - mean) * (len(sample) ** -0.5 if mass is None else mass.sqrt().unsqueeze(-1))
-        for sample, mean, mass in zip(view.samples[:2], view.means, view.masses, strict=True)
-    )
-    # Nuclear norm of C_x^(1/2) C_y^(1/2) = that of x y^T; reduce each factor to at most d rows first.
-    x, y = (torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows for rows in (x, y))
-    bures = float(x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.mT).sum())
-    # The difference of traces cancels; its rounding error must not be magnified by the root.
-    return float((view.gap**2 + max(bures - view.rounding * view.radius**2, 0.0)) ** 0.5)
 
 
 def _root(values: Tensor) -> Tensor:

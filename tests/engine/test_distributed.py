@@ -56,6 +56,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_with_unequal_batches_equal_one_process(world: int, tmp_path: Path) -> None:
     with socket.socket() as s:

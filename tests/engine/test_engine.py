@@ -54,8 +54,8 @@ RULES = {
     ),
     "unitized": (lambda m, w, b, a: rules.unitized(m, w, b, a), reference.unitized),
     "unitized rms": (
-        lambda m, w, b, a: rules.unitized(m, w, b, a, norm="rms"),
-        lambda x, w, b, a: reference.unitized(x, w, b, a, norm="rms"),
+        lambda m, w, b, a: rules.unitized(m, w, b, a, unit_norm="rms"),
+        lambda x, w, b, a: reference.unitized(x, w, b, a, unit_norm="rms"),
     ),
     "population": (
         lambda m, w, b, a: rules.population(m, b, a + 1, w, b),
@@ -77,6 +77,7 @@ def usable(name: str, shape: tuple[int, ...]) -> bool:
     return name != "instance" or torch.Size(shape[2:]).numel() > 1
 
 
+@pytest.mark.quick(62)
 @pytest.mark.parametrize(("name", "shape"), [(n, s) for n in RULES for s in SHAPES if usable(n, s)], ids=str)
 def test_equals_the_float64_reference_in_values_and_gradients(name: str, shape: tuple[int, ...], kernels: str) -> None:
     rule, expected = RULES[name]
@@ -104,6 +105,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.quick(64)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 3, 7), (4, 6, 5, 3), (2, 3, 4, 3, 2), (3, 300, 3, 3)], ids=str)
@@ -129,6 +131,7 @@ def test_types_and_layouts(shape: tuple[int, ...], layout: str, dtype: torch.dty
         torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance * max(scale, 1))
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 3), (3, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", ["batch", "unitized", "layer", "user"])
 def test_gradcheck_and_gradgradcheck(name: str, shape: tuple[int, ...], kernels: str) -> None:
@@ -372,10 +375,10 @@ def test_fused_tables_equal_the_composition(shape: tuple[int, ...], norm: str, m
     monkeypatch.setattr(passes, "_SMALL", 1)
     g = torch.randn(shape, dtype=torch.float64)
     inputs = tensors(shape)
-    fused = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, norm=norm), *inputs[1:])
+    fused = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, unit_norm=norm), *inputs[1:])
     got = torch.autograd.grad(fused, inputs, g)
     monkeypatch.setattr(_native, "load", lambda: None)
-    plain = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, norm=norm), *inputs[1:])
+    plain = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, unit_norm=norm), *inputs[1:])
     want = torch.autograd.grad(plain, inputs, g)
     torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
     for a, b in zip(got, want, strict=True):

@@ -140,14 +140,14 @@ def test_lightning_takes_the_inputs_out_of_a_batch(form: Any) -> None:
 
 
 def test_lightning_resumes_exactly(tmp_path: Path) -> None:
-    whole = LightningShiftCallback(every=3, lag=2, reference="both")
+    whole = LightningShiftCallback(every=3, lag=2, anchor="both")
     LightningTrainer(whole).fit(net(), 8)
-    first, model = LightningShiftCallback(every=3, lag=2, reference="both"), net()
+    first, model = LightningShiftCallback(every=3, lag=2, anchor="both"), net()
     trainer = LightningTrainer(first)
     trainer.fit(model, 4)
     state = {"model": model.state_dict(), "step": trainer.global_step, "callback": first.state_dict()}
     torch.save(state, tmp_path / "c.pt")
-    second = LightningShiftCallback(every=3, lag=2, reference="both")
+    second = LightningShiftCallback(every=3, lag=2, anchor="both")
     state = torch.load(tmp_path / "c.pt", weights_only=True)
     # A checkpoint written again before the training has begun loses nothing.
     second.load_state_dict(state["callback"])
@@ -263,7 +263,7 @@ def test_transformers_trains_bit_identically(tmp_path: Path) -> None:
 def test_transformers_resumes_exactly(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    options: dict[str, Any] = {"every": 3, "lag": 2, "reference": "both"}
+    options: dict[str, Any] = {"every": 3, "lag": 2, "anchor": "both"}
     whole = TransformersShiftCallback(**options)
     TransformersTrainer(whole, tmp_path / "a").train(10)
     TransformersTrainer(TransformersShiftCallback(**options), tmp_path / "b").train(7)

@@ -118,6 +118,7 @@ def test_cache_folder_follows_the_conventions(monkeypatch: pytest.MonkeyPatch, t
     assert _compile._cache_folder() == tmp_path / ".cache" / "flexnorm"
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_at_once_both_work(fresh: Path) -> None:
     code = (
         "import torch; from flexnorm import flex_norm; from flexnorm.nn import rules; "

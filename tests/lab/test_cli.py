@@ -302,6 +302,7 @@ def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_one_message_and_can_be_resumed(run, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # the checkpoint of this network is larger

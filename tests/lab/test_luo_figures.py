@@ -10,7 +10,7 @@ import torch
 
 from flexnorm.lab import models
 from flexnorm.lab.run import Config
-from flexnorm.lab.run.regularize import Extras
+from flexnorm.lab.run.regularize import StepHooks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,9 +32,9 @@ def test_settings_build_networks_and_regularizers(figures, group, scale):
         torch.manual_seed(0)
         small = {"width": 4} if scale == "full" else {}
         model = models.build(config.model, norm=norm, **config.model_args, **small, **config.norm_args.get(norm, {}))
-        extras = Extras(config, model, torch.zeros(8, 3, 16, 16), 0)
-        assert bool(config.gamma_decay) == (extras._decay is not None)
-        assert ("estimated" in str(config.norm_args)) == (extras._estimator is not None)
+        hooks = StepHooks(config, model, torch.zeros(8, 3, 16, 16), 0)
+        assert bool(config.gamma_decay) == (hooks._decay is not None)
+        assert ("estimated" in str(config.norm_args)) == (hooks._estimator is not None)
     folders = {figures.slug(label, config) for label, config in found.items()}
     assert len(folders) == len(found)
 

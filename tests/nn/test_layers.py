@@ -36,7 +36,7 @@ def _batch(m: FlexNorm, x: Tensor) -> Tensor:
 
 
 def _unitized(m: FlexNorm, x: Tensor) -> Tensor:
-    return reference.unitized(x, m.weight, m.bias, m.alpha, eps=m.eps, norm=m.norm)
+    return reference.unitized(x, m.weight, m.bias, m.alpha, eps=m.eps, unit_norm=m.unit_norm)
 
 
 def _population(m: FlexNorm, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ LAYERS = {
     "UnitizedBatchNorm1d": LayerInfo(lambda **k: ek.UnitizedBatchNorm1d(6, **k), FLAT, _unitized, None, True, True),
     "UnitizedBatchNorm2d": LayerInfo(lambda **k: ek.UnitizedBatchNorm2d(6, **k), IMAGE, _unitized, None, True, True),
     "UnitizedBatchNorm2d rms": LayerInfo(
-        lambda **k: ek.UnitizedBatchNorm2d(6, norm="rms", **k), IMAGE, _unitized, None, True, True
+        lambda **k: ek.UnitizedBatchNorm2d(6, unit_norm="rms", **k), IMAGE, _unitized, None, True, True
     ),
     "UnitizedBatchNorm3d": LayerInfo(lambda **k: ek.UnitizedBatchNorm3d(6, **k), VOLUME, _unitized, None, True, True),
     "PopulationNorm1d": LayerInfo(lambda **k: ek.PopulationNorm1d(6, **k), FLAT, _population, None, False, True),
@@ -180,6 +180,7 @@ def test_every_layer_has_a_record() -> None:
     assert layers == named
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_training_forward_and_backward(info: LayerInfo) -> None:
     module = randomized(info.build(dtype=torch.float64))
@@ -229,6 +230,7 @@ def test_running_statistics_follow_torch(momentum: float | None) -> None:
         torch.testing.assert_close(instance.eval()(x), peer.eval()(x))
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_evaluation_uses_running_statistics(info: LayerInfo) -> None:
     module = randomized(info.build(dtype=torch.float64))
@@ -246,6 +248,7 @@ def test_evaluation_uses_running_statistics(info: LayerInfo) -> None:
             assert torch.equal(value, before[key])
 
 
+@pytest.mark.quick(28)
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_keeps_statistics_in_float32(info: LayerInfo, dtype: torch.dtype) -> None:
@@ -260,6 +263,7 @@ def test_low_precision_keeps_statistics_in_float32(info: LayerInfo, dtype: torch
         assert buffer.dtype in (torch.float32, torch.int64), name
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_autocast_keeps_statistics_in_float32(info: LayerInfo) -> None:
     module = randomized(info.build())
@@ -272,6 +276,7 @@ def test_autocast_keeps_statistics_in_float32(info: LayerInfo) -> None:
     assert module.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_copies_pickles_and_loads_weights_only(info: LayerInfo, tmp_path: Path) -> None:
     module = randomized(info.build())
@@ -288,6 +293,7 @@ def test_copies_pickles_and_loads_weights_only(info: LayerInfo, tmp_path: Path) 
             assert a.data_ptr() != b.data_ptr() or a.numel() == 0
 
 
+@pytest.mark.quick(4)
 @every_layer
 def test_compiles_whole_with_gradients_and_statistics(info: LayerInfo) -> None:
     torch._dynamo.reset()
@@ -309,6 +315,7 @@ def test_compiles_whole_with_gradients_and_statistics(info: LayerInfo) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.quick(8)
 @every_layer
 def test_exports(info: LayerInfo) -> None:
     module = randomized(info.build()).eval()
@@ -317,6 +324,7 @@ def test_exports(info: LayerInfo) -> None:
     torch.testing.assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_checkpointing_counts_a_batch_once(info: LayerInfo) -> None:
     module, twin = info.build(), info.build()
@@ -327,6 +335,7 @@ def test_checkpointing_counts_a_batch_once(info: LayerInfo) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_device_and_dtype_reach_every_tensor(info: LayerInfo) -> None:
     module = info.build(device="meta", dtype=torch.float64)
@@ -335,6 +344,7 @@ def test_device_and_dtype_reach_every_tensor(info: LayerInfo) -> None:
     assert {p.dtype for p in module.parameters()} == {torch.float64}
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_empty_batch_leaves_statistics_alone(info: LayerInfo) -> None:
     module = info.build()
@@ -347,6 +357,7 @@ def test_empty_batch_leaves_statistics_alone(info: LayerInfo) -> None:
         assert torch.equal(value, before[key])
 
 
+@pytest.mark.quick(14)
 @every_layer
 def test_wrong_inputs_are_named(info: LayerInfo) -> None:
     module = info.build()
@@ -445,6 +456,7 @@ def test_half_precision_state_is_loaded_into_float32() -> None:
     assert tracked.num_batches_tracked == 1
 
 
+@pytest.mark.quick(9)
 @pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n].statistics])
 def test_frozen_survives_train(name: str) -> None:
     info = LAYERS[name]
@@ -523,7 +535,7 @@ class TestUnitized:
         torch.testing.assert_close(ours.eval()(x), batch.eval()(x), rtol=1e-6, atol=1e-6)
 
     def test_output_norm_is_bounded_by_weight_at_alpha_one(self) -> None:
-        layer = ek.UnitizedBatchNorm2d(6, norm="rms")
+        layer = ek.UnitizedBatchNorm2d(6, unit_norm="rms")
         nn.init.ones_(layer.alpha)
         y = layer(torch.randn(8, 6, 5, 5).exp() * torch.rand(8, 1, 1, 1) * 100)
         assert (y.flatten(1).norm(dim=1) <= (6 * 25) ** 0.5 * (1 + 1e-5)).all()

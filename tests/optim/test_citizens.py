@@ -336,6 +336,7 @@ def test_tensor_lr_and_schedulers(cls, manifold):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.quick(16)
 @both
 @pytest.mark.parametrize("manifold", [True, False])
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_options():
     assert all(g["weight_decay"] == 0.1 for g in groups if not g["manifold"])
     assert groups[0]["grad_clip"] is None
     assert {g["ortho"] for g in groups if g["manifold"]} == {0.3}
-    with pytest.raises(ValueError, match=r"no parameter of the model matches 'nothing\.\*'"):
+    with pytest.raises(ValueError, match=r"exclude: unknown parameter or pattern 'nothing\.\*'"):
         param_groups(model, 0.1, 0.1, 0.0, IMAGES, exclude=["nothing.*"])
 
 

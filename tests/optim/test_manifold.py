@@ -111,6 +111,7 @@ def test_gradients_flow_through_a_zero_step():
     assert d.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_unit_norm_holds_over_ten_thousand_steps():
     y = points(8, 27, 0, torch.float32)
     generator = torch.Generator().manual_seed(1)

@@ -47,18 +47,21 @@ def run(name, option, dtype, steps=100, shapes=SMALL, **path):
     return worst, optimizer, params, reference
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("name", "option"), ALL)
 def test_float64_equals_reference(name, option, foreach):
     worst, *_ = run(name, option, torch.float64, foreach=foreach)
     assert worst < 1e-10  # rows that repel each other double a rounding error every few steps
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(("name", "option"), ALL)
 def test_float32_stays_close_to_reference(name, option, foreach):
     worst, *_ = run(name, option, torch.float32, steps=30, foreach=foreach)
     assert worst < 3e-5
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(("name", "option"), ALL)
 def test_the_function_that_is_compiled_equals_reference(name, option, untraced):
     worst, *_ = run(name, option, torch.float64, steps=20, compile=True)
@@ -109,6 +112,7 @@ def test_state_equals_reference_and_momentum_is_tangent(name, foreach):
             assert state["exp_avg_sq"].shape == (len(p),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_unit_norm_to_four_ulp_after_ten_thousand_steps(name, foreach):
     params = parameters([(4, 9), (4, 3, 3)])

@@ -34,7 +34,7 @@ def train(watchers):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(rank)
     x, y = torch.randn(8 + 4 * rank, 4, generator=generator), torch.randint(3, (8 + 4 * rank,), generator=generator)
-    monitor = ShiftMonitor(model, x, every=2, reference="both") if rank in watchers else None
+    monitor = ShiftMonitor(model, x, every=2, anchor="both") if rank in watchers else None
     torch.manual_seed(rank)
     if monitor:
         monitor.start()
@@ -58,6 +58,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flexnorm.nn import GroupNorm, make_norm
-from flexnorm.shift import batch_norm_radius, layer_bound, statistics_noise, unitized_radius, wasserstein
+from flexnorm.shift import batch_norm_radius, layer_bound, second_moment_excess, unitized_radius, wasserstein
 
 NORMS = ("batch", "population", "unitized")
 
@@ -42,7 +42,7 @@ def test_measured_shift_is_below_the_bound(name: str, norm: str, samples: str, s
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
         own = training and name != "population"
         used = (mean, var) if own else (layer.running_mean, layer.running_var)
-        noises.append(statistics_noise(mean, var, *used))
+        noises.append(second_moment_excess(mean, var, *used))
         if name == "population" and training:
             # The guard keeps the deviation used within a factor 3 of the batch, the mean within 2 deviations.
             noises[-1] = noises[-1].clamp_min(9 * 5)
@@ -90,8 +90,8 @@ def test_constrained_alpha_is_clamped() -> None:
 
 def test_noise_of_own_statistics_is_zero() -> None:
     mean, var = torch.randn(5), torch.rand(5) + 0.1
-    assert statistics_noise(mean, var, mean, var, eps=0.0).abs().max() < 1e-6
-    assert statistics_noise(mean, var, mean + 1, var, eps=0.0) == pytest.approx(1 / var)
+    assert second_moment_excess(mean, var, mean, var, eps=0.0).abs().max() < 1e-6
+    assert second_moment_excess(mean, var, mean + 1, var, eps=0.0) == pytest.approx(1 / var)
     assert float(batch_norm_radius(torch.ones(4), torch.tensor([0.0, 3.0, 0.0, 0.0]))) == pytest.approx(math.sqrt(7))
     assert float(unitized_radius(torch.ones(4), torch.ones(4), positions=9, norm="rms")) == pytest.approx(2)
 

@@ -73,8 +73,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("options", [{"every": 1}, {"every": 2, "lag": 3, "reference": "both", "samples": "image"}])
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": 2, "lag": 3, "anchor": "both", "samples": "image"}])
 def test_training_is_bit_identical_with_and_without(norm: str, options: dict[str, Any]) -> None:
     alone = Run(convnet(norm)).steps(6).state()
     model = convnet(norm)
@@ -188,7 +189,7 @@ def test_distance_is_that_of_the_outputs_before_and_after() -> None:
         records = monitor.step()
     assert monitor.records == records
     (record,) = records
-    assert (record.layer, record.step, record.reference_step, record.reference) == ("1", 1, 0, "previous")
+    assert (record.layer, record.step, record.anchor_step, record.anchor) == ("1", 1, 0, "previous")
     assert record.w1 == pytest.approx(5, rel=1e-6)
     assert record.lower == pytest.approx(5, rel=1e-6)
     assert record.upper == pytest.approx(5, rel=1e-6)
@@ -210,7 +211,7 @@ def test_distance_is_that_of_the_outputs_before_and_after() -> None:
 
 
 @pytest.mark.parametrize(
-    ("every", "lag", "reference", "expected"),
+    ("every", "lag", "anchor", "expected"),
     [
         (1, 1, "previous", [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (6, 5)]),
         (3, 1, "previous", [(1, 0), (4, 3)]),
@@ -221,17 +222,17 @@ def test_distance_is_that_of_the_outputs_before_and_after() -> None:
         (lambda step: step == 2, 1, "both", [(3, 2), (2, 0)]),
     ],
 )
-def test_when_it_measures(every: Any, lag: int, reference: str, expected: list[tuple[int, int]]) -> None:
+def test_when_it_measures(every: Any, lag: int, anchor: str, expected: list[tuple[int, int]]) -> None:
     model = convnet()
-    with ShiftMonitor(model, IMAGES[:8], "1", every=every, lag=lag, reference=reference) as monitor:
+    with ShiftMonitor(model, IMAGES[:8], "1", every=every, lag=lag, anchor=anchor) as monitor:
         Run(model, monitor).steps(6)
-    assert sorted((r.step, r.reference_step) for r in monitor.records) == sorted(expected)
+    assert sorted((r.step, r.anchor_step) for r in monitor.records) == sorted(expected)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4])
-@pytest.mark.parametrize("reference", ["previous", "both"])
-def test_resume_equals_an_uninterrupted_run(cut: int, reference: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"every": 2, "lag": 3, "reference": reference}
+@pytest.mark.parametrize("anchor", ["previous", "both"])
+def test_resume_equals_an_uninterrupted_run(cut: int, anchor: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"every": 2, "lag": 3, "anchor": anchor}
     whole_model = convnet()
     with ShiftMonitor(whole_model, IMAGES, sinks=[tmp_path / "whole.csv"], **options) as whole:
         Run(whole_model, whole).steps(8)
@@ -266,7 +267,7 @@ def test_resume_equals_an_uninterrupted_run(cut: int, reference: str, tmp_path: 
 
 def test_state_is_not_tied_to_the_monitor() -> None:
     model = convnet()
-    monitor = ShiftMonitor(model, IMAGES, every=1, reference="both")
+    monitor = ShiftMonitor(model, IMAGES, every=1, anchor="both")
     monitor.start()
     state = monitor.state_dict()
     kept = copy.deepcopy(state)
@@ -507,7 +508,7 @@ class Odd(nn.Module):
         (ValueError, "lag must be a whole number", lambda: ShiftMonitor(convnet(), IMAGES, lag=0)),
         (ValueError, "max_samples must be", lambda: ShiftMonitor(convnet(), IMAGES, max_samples=True)),
         (ValueError, "did you mean 'image'", lambda: ShiftMonitor(convnet(), IMAGES, samples="images")),
-        (ValueError, "did you mean 'initial'", lambda: ShiftMonitor(convnet(), IMAGES, reference="initially")),
+        (ValueError, "did you mean 'initial'", lambda: ShiftMonitor(convnet(), IMAGES, anchor="initially")),
         (ValueError, "unknown mode", lambda: ShiftMonitor(convnet(), IMAGES, mode="test")),
         (ValueError, "no normalization layer", lambda: ShiftMonitor(nn.Linear(2, 2), IMAGES)),
         (ValueError, "unknown layer or pattern '9'", lambda: ShiftMonitor(convnet(), IMAGES, "9")),

@@ -138,11 +138,11 @@ def test_effective_rate_settles_with_weight_decay() -> None:
     train(model, [monitor], 30, weight_decay=0.05)
     assert [record.step for record in monitor.records] == [1, 11, 21]
     assert all(r.effective_rate >= r.learning_rate / r.norm**2 for r in monitor.records)  # Jensen
-    no_optimizer = WeightMonitor(model, weights="0.*", every=1, reference="initial")
+    no_optimizer = WeightMonitor(model, weights="0.*", every=1, anchor="initial")
     no_optimizer.start()
     (record,) = no_optimizer.step()
     assert math.isnan(record.effective_rate)
-    assert record.reference == "initial"
+    assert record.anchor == "initial"
     with pytest.raises(ValueError, match=r"unknown weight or pattern '0\.bias'"):
         WeightMonitor(model, weights=["0.bias"])
 

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from flexnorm.shift import CSVSink, JSONLSink, MemorySink, ShiftRecord, Sink, TensorBoardSink
-from flexnorm.shift.records import record_from_dict
 from flexnorm.shift.sinks import as_sink
 
 
 def record(step: int, w1: float = 0.1, layer: str = "a", **metrics: float) -> ShiftRecord:
-    return ShiftRecord(0.05, w1, 0.2, 1 / 3, 0.15, 0.3, 0.6, step, step - 1, "previous", layer, metrics)
+    return ShiftRecord(step, layer, "previous", step - 1, 0.05, w1, 0.2, 1 / 3, 0.15, 0.3, 0.6, metrics)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
@@ -114,7 +113,7 @@ def test_tensorboard_makes_event_files(tmp_path: Path) -> None:
 
 def test_records_survive_a_dictionary() -> None:
     one = record(3, kurtosis=2.0)
-    assert record_from_dict(one.asdict()) == one
+    assert ShiftRecord.from_dict(one.asdict()) == one
 
 
 @pytest.mark.parametrize(("error", "target"), [(ValueError, "a.txt"), (TypeError, 3)])

@@ -39,6 +39,7 @@ def normalization(name: str, ndim: int, **kwargs) -> nn.Module:
     return ek.make_norm(name, 6, ndim, **kwargs)
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_linear_map_absorbs_every_population_norm(name: str, norm: str) -> None:
@@ -438,6 +439,7 @@ def test_torch_export(name: str) -> None:
         assert not [op for op in operators if "batch_norm" in op or "rsqrt" in op or "var_mean" in op]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["resnet", "unitized", "normprop", "not foldable"])
 def test_onnx(name: str) -> None:
     onnx = pytest.importorskip("onnx")

@@ -1,4 +1,4 @@
-"""convert(to="normprop"): the same function out of NormProp layers, and nothing silently wrong."""
+"""convert_to_normprop: the same function out of NormProp layers, and nothing silently wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from flexnorm.lab.data.digits import load_digits
 from flexnorm.lab.models import build
 from flexnorm.nn.normprop import NormPropActivation, NormPropConv2d, NormPropLayer, NormPropUnits, propagate
-from flexnorm.surgery import conversion_plan, convert, fold
+from flexnorm.surgery import convert_to_normprop, fold, normprop_plan
 
 MODELS = ("convnet", "nin", "resnet8", "vgg_small")
 
@@ -34,7 +34,7 @@ def network(name: str) -> nn.Module:
 def test_the_function_is_the_same_in_both_modes(name: str, calibrated: bool) -> None:
     model, x = network(name).double().eval(), torch.randn(6, 3, 16, 16, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
-    new = convert(model, "normprop", example_input=x, calibrate=[x[:4], (x[4:], None)] if calibrated else None)
+    new = convert_to_normprop(model, x, batches=[x[:4], (x[4:], None)] if calibrated else None)
     wanted = first(model(x))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert any(isinstance(m, NormPropUnits) for m in new.modules())
@@ -48,7 +48,7 @@ def test_the_function_is_the_same_in_both_modes(name: str, calibrated: bool) -> 
 
 def test_calibration_standardizes_the_values_in_between() -> None:
     model, x = network("resnet8").eval(), torch.randn(32, 3, 16, 16)
-    new = convert(model, "normprop", example_input=x[:2], calibrate=[x[:16], x[16:]])
+    new = convert_to_normprop(model, x[:2], batches=[x[:16], x[16:]])
     report = propagate(new, x)
     assert {row.kind for row in report} == {"NormPropConv2d", "NormPropActivation"}
     for row in report:
@@ -60,7 +60,7 @@ def test_calibration_standardizes_the_values_in_between() -> None:
 def test_activations(act: nn.Module) -> None:
     model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), act, nn.Conv2d(8, 4, 1))).eval()
     x = torch.randn(4, 3, 8, 8)
-    new = convert(model, "normprop", example_input=x)
+    new = convert_to_normprop(model, x)
     assert type(new) is nn.Sequential
     assert isinstance(new[0], NormPropConv2d)
     assert new[0].activation.name == type(act).__name__.lower().replace("leakyrelu", "leaky_relu")
@@ -73,12 +73,12 @@ def test_kinds_of_convolutions(options: dict) -> None:
     head = [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()]
     model = randomized(nn.Sequential(*head, conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))).double().eval()
     x = torch.randn(4, 3, 9, 9, dtype=torch.float64)
-    new = convert(model, "normprop", example_input=x)
+    new = convert_to_normprop(model, x)
     assert isinstance(new[3], NormPropConv2d)
     torch.testing.assert_close(new(x), model(x), rtol=1e-9, atol=1e-9)
     folded = fold(new, example_input=x)
     assert not any(isinstance(m, NormPropUnits) for m in folded.modules())
-    zeros = convert(model, "normprop", example_input=x, padding="zeros")
+    zeros = convert_to_normprop(model, x, padding="zeros")
     assert zeros[3].padding_value is None
     if options.get("stride") != 2:
         # The border is one pixel wide.
@@ -92,7 +92,7 @@ def test_zero_scales_and_negative_scales() -> None:
         model.bn2.weight.zero_()
         model.downsample[1].weight.neg_()
     x = torch.randn(4, 6, 8, 8)
-    new = convert(model, "normprop", example_input=x)
+    new = convert_to_normprop(model, x)
     torch.testing.assert_close(new(x), model(x), rtol=1e-4, atol=1e-5)
     new(x).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in new.parameters() if p.grad is not None)
@@ -112,14 +112,14 @@ class Odd(nn.Module):
 
 def test_what_is_not_understood_stays_and_is_named() -> None:
     model, x = randomized(Odd()).eval(), torch.randn(4, 3, 8, 8)
-    plan = conversion_plan(model, "normprop", example_input=x)
+    plan = normprop_plan(model, x)
     assert plan["conv"].target == "NormPropConv2d"
     assert plan["bn"].target == "(part of conv)"
     assert plan["again"].reason == "used more than once"
     assert "own statistics" in plan["group"].reason
     assert plan.evaluation.preserved
     with pytest.warns(UserWarning, match=r"again \(Conv2d\): used more than once"):
-        new = convert(model, "normprop", example_input=x)
+        new = convert_to_normprop(model, x)
     torch.testing.assert_close(new(x), model(x), rtol=1e-4, atol=1e-5)
     # Dropout still follows the flag.
     assert not torch.equal(new.train()(x), new(x))
@@ -141,7 +141,7 @@ class Reads(nn.Module):
 def test_forwards_that_cannot_be_rewritten(overwrite: bool, text: str) -> None:
     model, x = Reads(overwrite).eval(), torch.randn(2, 3, 4, 4)
     with pytest.warns(UserWarning, match=text):
-        new = convert(model, "normprop", example_input=x)
+        new = convert_to_normprop(model, x)
     assert type(new) is Reads
     assert torch.equal(new(x), model(x))
 
@@ -153,13 +153,13 @@ def test_flags_types_hooks_and_choice() -> None:
     seen: list[int] = []
     model.layer3.conv.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match=r"layer3.conv \(Conv2d\): it has hooks"):
-        assert type(convert(model, "normprop", example_input=x).layer3.conv) is nn.Conv2d
+        assert type(convert_to_normprop(model, x).layer3.conv) is nn.Conv2d
     # Here the forward has to change, and a hook of the model would be lost: nothing is converted.
     model.register_forward_hook(lambda *_: seen.append(1))
     with pytest.warns(UserWarning, match="the hooks of the model would not run"):
-        assert type(convert(model, "normprop", example_input=x)) is type(model)
+        assert type(convert_to_normprop(model, x)) is type(model)
     model.layer3.conv._forward_hooks.clear()
-    new = convert(model, "normprop", example_input=x)
+    new = convert_to_normprop(model, x)
     assert type(new) is type(model)
     assert (new.layer1.training, new.layer2.training, new.layer2.conv.training) == (True, False, False)
     assert not new.layer1.conv.weight.requires_grad
@@ -173,19 +173,18 @@ def test_flags_types_hooks_and_choice() -> None:
 def test_arguments_are_checked() -> None:
     model, x = network("convnet"), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="needs example_input"):
-        convert(model, "normprop")
-    with pytest.raises(ValueError, match="returns a copy"):
-        convert(model, "normprop", example_input=x, inplace=True)
+        convert_to_normprop(model, None)
+    with pytest.raises(TypeError, match="inplace"):
+        convert_to_normprop(model, x, inplace=True)
     with pytest.raises(TypeError, match="paddin"):
-        convert(model, "normprop", example_input=x, paddin="keep")
+        convert_to_normprop(model, x, paddin="keep")
     with pytest.raises(ValueError, match="keep"):
-        convert(model, "normprop", example_input=x, padding="kep")
-    with pytest.raises(ValueError, match="calibrate is empty"):
-        convert(model, "normprop", example_input=x, calibrate=[])
-    with pytest.raises(TypeError, match="recalibrate"):
-        convert(model, "unitized", calibrate=[x])
+        convert_to_normprop(model, x, padding="kep")
+    with pytest.raises(ValueError, match="batches is empty"):
+        convert_to_normprop(model, x, batches=[])
 
 
+@pytest.mark.slow
 def test_a_trained_network_keeps_its_accuracy_and_trains_on() -> None:
     data = load_digits()
     torch.manual_seed(0)
@@ -206,7 +205,7 @@ def test_a_trained_network_keeps_its_accuracy_and_trains_on() -> None:
     for _ in range(2):
         epoch(model, 0.05)
     before = accuracy(model)
-    new = convert(model.eval(), "normprop", example_input=test[:2], calibrate=[train[:256]])
+    new = convert_to_normprop(model.eval(), test[:2], batches=[train[:256]])
     assert before > 0.8
     assert accuracy(new) == pytest.approx(before, abs=0.003)
     epoch(new, 0.01)

@@ -53,6 +53,7 @@ def test_a_custom_function_equals_its_name():
     assert dynamics.averages(0.8, 0.4, torch.tanh) == dynamics.averages(0.8, 0.4, "tanh")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("activation", ["identity", "relu", "erf", "softplus"])
 @pytest.mark.parametrize(("method", "zeta"), STUDENTS)
 def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, activation):
@@ -169,6 +170,7 @@ def test_sgd_diverges_above_the_bound_and_not_below_it(activation):
     assert dynamics.solve("sgd", activation, 1.5 * bound, **setting).diverged
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("method", "zeta"), [("wn", 0.0), ("bn", 0.125)])
 def test_normalized_students_leave_above_the_bound_and_return_by_themselves(method, zeta):
     gamma = dynamics.fixed_point(method, "relu", zeta).gamma

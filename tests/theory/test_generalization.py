@@ -93,6 +93,7 @@ def test_printed_relu_formula_is_regression_on_the_positive_labels():
         assert agrees(got, expected)
 
 
+@pytest.mark.slow
 def test_trained_relu_student_is_better_than_printed_and_does_not_diverge():
     for alpha in (1.0, 1.9):
         got = gen.simulate("sgd", alpha, NOISE, activation="relu", runs=6)
@@ -103,6 +104,7 @@ def test_trained_relu_student_is_better_than_printed_and_does_not_diverge():
     assert gen.sgd_relu(2.0) == 0.5
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 3.0])
 def test_linear_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     """Away from alpha = 1, 300 passes: BN and WN + gamma decay agree within 10 percent on the same training sets."""
@@ -112,6 +114,7 @@ def test_linear_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     assert abs(gaps.mean()) < 3 * gaps.std(ddof=1) / 2 + 0.1 * decay.error
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("alpha", [0.5, 1.5, 2.5])
 def test_relu_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     bn = gen.simulate("batchnorm", alpha, NOISE, activation="relu", batch_size=16, epochs=300, runs=4)

@@ -83,6 +83,7 @@ def noise_cost(net, size, batches, one_by_one):
     return float(costs.mean()), float(costs.std() / math.sqrt(batches))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [False, True])
 def test_strength_of_a_convolution_is_what_batch_noise_costs(activation):
     net, size = calibrated(activation), 32

@@ -41,6 +41,7 @@ def population():
     return {name: make(1_000_000, torch.Generator().manual_seed(7)) for name, (make, _, _) in INPUTS.items()}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("source", INPUTS)
 def test_zeta_is_the_gap_between_bn_and_pn(population, source, loss):
@@ -139,6 +140,7 @@ def test_special_values_are_the_std_part_of_the_full_square(size):
         assert reg.special_zeta(name, size) == pytest.approx(value, rel=0.01)
 
 
+@pytest.mark.slow
 def test_noise_of_statistics_by_sampling():
     for source, (sample, kurtosis, skewness) in INPUTS.items():
         size, batches = 256, 20_000

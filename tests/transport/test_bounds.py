@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexnorm.shift import moment_lower_bound, shift_bounds, wasserstein
-from flexnorm.transport._lower import LOWER
-from flexnorm.transport._upper import UPPER
+from flexnorm.transport.inequalities import LOWER, UPPER
 
 
 def sample(kind: str, n: int, d: int, generator: torch.Generator) -> Tensor:

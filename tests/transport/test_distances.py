@@ -32,6 +32,7 @@ def agree(value: Tensor, expected: object, dtype: torch.dtype) -> None:
     torch.testing.assert_close(value.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.quick(8)
 @dtypes
 @orders
 @sizes
@@ -63,6 +64,7 @@ def test_marginal_equals_a_walk_along_both_lists(p: int, weighted: tuple[bool, b
     agree(wasserstein(x, y, p=p, weights=(a, b)), reference.marginal(x, y, p, a, b), torch.float64)
 
 
+@pytest.mark.quick(8)
 @dtypes
 @orders
 @sizes
@@ -86,6 +88,7 @@ def test_sliced_equals_reference() -> None:
     agree(wasserstein(x, y, "sliced", 2, projections=u), reference.sliced(x, y, u, 2), torch.float64)
 
 
+@pytest.mark.quick(8)
 @dtypes
 @orders
 @sizes

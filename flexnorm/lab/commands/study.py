@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flexnorm.lab.data import ImageData
+    from flexnorm.lab.records import Study
     from flexnorm.lab.run import Config
 
 __all__ = ["run_one", "run_study"]
@@ -19,7 +20,7 @@ __all__ = ["run_one", "run_study"]
 
 def run_one(
     config: Config, folder: Path, screen: Console, *, data: ImageData | None = None, epochs: bool = False
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[Study, Path]:
     """Run a comparison in its folder and write its report.
 
     Args:
@@ -30,7 +31,7 @@ def run_one(
         epochs: Show a line for every epoch.
 
     Returns:
-        The content of ``results.json``, and the path of the report.
+        The results, and the path of the report.
     """
     from flexnorm.lab.report import write_report
     from flexnorm.lab.run import compare
@@ -82,4 +83,4 @@ def run_study(
         screen.print(f"{name}{f' ({scale})' if scale else ''}, variant {number} of {len(configs)}: {variant}")
         results, path = run_one(config, out / variant, screen, data=loaded[source])
         print_table(results, screen)
-        screen.print(f"all runs: {results['total_seconds']:.1f} s; report: {path}", soft_wrap=True)
+        screen.print(f"all runs: {results.total_seconds:.1f} s; report: {path}", soft_wrap=True)

@@ -11,8 +11,6 @@ import numpy as np
 from flexnorm.lab.data.images import ImageData, from_arrays
 from flexnorm.lab.data.subset import stratified
 
-__all__ = ["load_digits"]
-
 TEST_IMAGES = 360
 
 

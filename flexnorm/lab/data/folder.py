@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from flexnorm.lab.data.images import ImageData, from_arrays
 
-__all__ = ["load_folder"]
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
 

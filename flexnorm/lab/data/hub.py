@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from flexnorm.lab.data.images import ImageData, from_arrays
 
-__all__ = ["load_hub"]
-
 
 def load_hub(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
     """Load ``hf:NAME`` or ``hf:NAME:CONFIG`` (``hf:ylecun/mnist``, ``hf:uoft-cs/cifar100:cifar100``).

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from flexnorm.lab.data.subset import stratified
 
-__all__ = ["ImageData", "from_arrays"]
-
 Array = npt.NDArray[np.generic]
 
 

@@ -11,8 +11,6 @@ from flexnorm.lab.data.hub import load_hub
 from flexnorm.lab.data.images import ImageData
 from flexnorm.lab.data.npz import load_npz
 
-__all__ = ["load"]
-
 SOURCES = "'digits', a .npz file, an image folder with train/ and val/ (or test/), or 'hf:NAME'"
 
 

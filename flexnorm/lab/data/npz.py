@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from flexnorm.lab.data.images import ImageData, from_arrays
 
-__all__ = ["load_npz"]
-
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 

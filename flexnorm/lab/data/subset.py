@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["stratified"]
-
 
 def shares(sizes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """Return how many of `count` draws each class gets: proportional to its size, by the largest-remainder rule.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.lab.models.bricks import Bricks, NormSpec, norm_names
+from flexnorm.lab.models.blocks import Blocks, NormSpec, norm_names
 from flexnorm.lab.models.conv4fc2 import conv4fc2
 from flexnorm.lab.models.networks import convnet, nin, vgg, watched_layers
-from flexnorm.lab.models.residual import resnet, resnet18
-from flexnorm.lab.models.wide import wide_resnet
+from flexnorm.lab.models.residual import resnet, resnet18, wide_resnet
 
 __all__ = [
     "MODELS",
-    "Bricks",
+    "Blocks",
     "build",
     "conv4fc2",
     "convnet",
@@ -39,24 +38,26 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "nin": nin,
     "resnet8": partial(resnet, 8),
     "resnet18": resnet18,
-    "resnet20": partial(resnet, 20),
-    "resnet56": partial(resnet, 56),
-    "resnet110": partial(resnet, 110),
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 56, 110)},
     "vgg_small": partial(vgg, ((32, 32), (64, 64), (128, 128))),
     "vgg13": partial(vgg, _VGG13),
     "vgg19": partial(vgg, _VGG19),
-    "wrn10": partial(wide_resnet, 10),
-    "wrn16": partial(wide_resnet, 16),
-    "wrn22": partial(wide_resnet, 22),
-    "wrn28": partial(wide_resnet, 28),
-    "wrn40": partial(wide_resnet, 40),
+    **{f"wrn{depth}": partial(wide_resnet, depth) for depth in (10, 16, 22, 28, 40)},
 }
 
 MODELS: tuple[str, ...] = tuple(_BUILDERS)
 """Names that :func:`build` knows."""
 
 
-def build(name: str, norm: NormSpec = "batch", in_channels: int = 3, num_classes: int = 10, **kwargs: Any) -> nn.Module:
+def build(
+    name: str,
+    norm: NormSpec = "batch",
+    in_channels: int = 3,
+    num_classes: int = 10,
+    *,
+    norm_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """Build a reference network by name.
 
     Args:
@@ -64,7 +65,8 @@ def build(name: str, norm: NormSpec = "batch", in_channels: int = 3, num_classes
         norm: Name of a normalization (see :func:`norm_names`) or a callable ``channels -> module``.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
-        **kwargs: Options of the network (``width``, ``widths``) and of the normalization (``momentum``, ``eps``).
+        norm_args: Options of the normalization, whatever they are called.
+        **kwargs: Options of the network (``width``, ``widths``); others are for the normalization (``momentum``).
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -79,4 +81,4 @@ def build(name: str, norm: NormSpec = "batch", in_channels: int = 3, num_classes
     """
     if name not in _BUILDERS:
         raise ValueError(unknown_name("model", name, MODELS))
-    return _BUILDERS[name](norm=norm, in_channels=in_channels, num_classes=num_classes, **kwargs)
+    return _BUILDERS[name](norm=Blocks(norm, norm_args), in_channels=in_channels, num_classes=num_classes, **kwargs)

@@ -12,11 +12,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from flexnorm.lab.models.bricks import Bricks, NormSpec
+from flexnorm.lab.models.blocks import Blocks, NormSpec
 from flexnorm.lab.models.networks import assemble
 from flexnorm.nn import NoNorm, PopulationNorm2d
-
-__all__ = ["conv4fc2"]
 
 LAYERS = 5
 
@@ -35,9 +33,9 @@ def conv4fc2(
     """Conv(w) Conv(w) pool Conv(2w) Conv(2w) pool Dense(4w) Dense(classes); a normalization behind all but the last.
 
     Args:
-        norm: Name of a normalization or a callable ``channels -> module``. ``"instance"`` builds, but cannot train: a
-            dense layer has one position.
-        in_channels: Channels of the images.
+        norm: As for :func:`flexnorm.lab.models.build`. ``"instance"`` builds, but cannot train: a dense layer has one
+            position.
+        in_channels: Channels of the images, of at least 8 pixels a side.
         num_classes: Number of outputs.
         width: Channels of the first two convolutions.
         only: Number of the only layer that is normalized, 1 to 5 (5 is the hidden dense layer); the others are plain
@@ -49,26 +47,23 @@ def conv4fc2(
         dropout: Share of the activations that is dropped after each pooling and after the hidden layer, 0 to 1.
         **norm_args: Handed to the normalization.
 
-    Returns:
-        A module from (N, in_channels, H, W) to logits (N, num_classes); H and W at least 8.
-
     Raises:
         ValueError: If ``only`` is no layer, or weight normalization is asked for under ``"normprop"``, whose weights
             have unit norm as they are.
     """
     if only is not None and not 1 <= only <= LAYERS:
         raise ValueError(f"only must be the number of a layer, 1 to {LAYERS}, got {only}")
-    normalized, plain = Bricks(norm, **norm_args), Bricks("none")
+    normalized, plain = Blocks(norm, norm_args), Blocks("none")
     if weight_norm and normalized.propagates:
         raise ValueError("weight_norm is for other normalizations: the weights of normprop have unit norm as they are")
     layers: list[tuple[str, nn.Module]] = []
     channels = in_channels
     for number, out in enumerate((width, width, 2 * width, 2 * width, 4 * width), start=1):
-        bricks = normalized if only in (None, number) else plain
+        blocks = normalized if only in (None, number) else plain
         dense = number == LAYERS
         if dense:
             layers.append(("pool3", nn.AdaptiveAvgPool2d(2)))
-        layer = bricks.conv(channels, out, 2 if dense else 3, padding=0 if dense else 1)
+        layer = blocks.conv(channels, out, 2 if dense else 3, padding=0 if dense else 1)
         if weight_norm:
             _normalize(layer, out)
         layers.append((f"layer{number}", layer))
@@ -81,7 +76,7 @@ def conv4fc2(
 
 
 def _normalize(layer: nn.Module, channels: int) -> None:
-    """Normalize the weights of a brick and see to it that a scale per channel follows."""
+    """Normalize the weights of a block and see to it that a scale per channel follows."""
     convolution = parametrizations.weight_norm(layer.get_submodule("conv"), dim=0)
     if isinstance(layer.norm, NoNorm):
         # With statistics frozen at mean 0 and variance 1, population normalization is a scale; the layer has the shift.

@@ -1,4 +1,4 @@
-"""Pre-activation residual networks for small images (He et al. 2016), for any normalization."""
+"""Pre-activation residual networks for small images, narrow and wide, for any normalization."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from flexnorm.lab.models.bricks import Bricks, NormSpec
+from flexnorm.lab.models.blocks import Blocks, NormSpec
 from flexnorm.lab.models.networks import assemble
-
-__all__ = ["resnet", "resnet18"]
 
 
 def resnet(
@@ -26,22 +24,20 @@ def resnet(
 
     Args:
         depth: Number of weight layers, ``6 n + 2``: 8, 20, 56, 110.
-        norm: Name of a normalization or a callable ``channels -> module``.
+        norm: As for :func:`flexnorm.lab.models.build`.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
         width: Channels of the first stage; the next have twice and four times as many.
         dropout: Share of the activations that is dropped after each block, 0 to 1 (Luo et al. 2019, sec. 5: 0.1).
         **norm_args: Handed to the normalization.
 
-    Returns:
-        A module from (N, in_channels, H, W) to logits (N, num_classes).
-
     Raises:
         ValueError: If ``depth`` is not ``6 n + 2`` with n at least 1.
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
-    return _stages([(depth - 2) // 6] * 3, Bricks(norm, **norm_args), in_channels, num_classes, width, dropout)
+    stages = [((depth - 2) // 6, width * 2**stage) for stage in range(3)]
+    return _stages(stages, Blocks(norm, norm_args), in_channels, num_classes, stem=width, after=dropout)
 
 
 def resnet18(
@@ -56,39 +52,78 @@ def resnet18(
     """ResNet-18 as it is used on small images: four stages of two blocks, a 3x3 stem, no max-pooling, pre-activation.
 
     Args:
-        norm: Name of a normalization or a callable ``channels -> module``.
+        norm: As for :func:`flexnorm.lab.models.build`.
         in_channels: Channels of the images.
         num_classes: Number of outputs.
         width: Channels of the first stage; each further one has twice as many.
         dropout: As in :func:`resnet`.
         **norm_args: Handed to the normalization.
-
-    Returns:
-        A module from (N, in_channels, H, W) to logits (N, num_classes).
     """
-    return _stages([2] * 4, Bricks(norm, **norm_args), in_channels, num_classes, width, dropout)
+    stages = [(2, width * 2**stage) for stage in range(4)]
+    return _stages(stages, Blocks(norm, norm_args), in_channels, num_classes, stem=width, after=dropout)
+
+
+def wide_resnet(
+    depth: int,
+    norm: NormSpec = "batch",
+    in_channels: int = 3,
+    num_classes: int = 10,
+    *,
+    widen: int = 10,
+    dropout: float = 0.0,
+    **norm_args: Any,
+) -> nn.Sequential:
+    """Wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146): three stages of ``(depth - 4) / 6`` blocks.
+
+    Args:
+        depth: Number of weight layers, ``6 n + 4``: 10, 16, 28, 40.
+        norm: As for :func:`flexnorm.lab.models.build`.
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        widen: The stages have 16, 32 and 64 times this many channels; the first convolution has 16.
+        dropout: Share of the activations that is dropped between the two convolutions of a block, 0 to 1.
+        **norm_args: Handed to the normalization.
+
+    Raises:
+        ValueError: If ``depth`` is not ``6 n + 4`` with n at least 1.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, 28, ...), got {depth}")
+    stages = [((depth - 4) // 6, 16 * widen * 2**stage) for stage in range(3)]
+    return _stages(stages, Blocks(norm, norm_args), in_channels, num_classes, stem=16, inside=dropout, activated=True)
 
 
 def _stages(
-    sizes: list[int], bricks: Bricks, in_channels: int, num_classes: int, width: int, dropout: float
+    stages: list[tuple[int, int]],
+    blocks: Blocks,
+    in_channels: int,
+    num_classes: int,
+    *,
+    stem: int,
+    after: float = 0.0,
+    inside: float | None = None,
+    activated: bool = False,
 ) -> nn.Sequential:
-    """A stem, stages of so many blocks each, the last normalization and the head."""
+    """A stem, stages of (number of blocks, channels), the last normalization and the head.
+
+    ``after`` and ``inside``: dropout after and inside of the blocks; ``activated``: what the shortcuts' 1x1 read.
+    """
     # The stem of a pre-activation network is bare: the first block normalizes. A propagating stem standardizes itself.
-    stem = bricks.conv(in_channels, width) if bricks.propagates else bricks.convolution(in_channels, width, 3, 1, 1)
-    layers: list[tuple[str, nn.Module]] = [("stem", stem)]
-    blocks: list[str] = []
-    channels = width
-    for stage, size in enumerate(sizes):
-        for block in range(size):
-            out = width * 2**stage
-            blocks.append(f"stage{stage + 1}_block{block + 1}")
-            layers.append((blocks[-1], bricks.block(channels, out, 2 if stage and block == 0 else 1)))
-            if dropout > 0:
-                layers.append((f"{blocks[-1]}_dropout", nn.Dropout(dropout)))
+    first = blocks.conv(in_channels, stem) if blocks.propagates else blocks.convolution(in_channels, stem)
+    layers: list[tuple[str, nn.Module]] = [("stem", first)]
+    names: list[str] = []
+    channels = stem
+    for stage, (size, out) in enumerate(stages, start=1):
+        for block in range(1, size + 1):
+            names.append(f"stage{stage}_block{block}")
+            stride = 2 if stage > 1 and block == 1 else 1
+            layers.append((names[-1], blocks.residual(channels, out, stride, inside, activated)))
+            if after > 0:
+                layers.append((f"{names[-1]}_dropout", nn.Dropout(after)))
             channels = out
-    if bricks.propagates:
-        watched = ["stem", *(name for block in blocks for name in (f"{block}.branch.conv1", block))]
+    if blocks.propagates:
+        watched = ["stem", *(place for name in names for place in (f"{name}.branch.conv1", name))]
     else:
-        watched = [*(name for block in blocks for name in (f"{block}.relu1", f"{block}.relu2")), "relu"]
-        layers += [("norm", bricks.norm(channels)), ("relu", nn.ReLU(inplace=True))]
+        watched = [*(place for name in names for place in (f"{name}.relu1", f"{name}.relu2")), "relu"]
+        layers += [("norm", blocks.norm(channels)), ("relu", nn.ReLU(inplace=True))]
     return assemble(layers, channels, num_classes, watched)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexnorm.lab.profile.sites import Site
 from flexnorm.probe import first_tensor, side_forward
-from flexnorm.shift import layer_bound, statistics_noise
+from flexnorm.shift import layer_bound, second_moment_excess
 
 _Noise = dict[str, Tensor | float]
 
@@ -83,7 +83,7 @@ class BoundWatch:
                 var, mean = torch.var_mean(x.detach().movedim(1, 0).flatten(1).double(), dim=1, correction=0)
                 # A population layer lets the batch into its statistics first; what it used is in it afterwards.
                 used_mean, used_var = (getattr(module, key).to(mean) for key in ("running_mean", "running_var"))
-                found[name] = statistics_noise(mean, var, used_mean, used_var, float(getattr(module, "eps", 0.0)))
+                found[name] = second_moment_excess(mean, var, used_mean, used_var, float(getattr(module, "eps", 0.0)))
 
         if self._fixed:
             side_forward(model, probe, {name.split("#")[0]: module for name, module in self._fixed.items()}, look)

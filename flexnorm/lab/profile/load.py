@@ -64,7 +64,7 @@ def load_model(
             raise ValueError(
                 f"{unknown_name('model', spec, models.MODELS)}; or give timm:NAME or package.module:factory"
             )
-        model = models.build(spec, norm=norm or "batch", **wanted)
+        model = models.build(spec, norm or "batch", in_channels, num_classes)
     elif source == "timm":
         model = _timm(name, norm, in_channels, num_classes)
     else:

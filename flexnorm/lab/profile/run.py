@@ -30,8 +30,7 @@ from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights
 from flexnorm.probe import isolated
 from flexnorm.shift import ShiftMonitor, WeightMonitor
-from flexnorm.statistics import is_frozen, recalibrate
-from flexnorm.statistics.frozen import has_statistics
+from flexnorm.statistics import has_statistics, is_frozen, recalibrate
 from flexnorm.theory import advise
 from flexnorm.theory.regularization import batch_norm_layers
 
@@ -162,7 +161,7 @@ class _Run:
         example = self.data.x_train[:2].to(self.device)
         optimizer, _ = make_optimizer(self.model, "sgd", settings, example)
         every = max(1, steps // measurements)
-        options: dict[str, Any] = {"every": every, "reference": "both"}
+        options: dict[str, Any] = {"every": every, "anchor": "both"}
         monitor = ShiftMonitor(self.model, self.probe, watched(self.model, self.layers), **options)
         self.sites = find_sites(self.model, self.probe, monitor)
         weights = sorted({site.weight for site in self.sites if site.weight is not None})
@@ -179,11 +178,11 @@ class _Run:
                 if not self._update(optimizer, x, y):
                     self.diverged_at = step + 1
                     break
-                if any(record.reference == "previous" for record in monitor.step()):
+                if any(record.anchor == "previous" for record in monitor.step()):
                     bounds.after(self.model, self.probe)
                 if turning is not None:
                     turning.step()
-        self.measured = len({record.step for record in monitor.records if record.reference == "previous"})
+        self.measured = len({record.step for record in monitor.records if record.anchor == "previous"})
         self._note(monitor, turning, bounds, invariant)
 
     def _update(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> bool:
@@ -213,8 +212,8 @@ class _Run:
         by_weight = {} if turning is None else turning.summary()
         for site in self.sites:
             records = [record for record in monitor.records if record.layer == site.name]
-            steps = [record for record in records if record.reference == "previous"]
-            since = [record for record in records if record.reference == "initial"]
+            steps = [record for record in records if record.anchor == "previous"]
+            since = [record for record in records if record.anchor == "initial"]
             turned = by_weight.get(site.weight or "", {})
             length = [r.norm for r in turning.records if r.layer == site.weight][-1:] if turning is not None else []
             self.rows[site.name] = LayerProfile(

@@ -78,7 +78,7 @@ def find_sites(model: nn.Module, batch: Tensor, monitor: ShiftMonitor) -> list[S
         batch: (N, C, H, W) images.
         monitor: Tells which layers are watched.
     """
-    chosen = dict(monitor._layers)
+    chosen = set(monitor.layers)
     everything = dict(model.named_modules())
     taps = {
         name: module

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flexnorm.lab.report.aggregate import Cell, Sample
-from flexnorm.lab.report.numbers import decimals_for, duration, fixed, listing, percent, plural, signed, significant
-from flexnorm.lab.report.study import DIVERGED, REFUSED, Study
+from flexnorm.lab.charts.numbers import decimals_for, duration, fixed, listing, percent, plural, signed, significant
+from flexnorm.lab.records import DIVERGED, REFUSED, Cell, Study
+from flexnorm.lab.replicates import Replicates
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _name(cell: Cell) -> str:
     return f"{cell.norm} with {cell.optim}"
 
 
-def _rival(study: Study, best: Cell, ranked: Sequence[Cell]) -> tuple[Cell | None, Sample]:
+def _rival(study: Study, best: Cell, ranked: Sequence[Cell]) -> tuple[Cell | None, Replicates]:
     """Return what the best is compared with, and the difference paired by seed.
 
     That is the baseline under the same optimizer; for the baseline itself, or without one, the best of the other
@@ -57,13 +57,13 @@ def _rival(study: Study, best: Cell, ranked: Sequence[Cell]) -> tuple[Cell | Non
     base = [c for c in others if c.norm == study.baseline and c.optim == best.optim]
     for candidate in base + [c for c in others if c.norm != best.norm] + others:
         mine, other = ({r.seed: r.test_accuracy for r in c.complete} for c in (best, candidate))
-        paired = Sample.of(mine[seed] - other[seed] for seed in mine if seed in other)
+        paired = Replicates.of(mine[seed] - other[seed] for seed in mine if seed in other)
         if math.isfinite(paired.mean):
             return candidate, paired
-    return None, Sample(())
+    return None, Replicates(())
 
 
-def _claim(study: Study, best: Cell, rival: Cell | None, difference: Sample) -> str:
+def _claim(study: Study, best: Cell, rival: Cell | None, difference: Replicates) -> str:
     if rival is None:
         return f"{_name(best)} reached {_percent(best.test_accuracy)} test accuracy"
     ahead = "stays ahead" if best.norm == study.baseline else "comes out ahead"
@@ -100,7 +100,7 @@ def _accuracy(best: Cell, *, alone: bool) -> str:
     )
 
 
-def _versus(rival: Cell | None, difference: Sample) -> str:
+def _versus(rival: Cell | None, difference: Replicates) -> str:
     if rival is None:
         return ""
     side = "above" if difference.mean >= 0 else "below"
@@ -182,20 +182,20 @@ def _tiles(study: Study, rows: Sequence[Cell], best: Cell | None) -> tuple[tuple
     return tuple(tiles)
 
 
-_Pick = Callable[[Cell], Sample]
+_Pick = Callable[[Cell], Replicates]
 _EXTREMES: tuple[tuple[Callable[[float], str], str, _Pick], ...] = (
     (significant, "smallest relative shift", lambda c: c.shift_relative),
-    (lambda v: f"{significant(v)}\u202fms", "fastest step", lambda c: Sample((c.step_ms.median,))),
+    (lambda v: f"{significant(v)}\u202fms", "fastest step", lambda c: Replicates((c.step_ms.median,))),
 )
 
 
-def _percent(sample: Sample) -> str:
+def _percent(sample: Replicates) -> str:
     places = decimals_for([100 * sample.std], least=1, most=3, default=2)
     spread = f" ± {fixed(100 * sample.std, places)}" if sample.n > 1 else ""
     return f"{fixed(100 * sample.mean, places)}{spread}\u202f%"
 
 
-def _points(difference: Sample) -> str:
+def _points(difference: Replicates) -> str:
     places = decimals_for([100 * difference.std], least=1, most=2, default=2)
     spread = f" ± {fixed(100 * difference.std, places)}" if difference.n > 1 else ""
     return f"{fixed(abs(100 * difference.mean), places)}{spread}"

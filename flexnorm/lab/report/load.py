@@ -5,22 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flexnorm.lab.report.study import (
-    COMPLETE,
-    DIVERGED,
-    MISSING_RUN,
-    REFUSED,
-    UNFINISHED,
-    EpochRow,
-    Run,
-    ShiftRow,
-    Study,
-)
+from flexnorm.lab.records import MISSING_RUN, UNFINISHED, EpochRow, Run, ShiftRow, Study, number, renamed
 
 _RUN = re.compile(r"runs/(?P<norm>[^/]+)/(?P<optim>[^/]+)/seed(?P<seed>-?\d+)")
 
@@ -85,56 +74,20 @@ def load(out_dir: str | Path) -> Study:
         data=str(results.get("data") or experiment.get("data") or ""),
         command=str(results.get("command") or experiment.get("command") or ""),
         config=config,
-        environment=environment,
-        total_seconds=_float(results.get("total_seconds")),
+        environment=renamed(environment),
+        total_seconds=number(results.get("total_seconds")),
         notes=tuple(notes),
     )
 
 
 def _run(out: Path, path: str, summary: Mapping[str, object], notes: list[str]) -> Run:
     """Return one run from its summary and its two tables."""
-    seed = summary["seed"]
-    epochs = tuple(_epoch_row(row) for row in _csv(out, f"{path}/metrics.csv", notes))
-    shifts = tuple(_shift_row(row) for row in _csv(out, f"{path}/shift.csv", notes))
-    status = str(summary.get("status", UNFINISHED))
-    if status not in (COMPLETE, DIVERGED, REFUSED):
-        status = UNFINISHED
-    result, timing = _mapping(summary.get("result")), _mapping(summary.get("timing"))
-    said = summary.get("notes")
-    layers = [_mapping(layer) for layer in _mapping(result.get("shift")).values()]
-    run = Run(
-        norm=str(summary["norm"]),
-        optim=str(summary["optim"]),
-        seed=seed if isinstance(seed, int) else 0,
-        status=status,
-        reason=str(summary.get("reason") or ""),
-        path=path,
-        test_accuracy=_float(result.get("test_accuracy")),
-        train_loss=_float(result.get("train_loss")),
-        shift_w1=_float(result.get("shift_w1")),
-        shift_lower=_mean(_float(layer.get("lower")) for layer in layers),
-        shift_upper=_mean(_float(layer.get("upper")) for layer in layers),
-        shift_relative=_float(result.get("shift_relative")),
-        step_ms=_float(timing.get("step_ms")),
-        step_ratio=_float(summary.get("step_ratio")),
-        notes=tuple(str(note) for note in said) if isinstance(said, list) else (),
-        parameters=_float(summary.get("parameters")),
-        wall_s=_float(timing.get("wall_s")),
-        epochs=epochs,
-        shifts=shifts,
-    )
-    if status == UNFINISHED and epochs:
+    epochs = tuple(map(EpochRow.read, _csv(out, f"{path}/metrics.csv", notes)))
+    shifts = tuple(map(ShiftRow.read, _csv(out, f"{path}/shift.csv", notes)))
+    run = Run.read(summary, path=path, epochs=epochs, shifts=shifts)
+    if run.status == UNFINISHED and epochs:
         run = dataclasses.replace(run, reason=f"stopped after epoch {epochs[-1].epoch:g}; the same command resumes it")
     return run
-
-
-def _epoch_row(row: Mapping[str, str]) -> EpochRow:
-    return EpochRow(*(_float(row.get(f.name)) for f in dataclasses.fields(EpochRow)))
-
-
-def _shift_row(row: Mapping[str, str]) -> ShiftRow:
-    numbers = {f.name: _float(row.get(f.name)) for f in dataclasses.fields(ShiftRow) if f.name != "layer"}
-    return ShiftRow(layer=str(row.get("layer") or "?"), **numbers)
 
 
 def _json(out: Path, name: str, notes: list[str]) -> dict[str, object]:
@@ -168,21 +121,6 @@ def _csv(out: Path, name: str, notes: list[str]) -> list[dict[str, str]]:
 
 def _mapping(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
-
-
-def _float(value: object) -> float:
-    """Return a number from JSON or CSV; NaN for what is none (null, an empty cell, half a line)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
-
-def _mean(values: Iterable[float]) -> float:
-    finite = [v for v in values if not math.isnan(v)]
-    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _names(config: Mapping[str, object], *keys: str) -> list[str]:

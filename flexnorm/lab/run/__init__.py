@@ -1,10 +1,11 @@
 """From a config to results: a training loop whose runs can be killed and resumed, and comparisons of many runs."""
 
 from flexnorm.lab.run.compare import Progress, compare
-from flexnorm.lab.run.config import ESTIMATE, GAMMA_DECAY, NORMS, OPTIMS, Config, load_config, load_variants
+from flexnorm.lab.run.config import NORMS, Config
 from flexnorm.lab.run.files import BusyError, WriteError
-from flexnorm.lab.run.loop import Epoch, train_run
-from flexnorm.lab.run.schedule import SCHEDULES
+from flexnorm.lab.run.loop import train_run
+from flexnorm.lab.run.recipes import assign, load_config, load_variants
+from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES
 from flexnorm.lab.run.stop import Interrupted
 
 __all__ = [
@@ -15,10 +16,10 @@ __all__ = [
     "SCHEDULES",
     "BusyError",
     "Config",
-    "Epoch",
     "Interrupted",
     "Progress",
     "WriteError",
+    "assign",
     "compare",
     "load_config",
     "load_variants",

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["augment"]
-
 
 def augment(x: Tensor, kinds: Sequence[str], pixels: int, generator: torch.Generator) -> Tensor:
     """Return a randomly displaced and mirrored copy of a batch.

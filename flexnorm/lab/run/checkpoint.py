@@ -12,8 +12,6 @@ import torch
 
 from flexnorm.lab.run.files import atomic_write, writing
 
-__all__ = ["load_checkpoint", "save_checkpoint", "truncate"]
-
 FORMAT = 2
 
 

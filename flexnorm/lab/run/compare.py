@@ -5,22 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flexnorm.lab import data as datasets
 from flexnorm.lab.data import ImageData
+from flexnorm.lab.records import EpochRow, Run, Study, with_step_ratios
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import dump_json, read_json
 from flexnorm.lab.run.folder import open_experiment, run_path
-from flexnorm.lab.run.loop import Epoch, build_model, fabric_of, train_run
-from flexnorm.lab.run.regularize import Extras
+from flexnorm.lab.run.loop import build_model, fabric_of, train_run
+from flexnorm.lab.run.regularize import StepHooks
 from flexnorm.lab.run.stop import stop_on_signals
-from flexnorm.lab.run.table import add_step_ratios, table
-
-__all__ = ["Progress", "collect", "compare", "runs_of"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,9 @@ class Progress:
         norm: Its normalization.
         optim: Its optimizer.
         seed: Its seed.
+        epochs: Length of the run.
         epoch: What an epoch gave, for ``"epoch"``.
-        summary: The outcome, for ``"end"`` and ``"skip"``.
+        run: The outcome, for ``"end"`` and ``"skip"``.
         text: The data in words, for ``"data"``.
     """
 
@@ -45,8 +44,9 @@ class Progress:
     norm: str = ""
     optim: str = ""
     seed: int = 0
-    epoch: Epoch | None = None
-    summary: dict[str, Any] | None = None
+    epochs: int = 0
+    epoch: EpochRow | None = None
+    run: Run | None = None
     text: str = ""
 
 
@@ -65,7 +65,7 @@ def compare(
     data: ImageData | None = None,
     notify: Callable[[Progress], None] = lambda _: None,
     command: str = "",
-) -> dict[str, Any]:
+) -> Study:
     """Run an experiment, or what is missing of it, in a folder of its own.
 
     Complete runs are skipped, partial ones resumed from their last checkpoint; a resumed run gives the same bits as an
@@ -82,7 +82,7 @@ def compare(
         command: What the user typed, for the record.
 
     Returns:
-        The content of ``results.json``.
+        What ``results.json`` holds.
 
     Raises:
         ValueError: If the data, the model or the folder cannot be used; nothing has been trained then.
@@ -100,19 +100,21 @@ def compare(
         for index, (norm, optim, seed) in enumerate(runs, start=1):
             stop.check()
             folder = out / run_path(norm, optim, seed)
-            about: dict[str, Any] = {"index": index, "total": len(runs), "norm": norm, "optim": optim, "seed": seed}
+            about = partial(
+                Progress, index=index, total=len(runs), norm=norm, optim=optim, seed=seed, epochs=config.epochs
+            )
             if (folder / "summary.json").exists():
-                notify(Progress("skip", **about, summary=read_json(folder / "summary.json")))
+                notify(about("skip", run=Run.read(read_json(folder / "summary.json"))))
                 continue
-            notify(Progress("start", **about))
-            summary = train_run(
+            notify(about("start"))
+            done = train_run(
                 config.single(norm, optim, seed),
                 data,
                 folder,
-                on_epoch=lambda epoch, about=about: notify(Progress("epoch", **about, epoch=epoch)),  # type: ignore[misc]
+                on_epoch=lambda epoch, about=about: notify(about("epoch", epoch=epoch)),  # type: ignore[misc]
                 check_stop=stop.check,
             )
-            notify(Progress("end", **about, summary=summary))
+            notify(about("end", run=done))
         return collect(out, config, time.perf_counter() - started)
 
 
@@ -135,7 +137,7 @@ def check(config: Config, data: ImageData) -> None:
                     f"model {config.model} with norm {norm} cannot process images of {c} x {h} x {w}: {error}"
                 ) from error
             try:
-                Extras(config, model, data.x_train[:2], seed=0)
+                StepHooks(config, model, data.x_train[:2], seed=0)
             except ValueError as error:
                 raise ValueError(f"norm {norm}: {error}") from error
     if "crop" in config.augment and config.augment_pixels >= min(data.shape[1:]):
@@ -146,30 +148,28 @@ def check(config: Config, data: ImageData) -> None:
         )
 
 
-def collect(out: Path, config: Config, elapsed: float = 0.0) -> dict[str, Any]:
-    """Write ``results.json`` from the summaries of all runs and return its content.
+def collect(out: Path, config: Config, elapsed: float = 0.0) -> Study:
+    """Write ``results.json`` from the summaries of all runs and return what it holds.
 
     Args:
         out: Folder of the experiment.
         config: The experiment.
         elapsed: Time of this call in seconds; ``total_seconds`` is this or the sum over the runs, if that is larger.
     """
-    runs = []
-    for norm, optim, seed in runs_of(config):
-        path = run_path(norm, optim, seed)
-        runs.append({**read_json(out / path / "summary.json"), "path": path})
-    add_step_ratios(runs, config.baseline)
+    paths = [run_path(*cell) for cell in runs_of(config)]
+    runs = [Run.read(read_json(out / path / "summary.json"), path=path) for path in paths]
     experiment = read_json(out / "experiment.json")
-    results = {
-        "format": 1,
-        "command": experiment.get("command", ""),
-        "data": experiment.get("data", ""),
-        "config": config.as_dict(),
-        "environment": runs[-1]["environment"],
-        "baseline": config.baseline,
-        "total_seconds": max(elapsed, sum(run["timing"]["wall_s"] for run in runs)),
-        "runs": runs,
-        "table": table(runs, config.baseline),
-    }
-    dump_json(out / "results.json", results)
-    return read_json(out / "results.json")
+    study = Study(
+        name=out.name,
+        runs=with_step_ratios(runs, config.baseline),
+        norms=config.norms,
+        optims=tuple(config.optims),
+        baseline=config.baseline,
+        data=experiment.get("data", ""),
+        command=experiment.get("command", ""),
+        config=config.as_dict(),
+        environment=runs[-1].environment,
+        total_seconds=max(elapsed, sum(run.wall_s for run in runs)),
+    )
+    dump_json(out / "results.json", study.asdict())
+    return study

@@ -2,77 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flexnorm._messages import unknown_name
 from flexnorm.lab.models import MODELS, norm_names
-from flexnorm.lab.run import schedule as schedules
-
-__all__ = ["ESTIMATE", "GAMMA_DECAY", "NORMS", "OPTIMS", "Config", "assign", "load_config", "load_variants"]
+from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, filled, is_number, schedule_settings
 
 NORMS = norm_names()
 """Normalizations that the reference networks can be built with."""
 
-OPTIMS: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-    "sgdg": {
-        "lr": 0.1,
-        "lr_manifold": 0.2,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "grad_clip": 0.1,
-        "ortho": 0.1,
-    },
-    "adamg": {
-        "lr": 0.1,
-        "lr_manifold": 0.05,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "grad_clip": 0.1,
-        "ortho": 0.1,
-        "beta2": 0.99,
-    },
-    "adamw": {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05},
-    "sgdp": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "delta": 0.1, "wd_ratio": 0.1},
-    "adamp": {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05, "delta": 0.1, "wd_ratio": 0.1},
-}
-"""Every optimizer with its settings and their defaults.
-
-``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
-0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
-``delta`` and ``wd_ratio`` are those of the projection of SGDP and AdamP (Heo et al., 2021).
-The learning rates are for batches of 64 images and more. For smaller batches these defaults, and only these, are scaled
-down: linearly with the batch size, Adam-G's ``lr_manifold`` and the ``lr`` of AdamW and AdamP with its root.
-"""
-
 REFERENCE_BATCH = 64
 
-GAMMA_DECAY: dict[str, Any] = {"coefficient": "adaptive", "batch_size": None, "decoupled": False, "every": 50}
-"""Settings of the gamma decay and their defaults (:class:`flexnorm.optim.GammaDecay`).
 
-``coefficient``: zeta, a number or ``"adaptive"``; ``batch_size``: M, the batch size whose noise is imitated (None: that
-of the training); ``decoupled``: shrink gamma after the step instead of adding a penalty to the loss; ``every``: updates
-between two estimates of an adaptive zeta.
-"""
+def _at_least(low: int, default: Any) -> Any:
+    return field(default=default, metadata={"at_least": low})
 
-ESTIMATE: dict[str, Any] = {"every": 50, "samples": 10_000, "chunk": None}
-"""Settings of the population statistics and their defaults (:class:`flexnorm.statistics.PopulationEstimator`).
 
-``every``: updates between two renewals (one more comes before each evaluation); ``samples``: training images per
-renewal; ``chunk``: images that go through at a time, where the memory does not take all at once.
-"""
-
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
-AUGMENTATIONS = ("flip", "shift", "crop")
+def _among(names: tuple[str, ...], default: Any) -> Any:
+    return field(default=default, metadata={"among": names})
 
 
 @dataclass(frozen=True)
@@ -95,7 +47,7 @@ class Config:
         seeds: Each seed is one run per cell: weights, order of the images and augmentation follow from it.
         batch_size: Images per update; an incomplete last batch is left out.
         lr: Learning rate of every optimizer in place of its own default (not of ``lr_manifold``).
-        schedule: ``constant``, ``cosine``, ``onecycle`` or ``step`` (:data:`flexnorm.lab.run.schedule.SCHEDULES`).
+        schedule: ``constant``, ``cosine``, ``onecycle`` or ``step`` (:data:`flexnorm.lab.run.SCHEDULES`).
         schedule_args: Arguments of the schedule.
         label_smoothing: Share of the target that is spread over all classes, 0 to 1.
         gamma_decay: Decay of the scales gamma as BatchNorm's noise would exert it (Luo et al., 2019, Eq. 3), see
@@ -120,18 +72,20 @@ class Config:
     """
 
     data: str = "digits"
-    limit: int | None = None
-    test_limit: int | None = None
-    model: str = "convnet"
+    limit: int | None = _at_least(1, None)
+    test_limit: int | None = _at_least(1, None)
+    model: str = _among(MODELS, "convnet")
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    norms: tuple[str, ...] = ("none", "batch", "group", "unitized", "population", "normprop")
+    norms: tuple[str, ...] = _among(NORMS, ("none", "batch", "group", "unitized", "population", "normprop"))
     norm_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    optims: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"sgd": {}, "sgdg": {}, "adamg": {}})
+    optims: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"sgd": {}, "sgdg": {}, "adamg": {}}, metadata={"among": tuple(OPTIMS)}
+    )
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    baseline: str = "batch"
-    epochs: int = 10
+    baseline: str = _among(NORMS, "batch")
+    epochs: int = _at_least(1, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
-    batch_size: int = 64
+    batch_size: int = _at_least(1, 64)
     lr: float | None = None
     schedule: str = "onecycle"
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
@@ -139,25 +93,28 @@ class Config:
     gamma_decay: Mapping[str, Any] = field(default_factory=dict)
     coherence: float = 0.0
     estimate: Mapping[str, Any] = field(default_factory=dict)
-    augment: tuple[str, ...] = ()
-    augment_pixels: int = 4
-    probe: int = 64
-    shift_every: int | None = None
-    shift_lag: int = 1
-    shift_samples: int = 128
-    threads: int = 0
-    precision: str = "32-true"
+    augment: tuple[str, ...] = _among(("flip", "shift", "crop"), ())
+    augment_pixels: int = _at_least(0, 4)
+    probe: int = _at_least(2, 64)
+    shift_every: int | None = _at_least(0, None)
+    shift_lag: int = _at_least(1, 1)
+    shift_samples: int = _at_least(2, 128)
+    threads: int = _at_least(0, 0)
+    precision: str = _among(("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"), "32-true")
     device: str = "auto"
     deterministic: bool = True
-    checkpoint_every: int = 1
+    checkpoint_every: int = _at_least(1, 1)
 
     def __post_init__(self) -> None:
         """Check every value; the messages name the key."""
-        for key, valid in (("norms", NORMS), ("optims", tuple(OPTIMS)), ("augment", AUGMENTATIONS)):
-            names = getattr(self, key)
-            for name in names:
-                if name not in valid:
-                    raise ValueError(unknown_name(key.removesuffix("s"), name, valid))
+        for key, rules in ((f.name, f.metadata) for f in dataclasses.fields(self)):
+            value = getattr(self, key)
+            if "at_least" in rules and value is not None and value < rules["at_least"]:
+                raise ValueError(f"{key} must be at least {rules['at_least']}, not {value}")
+            names = [value] if isinstance(value, str) else list(value) if "among" in rules else []
+            for name in names if "among" in rules else ():
+                if name not in rules["among"]:
+                    raise ValueError(unknown_name(key.removesuffix("s"), name, rules["among"]))
             if len(set(names)) < len(names):
                 raise ValueError(f"{key} lists a name twice: {', '.join(names)}")
         for key in ("norms", "optims", "seeds"):
@@ -165,40 +122,26 @@ class Config:
                 raise ValueError(f"{key} is empty; at least one is needed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different numbers >= 0, not {list(self.seeds)}")
-        if self.model not in MODELS:
-            raise ValueError(unknown_name("model", self.model, MODELS))
-        if self.baseline not in NORMS:
-            raise ValueError(unknown_name("baseline", self.baseline, NORMS))
-        if self.precision not in PRECISIONS:
-            raise ValueError(unknown_name("precision", self.precision, PRECISIONS))
         for name in self.norm_args:
             if name not in NORMS:
                 raise ValueError(f"norm_args: {unknown_name('norm', name, NORMS)}")
         for name, settings in self.optims.items():
-            _check_settings(f"optims: {name}", name, settings)
+            filled("optims", f"optims: {name}", OPTIMS[name], settings)
         for cell, settings in self.overrides.items():
             norm, _, optim = cell.partition("/")
             if norm not in NORMS or (optim and optim not in OPTIMS):
                 raise ValueError(f"overrides: {cell!r} is neither NORM nor NORM/OPTIM, e.g. none or none/sgd")
             for name in [optim] if optim else self.optims:
-                _check_settings(f"overrides: {cell}", name, settings)
-        for key, low in _AT_LEAST.items():
-            value = getattr(self, key)
-            if value is not None and value < low:
-                raise ValueError(f"{key} must be at least {low}, not {value}")
+                filled("optims", f"overrides: {cell}", OPTIMS[name], settings)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be a positive number, not {self.lr}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}")
         if not 0 <= self.coherence < float("inf"):
             raise ValueError(f"coherence must be a number of at least 0, not {self.coherence}")
-        _check_gamma_decay(self.gamma_decay)
-        for key, value in self.estimate.items():
-            if key not in ESTIMATE:
-                raise ValueError(f"estimate: {unknown_name('setting', key, ESTIMATE)}")
-            if not (key == "chunk" and value is None):
-                _check_count(f"estimate: {key}", value, 2 if key == "chunk" else 1)
-        schedules.checked(self.schedule, self.schedule_args)
+        filled("gamma_decay", "gamma_decay", GAMMA_DECAY, self.gamma_decay)
+        filled("estimate", "estimate", ESTIMATE, self.estimate)
+        self.schedule_settings()
 
     def optim_settings(self, norm: str, optim: str) -> dict[str, Any]:
         """Return the complete settings of one cell: defaults, then ``lr``, then ``optims``, then ``overrides``."""
@@ -220,7 +163,7 @@ class Config:
 
     def schedule_settings(self) -> dict[str, Any]:
         """Return the arguments of the schedule with the defaults filled in."""
-        return schedules.checked(self.schedule, self.schedule_args)
+        return schedule_settings(self.schedule, self.schedule_args)
 
     def single(self, norm: str, optim: str, seed: int) -> Config:
         """Return the experiment that consists of one run of this one."""
@@ -282,158 +225,20 @@ class Config:
 
 
 _ALIASES = {"norm": "norms", "optim": "optims", "seed": "seeds"}
-_AT_LEAST = {
-    "limit": 1,
-    "test_limit": 1,
-    "epochs": 1,
-    "batch_size": 1,
-    "augment_pixels": 0,
-    "probe": 2,
-    "shift_every": 0,
-    "shift_lag": 1,
-    "shift_samples": 2,
-    "threads": 0,
-    "checkpoint_every": 1,
-}
-_LISTS = ("norms", "augment")
-
-
-def load_config(path: Path, scale: str | None = None) -> dict[str, Any]:
-    """Read the settings of an experiment from YAML: plain keys, or a recipe with ``config:`` and ``scales:``.
-
-    Args:
-        path: The file.
-        scale: One of the recipe's scales; its settings replace those of ``config``.
-
-    Returns:
-        The settings as plain values, not yet checked; :meth:`Config.from_dict` does that.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping, has no such scale, or consists of several experiments
-            (:func:`load_variants`).
-    """
-    variants = load_variants(path, scale)
-    if list(variants) != [""]:
-        raise ValueError(f"{path} holds {len(variants)} experiments ({', '.join(variants)}): use flexnorm recipe run")
-    return variants[""]
-
-
-def load_variants(path: Path, scale: str | None = None) -> dict[str, dict[str, Any]]:
-    """Read the experiments of a recipe: one for each of its ``variants``, each with settings of its own.
-
-    A recipe has ``config:``, settings that all share; ``scales:``, by name settings that replace them; and perhaps
-    ``variants:``, by name settings that replace those in turn, for example one per batch size or learning rate. A key
-    with dots reaches inside: ``optims.sgd.lr: 0.1``. A scale may have ``variants`` of its own.
-
-    Args:
-        path: The file.
-        scale: One of the recipe's scales.
-
-    Returns:
-        Settings by variant, as plain values, not yet checked; ``{"": settings}`` for a file without variants.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML mapping, has no such scale, or its variants are no mappings.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no config file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings like 'epochs: 10', not {type(values).__name__}")
-    if not isinstance(values.get("config"), dict):
-        if scale is not None:
-            raise ValueError(f"{path} has no scales; --scale works with recipes")
-        return {"": values}
-    scales = values.get("scales") or {}
-    if scale is not None and scale not in scales:
-        raise ValueError(f"{path}: {unknown_name('scale', scale, scales)}")
-    chosen = dict(scales[scale] or {}) if scale is not None else {}
-    variants = chosen.pop("variants", None) or values.get("variants")
-    shared = {**values["config"], **chosen}
-    if variants is None:
-        return {"": shared}
-    if not isinstance(variants, dict) or not all(isinstance(own, dict | None) for own in variants.values()):
-        raise ValueError(f"{path}: variants must be a mapping like {{name: {{setting: value}}}}, not {variants!r}")
-    for name in map(str, variants):
-        if not name or any(not (c.isalnum() or c in "-_.+=") for c in name) or name.startswith("."):
-            raise ValueError(f"{path}: {name!r} is no name for a variant: use letters, digits, and - _ . + =")
-    made: dict[str, dict[str, Any]] = {}
-    for name, own in variants.items():
-        made[str(name)] = copy.deepcopy(shared)
-        for key, value in (own or {}).items():
-            assign(made[str(name)], key, value)
-    return made
-
-
-def assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set one setting in place; dots in its key reach inside: ``optims.sgd.lr``.
-
-    A list of optimizers becomes a mapping of them when the setting of one is given.
-    """
-    *parents, last = key.split(".")
-    for number, parent in enumerate(parents):
-        inner = values.get(parent)
-        if number == 0 and parent == "optims" and not isinstance(inner, dict):
-            inner = dict(Config.from_dict({"optims": inner} if inner else {}).optims)
-        values[parent] = dict(inner or {})
-        values = values[parent]
-    values[last] = value
-
-
-def _check_settings(where: str, optim: str, settings: Mapping[str, Any]) -> None:
-    """Check the settings of one optimizer."""
-    for key, value in settings.items():
-        if key not in OPTIMS[optim]:
-            raise ValueError(f"{where}: {unknown_name('setting', key, OPTIMS[optim])}")
-        if key == "nesterov":
-            if not isinstance(value, bool):
-                raise ValueError(f"{where}: nesterov must be true or false, not {value!r}")
-        elif not _is_number(value) or value < 0 or (key.startswith("lr") and value == 0):
-            raise ValueError(
-                f"{where}: {key} must be a number {'above' if key.startswith('lr') else 'of at least'} 0, not {value!r}"
-            )
-
-
-def _check_gamma_decay(settings: Mapping[str, Any]) -> None:
-    """Check the settings of the gamma decay."""
-    for key, value in settings.items():
-        if key not in GAMMA_DECAY:
-            raise ValueError(f"gamma_decay: {unknown_name('setting', key, GAMMA_DECAY)}")
-        if key == "coefficient":
-            if value != "adaptive" and not (_is_number(value) and 0 <= value < float("inf")):
-                raise ValueError(f"gamma_decay: coefficient must be adaptive or a number of at least 0, not {value!r}")
-        elif key == "decoupled":
-            if not isinstance(value, bool):
-                raise ValueError(f"gamma_decay: decoupled must be true or false, not {value!r}")
-        elif key == "every" or value is not None:
-            _check_count(f"gamma_decay: {key}", value, 2 if key == "batch_size" else 1)
-
-
-def _check_count(where: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{where} must be a whole number of at least {low}, not {value!r}")
 
 
 def _typed(key: str, kind: str, value: Any) -> Any:
     """Return `value` as the type that the field declares."""
     if key == "seeds":
-        if isinstance(value, int) and not isinstance(value, bool):
+        if type(value) is int:
             if value < 1:
                 raise ValueError(f"seeds must be a count of at least 1 or a list, not {value}")
             return tuple(range(value))
-        if isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
             return tuple(value)
         raise ValueError(f"seeds must be a count (3) or a list ([0, 1, 2]), not {value!r}")
-    if key in _LISTS:
-        names = _names(key, value)
-        return tuple(names)
+    if kind == "tuple[str, ...]":
+        return tuple(_names(key, value))
     if key == "optims" and not isinstance(value, Mapping):
         return {name: {} for name in _names(key, value)}
     if kind.startswith("Mapping"):
@@ -447,11 +252,10 @@ def _typed(key: str, kind: str, value: Any) -> Any:
         return _plain(value)
     if value is None and "None" in kind:
         return None
-    base = kind.split(" ")[0]
-    if base == "float" and _is_number(value):
+    base, known = kind.split(" ")[0], {"int": int, "str": str, "bool": bool}
+    if base == "float" and is_number(value):
         return float(value)
-    expected: dict[str, type] = {"int": int, "str": str, "bool": bool}
-    if base in expected and isinstance(value, expected[base]) and (base == "bool" or not isinstance(value, bool)):
+    if type(value) is known.get(base):
         return value
     words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
     raise ValueError(f"{key} must be {words[base]}, not {value!r}")
@@ -462,16 +266,11 @@ def _names(key: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     if isinstance(value, Iterable) and not isinstance(value, Mapping):
-        names = list(value)
         # YAML reads a bare `none` as text but `null` and `~` as None; who writes norms: [null] means none.
-        names = ["none" if name is None else name for name in names]
+        names = ["none" if name is None else name for name in value]
         if all(isinstance(name, str) for name in names):
             return names
     raise ValueError(f"{key} must be a list of names or 'a,b', not {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:

@@ -15,8 +15,6 @@ from flexnorm._version import __version__
 from flexnorm.kernels import status
 from flexnorm.lab.run.config import Config
 
-__all__ = ["describe", "settings"]
-
 SMALL = 1024
 
 

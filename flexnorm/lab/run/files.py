@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BusyError", "WriteError", "append_rows", "atomic_write", "dump_json", "exclusive", "read_json", "read_rows"]
-
 
 class WriteError(OSError):
     """A file could not be written (full or read-only disk, quota, rights); nothing that was there is damaged."""

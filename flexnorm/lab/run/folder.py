@@ -11,8 +11,6 @@ from flexnorm.lab.data import ImageData
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import dump_json, exclusive, read_json, writing
 
-__all__ = ["open_experiment", "run_path"]
-
 
 def run_path(norm: str, optim: str, seed: int) -> str:
     """Return where a run lies inside the folder of its experiment."""

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,48 +16,34 @@ from torch.nn import functional as F
 
 from flexnorm.lab import models
 from flexnorm.lab.data import ImageData, stratified
+from flexnorm.lab.records import (
+    COMPLETE,
+    DIVERGED,
+    METRICS_COLUMNS,
+    REFUSED,
+    SHIFT_COLUMNS,
+    SHIFT_NUMBERS,
+    EpochRow,
+    Run,
+    renamed,
+)
+from flexnorm.lab.replicates import mean
 from flexnorm.lab.run import environment, schedule, seeding
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
 from flexnorm.lab.run.config import NORMS, Config
 from flexnorm.lab.run.files import append_rows, atomic_write, dump_json, read_json, writing
 from flexnorm.lab.run.optimizers import make_optimizer
-from flexnorm.lab.run.regularize import Extras
-from flexnorm.lab.run.summary import METRICS_HEADER, SHIFT_COLUMNS, SHIFT_HEADER, mean, result, step_ms
+from flexnorm.lab.run.regularize import StepHooks
+from flexnorm.lab.run.summary import result, step_ms
 from flexnorm.nn import make_norm, needs_batch
 from flexnorm.shift import ShiftMonitor
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Epoch", "build_model", "fabric_of", "refusal", "single_image_norms", "train_run"]
 
-
-@dataclass(frozen=True)
-class Epoch:
-    """What is known at the end of an epoch.
-
-    Attributes:
-        epoch: Epochs done, from 1.
-        epochs: Length of the run.
-        step: Updates done.
-        train_loss: Mean loss over the batches of this epoch (with label smoothing and augmentation).
-        test_loss: Mean cross entropy on the test images.
-        test_accuracy: Share of test images classified correctly, 0 to 1.
-        lr: Learning rate of the last update (of the first parameter group).
-        step_ms: Median time of an update in milliseconds.
-        seconds: Time spent on this run so far.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    train_loss: float
-    test_loss: float
-    test_accuracy: float
-    lr: float
-    step_ms: float
-    seconds: float
+_METRICS_HEADER, _SHIFT_HEADER = ",".join(METRICS_COLUMNS), ",".join(SHIFT_COLUMNS)
 
 
 class DivergedError(Exception):
@@ -71,9 +56,9 @@ def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
     Raises:
         ValueError: If network or normalization do not take the arguments they were given.
     """
-    args = {**config.model_args, **config.norm_args.get(norm, {})}
+    own = config.norm_args.get(norm)
     try:
-        return models.build(config.model, norm=norm, in_channels=data.shape[0], num_classes=data.num_classes, **args)
+        return models.build(config.model, norm, data.shape[0], data.num_classes, norm_args=own, **config.model_args)
     except TypeError as error:
         raise ValueError(f"model {config.model} with norm {norm}: {error}") from error
 
@@ -99,10 +84,10 @@ def train_run(
     data: ImageData,
     folder: Path,
     *,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
+    on_epoch: Callable[[EpochRow], None] = lambda _: None,
     check_stop: Callable[[], None] = lambda: None,
     monitor: bool = True,
-) -> dict[str, Any]:
+) -> Run:
     """Train one network and leave a complete run folder; resume it if a part is there, return its summary if all is.
 
     Args:
@@ -114,7 +99,7 @@ def train_run(
         monitor: Measure the shift. Whether it is measured or not does not change the training.
 
     Returns:
-        The content of ``summary.json``.
+        What ``summary.json`` holds.
 
     Raises:
         WriteError: If the disk does not take a file.
@@ -124,7 +109,7 @@ def train_run(
         raise ValueError("train_run takes one norm, one optimizer and one seed; see Config.single")
     identity = config.fingerprint(data.digest)
     if (folder / "summary.json").exists():
-        return read_json(folder / "summary.json")
+        return Run.read(read_json(folder / "summary.json"))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     fabric = fabric_of(config)
@@ -170,15 +155,15 @@ class _Run:
         self.step_times: list[float] = []
         self.seconds = 0.0
 
-    def train(self, on_epoch: Callable[[Epoch], None], check_stop: Callable[[], None]) -> dict[str, Any]:
+    def train(self, on_epoch: Callable[[EpochRow], None], check_stop: Callable[[], None]) -> Run:
         if self.refused:
-            return self._finish("refused", self.refused)
+            return self._finish(REFUSED, self.refused)
         started = time.perf_counter()
         settings = self.config.optim_settings(self.norm, self.optim)
         self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
-        self.extras = Extras(self.config, self.model, self.x_train, seeding.mixed(self.seed, 0, "extras"))
+        self.hooks = StepHooks(self.config, self.model, self.x_train, seeding.mixed(self.seed, 0, "extras"))
         # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
@@ -200,15 +185,14 @@ class _Run:
                 while self.epoch < self.config.epochs:
                     times = len(self.step_times)
                     train_loss, lr = self._train_epoch(check_stop)
-                    self.extras.before_evaluation()
+                    self.hooks.before_evaluation()
                     test_loss, test_accuracy = self._evaluate()
                     if not math.isfinite(test_loss):
                         raise DivergedError(f"the test loss became {test_loss} after epoch {self.epoch + 1}")
                     self.epoch += 1
                     self.seconds = before + time.perf_counter() - started
-                    done = Epoch(
+                    done = EpochRow(
                         epoch=self.epoch,
-                        epochs=self.config.epochs,
                         step=self.step,
                         train_loss=train_loss,
                         test_loss=test_loss,
@@ -222,10 +206,10 @@ class _Run:
             except DivergedError as error:
                 self.seconds = before + time.perf_counter() - started
                 self._write_shift()
-                return self._finish("diverged", str(error))
+                return self._finish(DIVERGED, str(error))
         self.seconds = before + time.perf_counter() - started
         self._write_weights()
-        return self._finish("complete", None)
+        return self._finish(COMPLETE)
 
     def _train_epoch(self, check_stop: Callable[[], None]) -> tuple[float, float]:
         """Make the updates of one epoch; return their mean loss and the last learning rate."""
@@ -256,16 +240,16 @@ class _Run:
 
     def _update(self, x: Tensor, y: Tensor) -> float:
         """Make one update and return the loss before it, without what regularizers add."""
-        self.extras.before(x)
+        self.hooks.before(x)
         self.wrapped_optimizer.zero_grad()
         loss = F.cross_entropy(self.wrapped(x).float(), y, label_smoothing=self.config.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(f"the training loss became {value} at step {self.step + 1} (epoch {self.epoch + 1})")
-        penalty = self.extras.penalty()
+        penalty = self.hooks.penalty()
         self.fabric.backward(loss if penalty is None else loss + penalty)
         self.wrapped_optimizer.step()
-        self.extras.after(self.optimizer)
+        self.hooks.after(self.optimizer)
         if self.fabric.device.type == "cuda":
             torch.cuda.synchronize(self.fabric.device)  # or the time of the update would show up elsewhere
         return value
@@ -291,8 +275,8 @@ class _Run:
             for leftover in (metrics, shift):
                 with writing(leftover):
                     leftover.unlink(missing_ok=True)
-            self.metrics_bytes = append_rows(metrics, METRICS_HEADER, [])
-            self.shift_bytes = append_rows(shift, SHIFT_HEADER, [])
+            self.metrics_bytes = append_rows(metrics, _METRICS_HEADER, [])
+            self.shift_bytes = append_rows(shift, _SHIFT_HEADER, [])
             return
         state = load_checkpoint(path, self.identity)
         self.metrics_bytes, self.shift_bytes = state["metrics_bytes"], state["shift_bytes"]
@@ -301,10 +285,10 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        self.extras.load_state_dict(state["extras"])
+        self.hooks.load_state_dict(state["extras"])
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        before, now = state.get("environment", {}), environment.describe(self.fabric.device)
+        before, now = renamed(state.get("environment", {})), environment.describe(self.fabric.device)
         changed = [
             f"{key} {before[key]!r} became {now[key]!r}" for key in now if key in before and before[key] != now[key]
         ]
@@ -313,10 +297,10 @@ class _Run:
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.step_times = state["step_times"].tolist()
 
-    def _save(self, done: Epoch) -> None:
+    def _save(self, done: EpochRow) -> None:
         """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
-        row = [done.epoch, done.step, done.train_loss, done.test_loss, done.test_accuracy, done.lr, done.step_ms]
-        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, [[*row, done.seconds]])
+        row = [getattr(done, column) for column in METRICS_COLUMNS]
+        self.metrics_bytes = append_rows(self.folder / "metrics.csv", _METRICS_HEADER, [row])
         self._write_shift()
         if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
             return
@@ -332,7 +316,7 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "extras": self.extras.state_dict(),
+            "extras": self.hooks.state_dict(),
             "monitor": self.monitor.state_dict() if self.monitor is not None else {},
         }
         save_checkpoint(self.folder / "checkpoint.pt", state)
@@ -345,9 +329,9 @@ class _Run:
         for record in self.monitor.records:
             values = record.asdict()
             epoch = (values["step"] - 1) // self.steps_per_epoch + 1
-            rows.append([epoch, values["step"], values["layer"], *(float(values[column]) for column in SHIFT_COLUMNS)])
+            rows.append([epoch, values["step"], values["layer"], *(float(values[name]) for name in SHIFT_NUMBERS)])
         self.monitor.records.clear()
-        self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
+        self.shift_bytes = append_rows(self.folder / "shift.csv", _SHIFT_HEADER, rows)
 
     def _write_weights(self) -> None:
         """Write the trained weights in the format that every framework reads."""
@@ -358,26 +342,27 @@ class _Run:
         note = {"flexnorm": json.dumps(self.config.as_dict())}
         atomic_write(self.folder / "model.safetensors", save(weights, metadata=note))
 
-    def _finish(self, status: str, reason: str | None) -> dict[str, Any]:
+    def _finish(self, status: str, reason: str = "") -> Run:
         """Write the summary: from then on the run counts as done."""
-        summary = {
-            "format": 1,
-            "status": status,
-            "reason": reason,
-            "notes": self.notes,
-            "norm": self.norm,
-            "optim": self.optim,
-            "seed": self.seed,
-            "epochs": self.epoch,
-            "steps": self.step,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "run": self.identity,
-            "result": result(self.folder),
-            "timing": {"step_ms": step_ms(self.step_times), "wall_s": self.seconds, "step_count": len(self.step_times)},
-            "environment": environment.describe(self.fabric.device),
-        }
-        dump_json(self.folder / "summary.json", summary)
-        return read_json(self.folder / "summary.json")
+        run = Run(
+            norm=self.norm,
+            optim=self.optim,
+            seed=self.seed,
+            status=status,
+            reason=reason,
+            notes=tuple(self.notes),
+            epochs_done=self.epoch,
+            steps=self.step,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            identity=self.identity,
+            step_ms=step_ms(self.step_times),
+            step_count=len(self.step_times),
+            wall_s=self.seconds,
+            environment=environment.describe(self.fabric.device),
+            **result(self.folder),
+        )
+        dump_json(self.folder / "summary.json", run.summary())
+        return Run.read(read_json(self.folder / "summary.json"))
 
 
 def fabric_of(config: Config) -> Fabric:

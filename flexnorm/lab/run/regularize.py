@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.lab.run.config import ESTIMATE, GAMMA_DECAY, Config
+from flexnorm.lab.run.config import Config
+from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
 from flexnorm.nn import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
 
@@ -15,13 +16,11 @@ if TYPE_CHECKING:
     from flexnorm.optim import GammaDecay
     from flexnorm.statistics import PopulationEstimator
 
-__all__ = ["Extras"]
-
 _POPULATION = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
 
 
-class Extras:
-    """The additions of one run, none by default.
+class StepHooks:
+    """What one run adds to its updates, nothing by default.
 
     In each update: `before` the forward pass, `penalty` added to the loss, `after` the optimizer's step; and
     `before_evaluation`.

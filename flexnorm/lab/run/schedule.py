@@ -6,51 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flexnorm._messages import unknown_name
-
-__all__ = ["SCHEDULES", "factor"]
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "constant": {"warmup": 0.0},
-    "cosine": {"warmup": 0.0, "final": 0.0},
-    "onecycle": {"peak": 0.3, "initial": 0.04, "final": 0.0001},
-    "step": {"drops": (), "every": 0, "factor": 0.1, "warmup": 0.0},
-}
-"""Every schedule with its arguments and their defaults.
-
-* ``constant``: the learning rate itself, after a linear ``warmup`` over that fraction of the run.
-* ``cosine``: half a cosine from 1 to ``final``.
-* ``onecycle``: a cosine from ``initial`` up to 1 at the fraction ``peak`` of the run, and down to ``final``.
-* ``step``: multiplied by ``factor`` at each epoch in ``drops``, or after every ``every`` epochs.
-"""
-
-
-def checked(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a schedule with the defaults filled in.
-
-    Raises:
-        ValueError: For an unknown schedule or argument.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(unknown_name("schedule", name, SCHEDULES))
-    for key, value in args.items():
-        if key not in SCHEDULES[name]:
-            raise ValueError(f"schedule {name}: {unknown_name('argument', key, SCHEDULES[name])}")
-        numbers = value if key == "drops" and isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in numbers):
-            raise ValueError(
-                f"schedule {name}: {key} must be {'a list of epochs' if key == 'drops' else 'a number'} >= 0, "
-                f"not {value!r}"
-            )
-    return {**SCHEDULES[name], **args}
-
 
 def factor(name: str, args: Mapping[str, Any], step: int, steps_per_epoch: int, epochs: int) -> float:
     """Return what the learning rate is multiplied by at one step.
 
     Args:
-        name: One of :data:`SCHEDULES`.
-        args: Complete arguments, as :data:`SCHEDULES` lists them.
+        name: One of :data:`flexnorm.lab.run.SCHEDULES`.
+        args: Complete arguments, as they are listed there.
         step: Number of updates made so far, from 0.
         steps_per_epoch: Updates in one epoch.
         epochs: Length of the run.

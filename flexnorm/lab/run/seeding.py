@@ -7,8 +7,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["generator", "mixed", "order"]
-
 
 def mixed(seed: int, epoch: int, purpose: str) -> int:
     """Return a 63-bit seed for one purpose in one epoch; different arguments give unrelated streams."""

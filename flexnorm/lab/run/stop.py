@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["Interrupted", "StopRequest", "stop_on_signals"]
-
 
 class Interrupted(Exception):  # noqa: N818  (like KeyboardInterrupt: a request, not an error)
     """The user asked to stop; everything finished so far is on the disk.

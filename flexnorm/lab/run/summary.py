@@ -2,66 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexnorm.lab.records import SHIFT_MEANS, EpochRow, ShiftRow
+from flexnorm.lab.replicates import mean
 from flexnorm.lab.run.files import read_rows
 
-__all__ = ["METRICS_HEADER", "SHIFT_COLUMNS", "SHIFT_HEADER", "result"]
-
-METRICS_HEADER = "epoch,step,train_loss,test_loss,test_accuracy,lr,step_ms,seconds"
-SHIFT_COLUMNS = ("lower", "w1", "upper", "spread", "relative_lower", "relative", "relative_upper")
-SHIFT_HEADER = "epoch,step,layer," + ",".join(SHIFT_COLUMNS)
-
-_REPORTED = tuple(column for column in SHIFT_COLUMNS if column != "spread")
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean, correctly rounded whatever the order; NaN for no values."""
-    return math.fsum(values) / len(values) if values else math.nan
+_NOTHING = EpochRow(*[math.nan] * len(dataclasses.fields(EpochRow)))
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Return the ``result`` part of a summary from ``metrics.csv`` and ``shift.csv``.
+    """Return what ``metrics.csv`` and ``shift.csv`` say, named as in :class:`flexnorm.lab.records.Run`.
 
     Loss and accuracy are those of the last epoch; the shift of a layer is the mean over its measurements, ``shift_w1``
     and ``shift_relative`` are means over the layers; ``shift_holds`` says whether every single measurement satisfied
     lower <= W1 <= upper.
     """
-    metrics, shifts = read_rows(folder / "metrics.csv"), read_rows(folder / "shift.csv")
-    last: Mapping[str, str] = metrics[-1] if metrics else {}
-    layers: dict[str, list[dict[str, float]]] = {}
-    for row in shifts:
-        values = {column: float(row[column]) for column in SHIFT_COLUMNS}
-        layers.setdefault(row["layer"], [])
+    epochs = [EpochRow.read(row) for row in read_rows(folder / "metrics.csv")]
+    layers: dict[str, list[ShiftRow]] = {}
+    for row in map(ShiftRow.read, read_rows(folder / "shift.csv")):
+        known = layers.setdefault(row.layer, [])
         # A network that diverges has no distribution to measure any more; what was measured before stands.
-        if math.isfinite(values["w1"]):
-            layers[row["layer"]].append(values)
+        if math.isfinite(row.w1):
+            known.append(row)
     shift = {
-        layer: {column: mean([row[column] for row in rows]) for column in _REPORTED} for layer, rows in layers.items()
+        layer: {name: mean([getattr(row, name) for row in rows]) for name in SHIFT_MEANS}
+        for layer, rows in layers.items()
     }
-    accuracies = [float(row["test_accuracy"]) for row in metrics]
+    measured = [row for rows in layers.values() for row in rows]
+    last = epochs[-1] if epochs else _NOTHING
     return {
-        "train_loss": float(last.get("train_loss", "nan")),
-        "test_loss": float(last.get("test_loss", "nan")),
-        "test_accuracy": float(last.get("test_accuracy", "nan")),
-        "best_test_accuracy": max(accuracies, default=math.nan),
+        "train_loss": last.train_loss,
+        "test_loss": last.test_loss,
+        "test_accuracy": last.test_accuracy,
+        "best_test_accuracy": max((row.test_accuracy for row in epochs), default=math.nan),
         "shift": shift,
         "shift_w1": mean([layer["w1"] for layer in shift.values()]),
         "shift_relative": mean([layer["relative"] for layer in shift.values()]),
-        "shift_measurements": sum(map(len, layers.values())),
-        "shift_holds": all(interval_holds(row) for rows in layers.values() for row in rows)
-        if any(layers.values())
-        else None,
+        "shift_measurements": len(measured),
+        "shift_holds": all(row.lower <= row.w1 <= row.upper for row in measured) if measured else None,
     }
-
-
-def interval_holds(row: Mapping[str, float]) -> bool:
-    """Whether lower <= W1 <= upper."""
-    return row["lower"] <= row["w1"] <= row["upper"]
 
 
 def step_ms(times: Sequence[float]) -> float:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flexnorm.lab.records import DIVERGED, REFUSED, Cell, Run, Study
 from flexnorm.lab.run.compare import Progress as Event
-
-__all__ = ["Display", "console", "print_table", "run_line"]
 
 
 def console() -> Console:
@@ -56,61 +55,59 @@ class Display:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        run = f"{event.norm} {event.optim} seed {event.seed}"
+        name = f"{event.norm} {event.optim} seed {event.seed}"
         if event.kind == "data":
             self.bar.update(self.task, total=event.total)
             self.console.print(event.text)
-            runs = "1 run" if event.total == 1 else f"{event.total} runs"
-            self.console.print(runs)
+            self.console.print("1 run" if event.total == 1 else f"{event.total} runs")
         elif event.kind == "start":
-            self.bar.update(self.task, now=run)
-        elif event.kind == "epoch" and event.epoch is not None:
+            self.bar.update(self.task, now=name)
+        elif event.epoch is not None:
             e = event.epoch
-            now = f"{run}: epoch {e.epoch}/{e.epochs}, test accuracy {100 * e.test_accuracy:.1f} %"
+            now = f"{name}: epoch {e.epoch}/{event.epochs}, test accuracy {100 * e.test_accuracy:.1f} %"
             self.bar.update(self.task, now=now)
             if self.epochs:
                 self.console.print(
-                    f"epoch {e.epoch:3d}/{e.epochs}  train loss {e.train_loss:.4f}  test loss {e.test_loss:.4f}  "
+                    f"epoch {e.epoch:3g}/{event.epochs}  train loss {e.train_loss:.4f}  test loss {e.test_loss:.4f}  "
                     f"test accuracy {100 * e.test_accuracy:.2f} %  {e.step_ms:.2f} ms per step"
                 )
-        elif event.summary is not None:
+        elif event.run is not None:
             self.bar.update(self.task, advance=1, now="")
             done = "  (was complete)" if event.kind == "skip" else ""
             width = len(str(event.total))
-            self.console.print(f"{event.index:{width}d}/{event.total}  {run_line(event.summary)}{done}")
+            self.console.print(f"{event.index:{width}d}/{event.total}  {run_line(event.run)}{done}")
 
 
-def run_line(summary: Mapping[str, Any]) -> str:
+def run_line(run: Run) -> str:
     """Return the outcome of one run in one line."""
-    name = f"{summary['norm']:10s} {summary['optim']:5s} seed {summary['seed']}"
-    if summary["status"] != "complete":
-        return f"{name}  {summary['status']}: {summary['reason']}"
-    result, timing = summary["result"], summary["timing"]
-    shift = f"  shift {_number(result['shift_w1'], '.3f')}" if result["shift"] else ""
+    name = f"{run.norm:10s} {run.optim:5s} seed {run.seed}"
+    if not run.complete:
+        return f"{name}  {run.status}: {run.reason}"
+    shift = f"  shift {_number(run.shift_w1, '.3f')}" if run.shift else ""
     return (
-        f"{name}  test accuracy {100 * result['test_accuracy']:.2f} %  train loss {result['train_loss']:.4f}"
-        f"{shift}  {_number(timing['step_ms'], '.2f')} ms per step"
+        f"{name}  test accuracy {100 * run.test_accuracy:.2f} %  train loss {run.train_loss:.4f}"
+        f"{shift}  {_number(run.step_ms, '.2f')} ms per step"
     )
 
 
-def print_table(results: Mapping[str, Any], where: Console) -> None:
-    """Print the table of a comparison, one row per norm and optimizer: means over seeds and their spread.
+def print_table(study: Study, where: Console) -> None:
+    """Print the table of a comparison, one row per norm and optimizer: means over seeds and their standard deviation.
 
     A narrow terminal gets fewer columns; all of them are in ``results.json`` and in the report.
     """
-    baseline = results["baseline"]
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "norm": lambda row: str(row["norm"]),
-        "optim": lambda row: str(row["optim"]),
-        "runs": lambda row: f"{row['complete']}/{row['seeds']}",
-        "test acc. %": lambda row: _spread(row["test_accuracy"], ".2f", 100) if row["complete"] else _failure(row),
-        f"vs {baseline}": lambda row: _spread(row["difference"], "+.2f", 100),
-        "train loss": lambda row: _spread(row["train_loss"], ".4f"),
-        "shift W1": lambda row: _spread(row["shift_w1"], ".3f"),
-        "relative": lambda row: _spread(row["shift_relative"], ".3f"),
-        "holds": lambda row: {True: "yes", False: "NO", None: ""}[row["shift_interval_holds"]],
-        "step ms": lambda row: _spread(row["step_ms"], ".2f"),
-        "ratio": lambda row: _number(row["step_ratio"], ".2f"),
+    rows, baseline = study.cells, study.baseline
+    columns: dict[str, Callable[[Cell], str]] = {
+        "norm": lambda row: row.norm,
+        "optim": lambda row: row.optim,
+        "runs": lambda row: f"{len(row.complete)}/{len(row.runs)}",
+        "test acc. %": lambda row: row.test_accuracy.text(".2f", 100) if row.complete else _failure(row),
+        f"vs {baseline}": lambda row: row.difference.text("+.2f", 100),
+        "train loss": lambda row: row.train_loss.text(".4f"),
+        "shift W1": lambda row: row.shift_w1.text(".3f"),
+        "relative": lambda row: row.shift_relative.text(".3f"),
+        "holds": lambda row: {True: "yes", False: "NO", None: ""}[row.interval_holds],
+        "step ms": lambda row: row.step_ms.text(".2f"),
+        "ratio": lambda row: _number(row.step_ratio.median, ".2f"),
     }
     for limit, dropped in ((125, "train loss"), (107, "relative"), (91, "step ms"), (77, "runs"), (70, "holds")):
         if where.width < limit:
@@ -119,10 +116,10 @@ def print_table(results: Mapping[str, Any], where: Console) -> None:
     for heading in columns:
         table.add_column(heading, justify="left" if heading in ("norm", "optim") else "right", no_wrap=True)
     previous = None
-    for row in results["table"]:
-        if previous is not None and row["optim"] != previous:
+    for row in rows:
+        if previous not in (None, row.optim):
             table.add_section()
-        previous = row["optim"]
+        previous = row.optim
         table.add_row(*(cell(row) for cell in columns.values()))
     where.print(table)
     where.print(
@@ -132,31 +129,23 @@ def print_table(results: Mapping[str, Any], where: Console) -> None:
         style="dim",
     )
     remarks: dict[str, list[str]] = {}
-    for row in results["table"]:
-        cell = f"{row['norm']} {row['optim']}"
-        for status in ("diverged", "refused"):
-            if row[status]:
-                count = "" if row[status] == row["seeds"] else f"{row[status]} of {row['seeds']} "
-                remarks.setdefault(str(row["reason"]), []).append(f"{cell} {count}{status}")
-        for note in row["notes"]:
+    for row in rows:
+        cell = f"{row.norm} {row.optim}"
+        for status in (DIVERGED, REFUSED):
+            if count := row.count(status):
+                share = "" if count == len(row.runs) else f"{count} of {len(row.runs)} "
+                remarks.setdefault(row.reason, []).append(f"{cell} {share}{status}")
+        for note in row.notes:
             remarks.setdefault(note, []).append(cell)
     for remark, cells in remarks.items():
         where.print(f"{', '.join(cells)}: {remark}", markup=False)
 
 
-def _failure(row: Mapping[str, Any]) -> str:
+def _failure(row: Cell) -> str:
     """Return why a row has no numbers, in one word."""
-    return "diverged" if row["diverged"] else "refused"
+    return DIVERGED if row.count(DIVERGED) else REFUSED
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: float, form: str) -> str:
     """Return a formatted number, or nothing for none."""
-    return "" if value is None else format(value, form)
-
-
-def _spread(cell: Mapping[str, Any] | None, form: str, scale: float = 1.0) -> str:
-    """Return ``mean ± std``; the mean alone for a single seed, nothing for no value."""
-    if cell is None or cell["mean"] is None:
-        return ""
-    text = format(scale * cell["mean"], form)
-    return text if cell["std"] is None else f"{text} ± {format(scale * cell['std'], form.lstrip('+'))}"
+    return "" if math.isnan(value) else format(value, form)

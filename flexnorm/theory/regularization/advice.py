@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm.probe import Selection
 from flexnorm.probe.capture import Loss, batch_norm_layers, capture
 from flexnorm.theory.regularization.strength import LayerStrength, joint_strength, layer_strength, merge_tables
 from flexnorm.theory.regularization.zeta import statistics_noise
@@ -123,7 +124,7 @@ def advise(
     batch_size: int,
     *,
     loss: Loss = "cross_entropy",
-    layers: Sequence[str] | None = None,
+    layers: Selection | None = None,
     max_images: int = 2048,
     seed: int = 0,
 ) -> Advice:
@@ -138,7 +139,7 @@ def advise(
         batches: Inputs (N, *), or ``(inputs, targets, ...)``; their size has nothing to do with `batch_size`.
         batch_size: The training batch size M to report for, at least 2.
         loss: Loss whose curvature counts; see `CURVED_LOSSES`, or a function ``loss(outputs, targets)``.
-        layers: Names of the layers; all batch-normalized ones by default.
+        layers: Which layers, as in :func:`flexnorm.probe.select`; all batch-normalized ones by default.
         max_images: Where to stop reading batches.
         seed: Of the draws of the curvature.
 

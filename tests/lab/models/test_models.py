@@ -22,6 +22,7 @@ def _inputs(name: str, channels: int) -> torch.Tensor:
     return torch.randn(3, channels, size, size)
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize(
     ("name", "norm"),
     # A dense layer has one position: nothing to normalize by instance.
@@ -40,6 +41,7 @@ def test_shapes_gradients_and_copies(name: str, norm: str) -> None:
     assert torch.equal(twin(x), net(x))
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("norm", models.norm_names())
 def test_a_step_of_training_lowers_the_loss(norm: str) -> None:
     net = models.build("convnet", norm=norm, in_channels=1)
@@ -55,6 +57,7 @@ def test_a_step_of_training_lowers_the_loss(norm: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_network_builds_without_memory(name: str) -> None:
     with torch.device("meta"):
@@ -200,6 +203,14 @@ def test_custom_normalization_and_norm_args() -> None:
     assert {m.eps for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {1e-3}
     net = models.build("resnet8", norm="normprop", constants="paper")
     assert {m.constants for m in net.modules() if isinstance(m, ek.NormPropConv2d)} == {"paper"}
+
+
+def test_options_of_a_norm_may_be_called_like_those_of_the_network() -> None:
+    for args in ({"num_features": 4}, {"widths": 3}, {"name": "x"}):
+        with pytest.raises(TypeError, match=next(iter(args))):
+            models.build("convnet", norm="unitized", widths=(4, 8), norm_args=args)
+    net = models.build("convnet", norm="unitized", widths=(4, 8), norm_args={"eps": 0.1}, momentum=0.2)
+    assert {(m.eps, m.momentum) for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {(0.1, 0.2)}
 
 
 def test_equal_seeds_give_equal_weights_under_every_normalization() -> None:

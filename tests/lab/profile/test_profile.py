@@ -44,6 +44,7 @@ def small(**parts: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("norm", [*NORMS, "normprop"])
 def test_every_normalization_of_this_package(norm: str) -> None:
     result = profile("convnet", "digits", norm=norm, lr=0.005, **QUICK)

@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from flexnorm.lab.report.aggregate import cells
+from flexnorm.lab.records import Run, Study
 from flexnorm.lab.report.headline import headline
 from flexnorm.lab.report.load import load
-from flexnorm.lab.report.study import Run, Study
 
 
 def of(values, baseline="batch", **changes):
@@ -18,7 +17,7 @@ def of(values, baseline="batch", **changes):
         for seed, value in enumerate(accuracies)
     )
     study = Study("s", runs, tuple(values), ("sgd",), baseline)
-    return headline(study, cells(study))
+    return headline(study, study.cells)
 
 
 def test_a_clear_winner():
@@ -82,7 +81,7 @@ def test_nothing_to_tell(study):
     study.make(("batch",), ("sgd",), 1, results=False)
     (study.out / "runs/batch/sgd/seed0/summary.json").unlink()
     loaded = load(study.out)
-    assert headline(loaded, cells(loaded)).claim == "No run is complete yet"
+    assert headline(loaded, loaded.cells).claim == "No run is complete yet"
 
 
 def test_the_least_shift_is_named():
@@ -91,5 +90,5 @@ def test_the_least_shift_is_named():
         for norm, shift in (("batch", 0.04), ("none", 0.01))
     )
     study = Study("s", runs, ("batch", "none"), ("sgd",))
-    text = " ".join(headline(study, cells(study)).details)
+    text = " ".join(headline(study, study.cells).details)
     assert "shift least under none with sgd: by 0.0100 of their spread per step, 4.0 times less than batch" in text

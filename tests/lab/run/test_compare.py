@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flexnorm.lab.data.images import from_arrays
+from flexnorm.lab.records import Study
 from flexnorm.lab.run import BusyError, Config, WriteError, compare, files
 from flexnorm.lab.run.compare import runs_of
 from flexnorm.lab.run.terminal import Display, console, print_table
@@ -29,17 +30,19 @@ def test_results(small, images, tmp_path, capsys):
     )
     with Display(console()) as display:
         results = compare(config, tmp_path / "out", data=images, notify=display, command="flexnorm compare ...")
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    assert results["baseline"] == "batch"
-    assert results["command"] == "flexnorm compare ..."
-    assert Config.from_dict(results["config"]) == config
-    assert results["environment"]["threads"] == 1
-    assert len(results["runs"]) == 12
-    for run in results["runs"]:
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored == files.plain(results.asdict())
+    assert Study.read(stored, "out") == dataclasses.replace(results, norms=config.norms, optims=tuple(config.optims))
+    assert stored["baseline"] == "batch"
+    assert stored["command"] == "flexnorm compare ..."
+    assert Config.from_dict(stored["config"]) == config
+    assert stored["environment"]["threads"] == 1
+    assert len(stored["runs"]) == 12
+    for run in stored["runs"]:
         summary = json.loads((tmp_path / "out" / run["path"] / "summary.json").read_text())
         assert {k: run[k] for k in summary} == summary
-    assert results["total_seconds"] >= sum(run["timing"]["wall_s"] for run in results["runs"]) * 0.99
-    rows = {(row["norm"], row["optim"]): row for row in results["table"]}
+    assert stored["total_seconds"] >= sum(run["timing"]["wall_s"] for run in stored["runs"]) * 0.99
+    rows = {(row["norm"], row["optim"]): row for row in stored["table"]}
     assert list(rows) == [(n, o) for o in ("sgd", "sgdg") for n in ("batch", "group", "none")]
     assert rows["batch", "sgd"]["step_ratio"] == 1.0
     assert rows["batch", "sgd"]["complete"] == 2
@@ -65,7 +68,7 @@ def test_the_same_call_again_skips_what_is_complete(small, images, tmp_path, cap
     with Display(console()) as display:
         second = compare(small, tmp_path, data=images, notify=lambda e: (events.append(e.kind), display(e)))
     assert events == ["data"] + ["skip"] * 4
-    assert second == {**first, "total_seconds": second["total_seconds"]}
+    assert second == dataclasses.replace(first, total_seconds=second.total_seconds)
     assert capsys.readouterr().out.count("(was complete)") == 4
 
 
@@ -109,14 +112,14 @@ def test_two_processes_do_not_share_a_folder(small, images, tmp_path):
             with pytest.raises(BusyError, match="in use by another flexnorm process"):
                 compare(small, tmp_path, data=images)
 
-    assert len(compare(small, tmp_path, data=images, notify=second)["runs"]) == 4
+    assert len(compare(small, tmp_path, data=images, notify=second).runs) == 4
 
 
 def test_refused_runs_are_in_the_table_and_the_others_train(small, images, tmp_path, capsys):
     config = dataclasses.replace(small, batch_size=1, epochs=1, optims={"sgd": {"lr": 1e-3}}, shift_every=20)
     results = compare(config, tmp_path, data=images)
-    batch, normprop = results["table"]
-    assert (batch["refused"], batch["complete"], normprop["complete"]) == (1, 0, 1)
+    batch, normprop = results.cells
+    assert (batch.count("refused"), len(batch.complete), len(normprop.complete)) == (1, 0, 1)
     print_table(results, console())
     shown = " ".join(capsys.readouterr().out.split())
     assert "batch sgd refused: batch normalizes by the statistics of the training batch" in shown

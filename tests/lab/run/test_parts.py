@@ -4,21 +4,24 @@ import math
 import os
 import pickle
 import signal
-import statistics
 import threading
 
 import pytest
 import torch
 
-from flexnorm.lab.run import BusyError, WriteError, files, schedule, seeding, summary, table
+from flexnorm.lab import records
+from flexnorm.lab.run import BusyError, WriteError, files, schedule, seeding, summary
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run.settings import schedule_settings
 from flexnorm.lab.run.stop import Interrupted, StopRequest, stop_on_signals
+
+METRICS, SHIFT = (",".join(columns) for columns in (records.METRICS_COLUMNS, records.SHIFT_COLUMNS))
 
 
 class TestSchedule:
     def curve(self, name, epochs=10, per_epoch=10, **args):
-        filled = schedule.checked(name, args)
+        filled = schedule_settings(name, args)
         return [schedule.factor(name, filled, step, per_epoch, epochs) for step in range(epochs * per_epoch)]
 
     def test_constant(self):
@@ -233,75 +236,17 @@ class TestStop:
         assert isinstance(seen[0], StopRequest)
 
 
-def run(norm, optim, seed, accuracy, status="complete", ms=2.0, holds=True):
-    return {
-        "norm": norm,
-        "optim": optim,
-        "seed": seed,
-        "status": status,
-        "reason": None if status == "complete" else f"{status} because",
-        "notes": ["n"] if norm == "none" else [],
-        "result": {
-            "test_accuracy": accuracy,
-            "train_loss": 0.1,
-            "shift_w1": 0.5,
-            "shift_relative": None,
-            "shift_holds": holds,
-        },
-        "timing": {"step_ms": ms},
-    }
-
-
-class TestTable:
-    def test_means_spreads_and_paired_differences(self):
-        runs = [
-            run("batch", "sgd", 0, 0.90, ms=2.0),
-            run("group", "sgd", 0, 0.95, ms=3.0),
-            run("batch", "sgd", 1, 0.80, ms=4.0),
-            run("group", "sgd", 1, 0.82, ms=4.0),
-            run("group", "sgd", 2, 0.99, holds=False),
-            run("batch", "sgd", 2, None, status="diverged"),
-            run("none", "sgd", 0, None, status="refused", ms=None, holds=None),
-        ]
-        table.add_step_ratios(runs, "batch")
-        assert [r["step_ratio"] for r in runs] == [1.0, 1.5, 1.0, 1.0, 1.0, 1.0, None]
-        batch, group, none = table.table(runs, "batch")
-        assert (batch["complete"], batch["diverged"], batch["seeds"]) == (2, 1, 3)
-        assert batch["reason"] == "diverged because"
-        assert batch["difference"] is None
-        assert batch["test_accuracy"]["mean"] == pytest.approx(0.85)
-        assert group["test_accuracy"]["std"] == pytest.approx(statistics.stdev([0.95, 0.82, 0.99]))
-        # Paired over the seeds that both completed: +5 and +2 points.
-        assert group["difference"] == pytest.approx({"mean": 0.035, "std": statistics.stdev([0.05, 0.02]), "n": 2})
-        assert group["shift_interval_holds"] is False
-        assert batch["shift_interval_holds"] is True
-        assert group["step_ratio"] == 1.0
-        assert group["shift_relative"] == {"mean": None, "std": None, "values": []}
-        assert none["refused"] == 1
-        assert none["test_accuracy"]["mean"] is None
-        assert none["shift_interval_holds"] is None
-        assert none["difference"] is None
-        assert none["step_ratio"] is None
-        assert none["notes"] == ["n"]
-
-    def test_no_baseline_in_the_experiment(self):
-        runs = [run("group", "sgd", 0, 0.9)]
-        table.add_step_ratios(runs, "batch")
-        assert runs[0]["step_ratio"] is None
-        assert table.table(runs, "batch")[0]["difference"] is None
-
-
 class TestSummary:
     def test_the_result_is_recomputed_from_the_files(self, tmp_path):
         (tmp_path / "metrics.csv").write_text(
-            f"{summary.METRICS_HEADER}\n1,5,0.5,0.6,0.91,0.1,2.0,1.0\n2,10,0.4,0.5,0.9,0.1,2.0,2.0\n"
+            f"{METRICS}\n1,5,0.5,0.6,0.91,0.1,2.0,1.0\n2,10,0.4,0.5,0.9,0.1,2.0,2.0\n"
         )
         rows = [
             "1,3,a,0.1,0.2,0.3,2.0,0.05,0.1,0.15",
             "2,7,a,0.3,0.4,0.5,2.0,0.15,0.2,0.25",
             "1,3,b,1,2,3,4,0.25,0.5,0.75",
         ]
-        (tmp_path / "shift.csv").write_text("\n".join([summary.SHIFT_HEADER, *rows]) + "\n")
+        (tmp_path / "shift.csv").write_text("\n".join([SHIFT, *rows]) + "\n")
         result = summary.result(tmp_path)
         assert result["test_accuracy"] == 0.9
         assert result["best_test_accuracy"] == 0.91
@@ -315,12 +260,12 @@ class TestSummary:
 
     @pytest.mark.parametrize("values", ["0.3,0.2,0.4", "0.1,0.5,0.4"])
     def test_an_interval_that_does_not_hold_is_seen(self, tmp_path, values):
-        (tmp_path / "shift.csv").write_text(f"{summary.SHIFT_HEADER}\n1,3,a,{values},1,1,1,1\n")
+        (tmp_path / "shift.csv").write_text(f"{SHIFT}\n1,3,a,{values},1,1,1,1\n")
         assert summary.result(tmp_path)["shift_holds"] is False
 
     def test_measurements_of_a_network_that_has_diverged_do_not_count(self, tmp_path):
         rows = "1,3,a,0.1,0.2,0.3,1,0.1,0.2,0.3\n1,4,a,nan,nan,nan,nan,nan,nan,nan\n1,4,b,nan,nan,nan,nan,nan,nan,nan\n"
-        (tmp_path / "shift.csv").write_text(f"{summary.SHIFT_HEADER}\n{rows}")
+        (tmp_path / "shift.csv").write_text(f"{SHIFT}\n{rows}")
         result = summary.result(tmp_path)
         assert result["shift"]["a"]["w1"] == 0.2
         assert math.isnan(result["shift"]["b"]["w1"])

@@ -5,22 +5,22 @@ import torch
 
 from flexnorm.lab.run import Config, compare, train_run
 from flexnorm.lab.run.loop import build_model
-from flexnorm.lab.run.regularize import Extras
+from flexnorm.lab.run.regularize import StepHooks
 from flexnorm.nn.normprop import coherence_penalty
 from flexnorm.optim import GammaDecay
 
 ADAPTIVE = {"coefficient": "adaptive", "batch_size": 8, "every": 2}
 
 
-def extras(config: Config, images, norm: str, **changes):
+def hooks(config: Config, images, norm: str, **changes):
     config = dataclasses.replace(config, norms=(norm,), **changes)
     torch.manual_seed(0)
     model = build_model(config, images, norm)
-    return model, Extras(config, model, images.x_train, seed=3)
+    return model, StepHooks(config, model, images.x_train, seed=3)
 
 
 def test_nothing_is_added_by_default(small, images):
-    model, none = extras(small, images, "batch")
+    model, none = hooks(small, images, "batch")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     none.before(images.x_train[:8])
     none.after(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -29,15 +29,15 @@ def test_nothing_is_added_by_default(small, images):
 
 
 def test_penalties_are_those_of_their_definitions(small, images):
-    model, decay = extras(small, images, "batch", gamma_decay={"coefficient": 0.5})
+    model, decay = hooks(small, images, "batch", gamma_decay={"coefficient": 0.5})
     torch.testing.assert_close(decay.penalty(), torch.tensor(0.5 * (4 + 8)))
-    model, both = extras(small, images, "normprop", gamma_decay={"coefficient": 0.5}, coherence=2.0)
+    model, both = hooks(small, images, "normprop", gamma_decay={"coefficient": 0.5}, coherence=2.0)
     gammas = sum(float(layer.gamma.detach().square().sum()) for layer in model.modules() if hasattr(layer, "gamma"))
     torch.testing.assert_close(both.penalty(), 2 * coherence_penalty(model) + 0.5 * gammas)
 
 
 def test_adaptive_decay_follows_its_schedule_and_draws_no_common_random_number(small, images):
-    model, ours = extras(small, images, "population", gamma_decay=ADAPTIVE)
+    model, ours = hooks(small, images, "population", gamma_decay=ADAPTIVE)
     reference = GammaDecay(model, 8, seed=3)
     state = torch.get_rng_state()
     for step in range(3):
@@ -52,7 +52,7 @@ def test_adaptive_decay_follows_its_schedule_and_draws_no_common_random_number(s
 
 @pytest.mark.parametrize("norm", ["batch", "normprop"])
 def test_decoupled_decay_shrinks_gamma_at_the_learning_rate_of_its_group(small, images, norm):
-    model, decay = extras(small, images, norm, gamma_decay={"coefficient": 0.5, "decoupled": True})
+    model, decay = hooks(small, images, norm, gamma_decay={"coefficient": 0.5, "decoupled": True})
     gammas = [
         p
         for name, p in model.named_parameters()
@@ -74,8 +74,8 @@ def test_decoupled_decay_shrinks_gamma_at_the_learning_rate_of_its_group(small, 
 
 def test_statistics_are_those_of_the_weights_that_are_evaluated(small, images):
     arguments = {"norm_args": {"population": {"statistics": "estimated"}}, "estimate": {"every": 99, "samples": 10_000}}
-    model, ours = extras(small, images, "population", **arguments)
-    other, chunked = extras(small, images, "population", **arguments | {"estimate": {"samples": 10_000, "chunk": 48}})
+    model, ours = hooks(small, images, "population", **arguments)
+    other, chunked = hooks(small, images, "population", **arguments | {"estimate": {"samples": 10_000, "chunk": 48}})
     layers = [[m for m in net.modules() if hasattr(m, "running_mean")] for net in (model, other)]
     ours.before(images.x_train[:8])
     before = layers[0][0].running_mean.clone()

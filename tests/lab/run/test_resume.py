@@ -67,6 +67,7 @@ def test_a_crash_at_any_write_leaves_a_run_that_resumes_bit_for_bit(one, images,
     assert crashes >= 11  # config, two headers, three files per epoch, weights, summary
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("norm", ["batch", "population", "normprop"])
 @pytest.mark.parametrize("optim", ["sgd", "sgdg", "adamg", "adamw", "sgdp", "adamp"])
 def test_interrupted_after_an_epoch_every_optimizer_resumes_bit_for_bit(
@@ -135,13 +136,14 @@ def test_a_signal_stops_at_a_safe_moment_and_the_same_call_goes_on(small, images
     assert kinds.count("skip") == 1
     assert kinds.count("epoch") == 2 * 2 + 1  # the second run had done one of its two epochs
     assert summaries(tmp_path / "whole") == summaries(tmp_path / "parts")
-    assert [run["status"] for run in results["runs"]] == ["complete"] * 4
+    assert [run.status for run in results.runs] == ["complete"] * 4
 
 
 def work(config, images, out):
     compare(config, out, data=images)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_summaries_are_those_of_an_uninterrupted_run(small, images, tmp_path, summaries):
     # A fork server imports torch once; each comparison is then a fresh process of its own.
     context = multiprocessing.get_context("forkserver")
@@ -190,5 +192,5 @@ def test_a_resume_in_another_environment_says_so(one, images, tmp_path, monkeypa
         train_run(one, images, folder, on_epoch=stop)
     monkeypatch.setattr("flexnorm.lab.run.environment.status", lambda: "torch's own kernels")
     summary = train_run(one, images, folder)
-    assert summary["status"] == "complete"
-    assert any("kernels 'compiled' became 'torch'" in note for note in summary["notes"])
+    assert summary.status == "complete"
+    assert any("kernels 'compiled' became 'torch'" in note for note in summary.notes)

@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file
 
 from flexnorm.lab.models import build
+from flexnorm.lab.records import SHIFT_NUMBERS, Run
 from flexnorm.lab.run import Config, files, loop, train_run
 from flexnorm.lab.run.optimizers import make_optimizer
-from flexnorm.lab.run.summary import SHIFT_COLUMNS
 from flexnorm.nn import NormPropLayer
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP
 
@@ -29,26 +29,26 @@ def test_a_run_leaves_a_complete_folder(one, images, tmp_path):
         "checkpoint.pt",
         "summary.json",
     }
-    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["status"], summary["reason"], summary["epochs"], summary["steps"]) == ("complete", None, 2, 8)
+    stored = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == Run.read(stored)
+    assert summary.summary() == stored
+    assert (stored["status"], stored["reason"], stored["epochs"], stored["steps"]) == ("complete", None, 2, 8)
     assert Config.from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())) == one
     rows = files.read_rows(tmp_path / "run" / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert [float(row["test_accuracy"]) for row in rows] == [e.test_accuracy for e in epochs]
-    assert summary["result"]["train_loss"] == float(rows[-1]["train_loss"])
-    assert summary["timing"]["step_ms"] > 0
-    assert summary["environment"]["device"] == "cpu"
+    assert summary.train_loss == float(rows[-1]["train_loss"])
+    assert summary.step_ms > 0
+    assert summary.environment["device"] == "cpu"
 
     # The weights are those of the network that the summary speaks of.
     model = build("convnet", norm="batch", in_channels=1, num_classes=2, widths=[4, 8])
     model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
     scores = model.eval()(images.x_test)
-    assert float((scores.argmax(1) == images.y_test).float().mean()) == pytest.approx(
-        summary["result"]["test_accuracy"]
-    )
+    assert float((scores.argmax(1) == images.y_test).float().mean()) == pytest.approx(summary.test_accuracy)
     loss = torch.nn.functional.cross_entropy(scores, images.y_test)
-    assert float(loss.detach()) == pytest.approx(summary["result"]["test_loss"], rel=1e-5)
-    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert float(loss.detach()) == pytest.approx(summary.test_loss, rel=1e-5)
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_the_shift_is_measured_on_every_layer_and_its_interval_holds(one, images, tmp_path):
@@ -58,13 +58,13 @@ def test_the_shift_is_measured_on_every_layer_and_its_interval_holds(one, images
     assert [(row["epoch"], row["step"]) for row in rows[::2]] == [("1", "1"), ("1", "4"), ("2", "7")]
     assert len({row["layer"] for row in rows}) == 2
     for row in rows:
-        values = {column: float(row[column]) for column in SHIFT_COLUMNS}
+        values = {column: float(row[column]) for column in SHIFT_NUMBERS}
         assert 0 <= values["lower"] <= values["w1"] * (1 + 1e-9)
         assert values["w1"] <= values["upper"] * (1 + 1e-9)
         assert values["w1"] > 0
         assert values["relative"] == pytest.approx(values["w1"] / values["spread"])
-    assert summary["result"]["shift_holds"] is True
-    assert summary["result"]["shift_w1"] > 0
+    assert summary.shift_holds is True
+    assert summary.shift_w1 > 0
 
 
 def test_by_default_a_short_run_is_measured_twenty_times_and_a_long_one_every_epoch(one, images, tmp_path):
@@ -81,19 +81,20 @@ def test_measuring_does_not_change_the_training_by_one_bit(small, images, tmp_pa
     config = dataclasses.replace(small.single(norm, optim, 0), shift_every=1)
     with_it = train_run(config, images, tmp_path / "with")
     without = train_run(config, images, tmp_path / "without", monitor=False)
-    assert with_it["result"]["shift"]
-    assert not without["result"]["shift"]
+    assert with_it.shift
+    assert not without.shift
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1]
     for key in ("train_loss", "test_loss", "test_accuracy"):
-        assert with_it["result"][key] == without["result"][key]
+        assert getattr(with_it, key) == getattr(without, key)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(one, images, tmp_path):
     runs = [train_run(dataclasses.replace(one, seeds=(s,)), images, tmp_path / str(i)) for i, s in enumerate((0, 0, 1))]
     weights = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3)]
     assert weights[0] == weights[1] != weights[2]
-    assert runs[0]["result"] == runs[1]["result"] != runs[2]["result"]
+    results = [run.summary()["result"] for run in runs]
+    assert results[0] == results[1] != results[2]
 
 
 def first_filter(folder):
@@ -113,25 +114,26 @@ def test_norms_start_from_the_same_convolutions(small, images, tmp_path):
 def test_a_limit_of_the_test_images_is_that_and_nothing_else(one, images, tmp_path):
     few = dataclasses.replace(one, test_limit=10)
     a, b = (train_run(config, images, tmp_path / name) for name, config in (("a", one), ("b", few)))
-    assert a["result"]["train_loss"] == b["result"]["train_loss"]
-    assert a["result"]["test_loss"] != b["result"]["test_loss"]
-    assert 10 * b["result"]["test_accuracy"] == pytest.approx(round(10 * b["result"]["test_accuracy"]))
+    assert a.train_loss == b.train_loss
+    assert a.test_loss != b.test_loss
+    assert 10 * b.test_accuracy == pytest.approx(round(10 * b.test_accuracy))
     weights = [load_file(tmp_path / name / "model.safetensors") for name in "ab"]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_it_learns(one, images, tmp_path):
     config = dataclasses.replace(one, epochs=12, augment=("shift",), augment_pixels=1, label_smoothing=0.1)
-    assert train_run(config, images, tmp_path / "run")["result"]["test_accuracy"] > 0.9
+    assert train_run(config, images, tmp_path / "run").test_accuracy > 0.9
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(small, images, tmp_path):
     config = dataclasses.replace(small.single("none", "sgd", 0), optims={"sgd": {"lr": 1e30}}, schedule="constant")
     summary = train_run(config, images, tmp_path / "run")
-    assert summary["status"] == "diverged"
-    assert summary["reason"].startswith("the training loss became nan at step ") or "inf" in summary["reason"]
-    assert summary["steps"] < 8
-    assert summary["result"]["test_accuracy"] is None
+    assert summary.status == "diverged"
+    assert summary.reason.startswith("the training loss became nan at step ") or "inf" in summary.reason
+    assert summary.steps < 8
+    assert math.isnan(summary.test_accuracy)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["result"]["test_accuracy"] is None
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert train_run(config, images, tmp_path / "run") == summary
 
@@ -139,17 +141,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(small, images, tmp_p
 def test_a_test_loss_that_is_not_finite_counts_too(one, images, tmp_path, monkeypatch):
     monkeypatch.setattr(loop._Run, "_evaluate", lambda self: (math.inf, 0.5))
     summary = train_run(one, images, tmp_path / "run")
-    assert (summary["status"], summary["reason"]) == ("diverged", "the test loss became inf after epoch 1")
+    assert (summary.status, summary.reason) == ("diverged", "the test loss became inf after epoch 1")
 
 
 @pytest.mark.parametrize("norm", ["batch", "unitized"])
 def test_batch_norms_are_refused_at_batch_size_one(small, images, tmp_path, norm):
     config = dataclasses.replace(small.single(norm, "sgd", 0), batch_size=1)
     summary = train_run(config, images, tmp_path / "run")
-    assert summary["status"] == "refused"
-    assert "a batch of 1 image" in summary["reason"]
-    assert ", ".join(loop.single_image_norms()) in summary["reason"]
-    assert summary["steps"] == 0
+    assert summary.status == "refused"
+    assert "a batch of 1 image" in summary.reason
+    assert ", ".join(loop.single_image_norms()) in summary.reason
+    assert summary.steps == 0
 
 
 def test_the_refusal_names_norms_of_every_kind_but_those_of_the_batch():
@@ -163,7 +165,7 @@ def test_the_norms_that_the_refusal_names_do_train_at_batch_size_one(small, imag
     config = dataclasses.replace(small.single(norm, "sgd", 0), batch_size=1, epochs=1, lr=None)
     config = dataclasses.replace(config, optims={"sgd": {"lr": 1e-3}}, shift_every=30)
     summary = train_run(config, images, tmp_path / "run")
-    assert (summary["status"], summary["steps"]) == ("complete", 64)
+    assert (summary.status, summary.steps) == ("complete", 64)
 
 
 def test_wrong_uses_are_refused(small, one, images, tmp_path):
@@ -185,7 +187,7 @@ def test_wrong_uses_are_refused(small, one, images, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_precisions(one, images, tmp_path, precision):
     summary = train_run(dataclasses.replace(one, precision=precision), images, tmp_path / "run")
-    assert summary["status"] == "complete"
+    assert summary.status == "complete"
     kind = {"bf16-mixed": torch.float32, "64-true": torch.float64}[precision]
     assert first_filter(tmp_path / "run").dtype == kind
 

@@ -40,6 +40,7 @@ def breaks(activation, gamma, beta):
     return [(k - beta) / gamma for k in kinks]
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", SMOOTH_AND_KINKED)
 def test_moments_match_adaptive_integration(name, point):

@@ -37,6 +37,7 @@ def noise(*shape, seed=1, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=dtype)
 
 
+@pytest.mark.quick(15)
 @pytest.mark.parametrize("unitize", [False, True])
 @pytest.mark.parametrize("constants", ["exact", "paper"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -115,6 +116,7 @@ def test_transposed_convolutions_equal_plain_ones(kind, size, kwargs):
     assert layer.unit_rows().norm(dim=1).allclose(torch.ones(6, dtype=torch.float64))
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("unitize", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "prelu", "gelu", "tanh", "elu", None])
 def test_gradients_and_second_gradients(activation, unitize):

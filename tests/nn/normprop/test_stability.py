@@ -36,6 +36,7 @@ def assert_even_keel(rows, mean=0.05, std=0.05):
 WIDTH = 384
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
 def test_hundred_layers_of_any_affine_parameters_with_unitized_samples(activation):
     torch.manual_seed(1)
@@ -43,6 +44,7 @@ def test_hundred_layers_of_any_affine_parameters_with_unitized_samples(activatio
     assert_even_keel(trace(gaussian(1024, WIDTH), build, 100))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh", "elu", "prelu"])
 def test_hundred_layers_at_the_stable_initialization(activation):
     torch.manual_seed(1)
@@ -94,6 +96,7 @@ def relative(a, b):
     return abs(a - b) / abs(b)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("constants", ["exact", "paper"])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu", "gelu", "silu", "tanh", "elu", "hardtanh", None])
 def test_gains_match_simulation(activation, constants):

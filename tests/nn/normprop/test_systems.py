@@ -66,6 +66,7 @@ def test_per_sample_gradients_equal_a_loop(activation, unitize):
             assert torch.allclose(per_sample[name][i], parameter.grad, atol=1e-10)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("activation", ["relu", "gelu", "elu", "prelu"])
 def test_compiles_to_one_graph(activation):
     torch._dynamo.reset()

@@ -1,0 +1,136 @@
+"""What an optimizer, a schedule and the additions to a run can be set to: names, defaults, and what each may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexnorm._messages import unknown_name
+
+_SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+_ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05}
+_SPHERE = {"grad_clip": 0.1, "ortho": 0.1}
+_PROJECTION = {"delta": 0.1, "wd_ratio": 0.1}
+
+OPTIMS: dict[str, dict[str, Any]] = {
+    "sgd": _SGD,
+    "sgdg": {**_SGD, "lr_manifold": 0.2, **_SPHERE},
+    "adamg": {**_SGD, "lr_manifold": 0.05, **_SPHERE, "beta2": 0.99},
+    "adamw": _ADAMW,
+    "sgdp": {**_SGD, **_PROJECTION},
+    "adamp": {**_ADAMW, **_PROJECTION},
+}
+"""Every optimizer with its settings and their defaults.
+
+``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
+0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+``delta`` and ``wd_ratio`` are those of the projection of SGDP and AdamP (Heo et al., 2021).
+The learning rates are for batches of 64 images and more. For smaller batches these defaults, and only these, are scaled
+down: linearly with the batch size, Adam-G's ``lr_manifold`` and the ``lr`` of AdamW and AdamP with its root.
+"""
+
+GAMMA_DECAY: dict[str, Any] = {"coefficient": "adaptive", "batch_size": None, "decoupled": False, "every": 50}
+"""Settings of the gamma decay and their defaults (:class:`flexnorm.optim.GammaDecay`).
+
+``coefficient``: zeta, a number or ``"adaptive"``; ``batch_size``: M, the batch size whose noise is imitated (None: that
+of the training); ``decoupled``: shrink gamma after the step instead of adding a penalty to the loss; ``every``: updates
+between two estimates of an adaptive zeta.
+"""
+
+ESTIMATE: dict[str, Any] = {"every": 50, "samples": 10_000, "chunk": None}
+"""Settings of the population statistics and their defaults (:class:`flexnorm.statistics.PopulationEstimator`).
+
+``every``: updates between two renewals (one more comes before each evaluation); ``samples``: training images per
+renewal; ``chunk``: images that go through at a time, where the memory does not take all at once.
+"""
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {"warmup": 0.0},
+    "cosine": {"warmup": 0.0, "final": 0.0},
+    "onecycle": {"peak": 0.3, "initial": 0.04, "final": 0.0001},
+    "step": {"drops": (), "every": 0, "factor": 0.1, "warmup": 0.0},
+}
+"""Every schedule of the learning rate with its arguments and their defaults.
+
+* ``constant``: the learning rate itself, after a linear ``warmup`` over that fraction of the run.
+* ``cosine``: half a cosine from 1 to ``final``.
+* ``onecycle``: a cosine from ``initial`` up to 1 at the fraction ``peak`` of the run, and down to ``final``.
+* ``step``: multiplied by ``factor`` at each epoch in ``drops``, or after every ``every`` epochs.
+"""
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a whole or a real number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_Takes = tuple[str, Callable[[Any], bool]]
+
+
+def _count(low: int, *, or_none: bool = False) -> _Takes:
+    return f"a whole number of at least {low}", lambda v: (or_none and v is None) or (type(v) is int and v >= low)
+
+
+def _not_negative(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
+_FLAG: _Takes = ("true or false", lambda v: isinstance(v, bool))
+_RATE: _Takes = ("a number above 0", lambda v: is_number(v) and v > 0)
+_TAKES: dict[str, dict[str, _Takes]] = {
+    "optims": {"lr": _RATE, "lr_manifold": _RATE, "nesterov": _FLAG, "": ("a number of at least 0", _not_negative)},
+    "gamma_decay": {
+        "coefficient": (
+            "adaptive or a number of at least 0",
+            lambda v: v == "adaptive" or (_not_negative(v) and v < float("inf")),
+        ),
+        "batch_size": _count(2, or_none=True),
+        "decoupled": _FLAG,
+        "every": _count(1),
+    },
+    "estimate": {"every": _count(1), "samples": _count(1), "chunk": _count(2, or_none=True)},
+    "schedule": {
+        "drops": (
+            "a list of epochs >= 0",
+            lambda v: all(map(_not_negative, v if isinstance(v, (list, tuple)) else [v])),
+        ),
+        "": ("a number >= 0", _not_negative),
+    },
+}
+"""By kind of settings and name, what a setting must be, in words and as a test; under "" that of all others."""
+
+
+def filled(kind: str, where: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the defaults filled in.
+
+    Args:
+        kind: ``"optims"``, ``"gamma_decay"``, ``"estimate"`` or ``"schedule"``.
+        where: The key that messages begin with.
+        defaults: The table of that kind.
+        given: The settings that differ from it.
+
+    Raises:
+        ValueError: For a setting that there is not, or a value that it does not take.
+    """
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(f"{where}: {unknown_name('argument' if kind == 'schedule' else 'setting', key, defaults)}")
+        words, fits = _TAKES[kind].get(key) or _TAKES[kind][""]
+        if not fits(value):
+            raise ValueError(f"{where}: {key} must be {words}, not {value!r}")
+    return {**defaults, **given}
+
+
+def schedule_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a schedule with the defaults filled in.
+
+    Args:
+        name: One of :data:`SCHEDULES`.
+        given: The arguments that differ.
+
+    Raises:
+        ValueError: For an unknown schedule or argument, or a value that it does not take.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(unknown_name("schedule", name, SCHEDULES))
+    return filled("schedule", f"schedule {name}", SCHEDULES[name], given)

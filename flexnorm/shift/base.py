@@ -1,0 +1,193 @@
+"""What all monitors share: counting steps, keeping an anchor until it is compared, sinks, a resumable state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar, get_args
+
+from torch import Tensor, nn
+
+from flexnorm._messages import unknown_name
+from flexnorm.probe import unwrap
+from flexnorm.shift.records import Record
+from flexnorm.shift.schedules import Schedule, as_schedule
+from flexnorm.shift.sinks import Sink, as_sink
+
+Anchor = Literal["previous", "initial", "both"]
+Snapshot = dict[str, Tensor]
+R = TypeVar("R", bound=Record)
+
+_FORMAT = 1
+
+
+class Monitor(ABC, Generic[R]):
+    """Base of the monitors: takes a snapshot, the *anchor*, where its schedule says so, and compares a later one.
+
+    Args:
+        model: Any module, also compiled or wrapped for distributed training; the module inside is looked at.
+        every: When to measure: a number of steps, a list of steps, or a schedule.
+        lag: Optimizer steps between the two snapshots that are compared.
+        anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
+        sinks: Where else to put each record.
+
+    Attributes:
+        records: All measurements so far; readable, and may be emptied, at any time.
+        steps: Optimizer steps seen so far.
+    """
+
+    _kind: type[R]
+
+    def __init__(
+        self, model: nn.Module, every: int | Schedule | Iterable[int], lag: int, anchor: Anchor, sinks: Iterable[Any]
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        check_count("lag", lag)
+        if anchor not in get_args(Anchor):
+            raise ValueError(unknown_name("anchor", anchor, get_args(Anchor)))
+        self._model = unwrap(model)
+        self._schedule = as_schedule(every)
+        self._lag = lag
+        self._anchor = anchor
+        self._sinks: list[Sink] = [as_sink(sink) for sink in sinks]
+        self._pending: list[tuple[int, Snapshot]] = []
+        self._initial: tuple[int, Snapshot] | None = None
+        self._started = False
+        self.steps = 0
+        self.records: list[R] = []
+
+    @abstractmethod
+    def look(self) -> Snapshot:
+        """What is compared, as it is now: tensors by name. Changes nothing in the model."""
+
+    @abstractmethod
+    def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """What a record says besides where it was made, by the name of its layer."""
+
+    @abstractmethod
+    def _config(self) -> dict[str, Any]:
+        """Further arguments that must agree for a state to be taken up, as plain values."""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Take the snapshots before the first step, where they are needed. ``with`` calls this."""
+        if self._started:
+            return
+        self._started = True
+        due = self._schedule(self.steps) and self._anchor != "initial"
+        if due or self._anchor != "previous":
+            now = self.look()
+            if due:
+                self._pending.append((self.steps, now))
+            if self._anchor != "previous":
+                self._initial = (self.steps, now)
+
+    def step(self) -> list[R]:
+        """Tell the monitor that the optimizer has made a step; call it once after each ``optimizer.step()``.
+
+        Returns:
+            The records made at this step; most often none.
+
+        Raises:
+            RuntimeError: The monitor was not started.
+        """
+        if not self._started:
+            raise RuntimeError("call start(), or use the monitor in a with statement, before the first optimizer step")
+        self.steps += 1
+        scheduled = self._schedule(self.steps)
+        ready = [entry for entry in self._pending if entry[0] + self._lag <= self.steps]
+        since_start = [self._initial] if scheduled and self._initial is not None else []
+        take = scheduled and self._anchor != "initial"
+        if not (ready or since_start or take):
+            return []
+        now = self.look()
+        made = [
+            self._kind(step=self.steps, layer=layer, anchor=anchor, anchor_step=taken, **numbers)
+            for anchor, entries in (("previous", ready), ("initial", since_start))
+            for taken, before in entries
+            for layer, numbers in self._compare(before, now)
+        ]
+        self._pending = [entry for entry in self._pending if entry[0] + self._lag > self.steps]
+        if take:
+            self._pending.append((self.steps, now))
+        self.records += made
+        for sink in self._sinks:
+            for record in made:
+                sink.write(record)
+        return made
+
+    def close(self) -> None:
+        """Close the sinks. The records stay readable."""
+        for sink in self._sinks:
+            sink.close()
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean over the measurements so far of every number of the records, by layer."""
+        table: dict[str, list[Mapping[str, Any]]] = {}
+        for record in self.records:
+            table.setdefault(record.layer, []).append(record.asdict())
+        skip = {"step", "layer", "reference", "reference_step"}
+        return {
+            layer: {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key not in skip}
+            for layer, rows in table.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on exactly: tensors, numbers and strings, nothing else."""
+        return {
+            "format": _FORMAT,
+            "config": self._arguments(),
+            "steps": self.steps,
+            "started": self._started,
+            "pending": [_pack(entry) for entry in self._pending],
+            "initial": None if self._initial is None else _pack(self._initial),
+            "records": [record.asdict() for record in self.records],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`. File sinks drop the rows of steps that will be made again.
+
+        Raises:
+            ValueError: The state is of another format, or of a monitor with other arguments.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"the monitor's state has format {state.get('format')!r}, this version reads {_FORMAT}")
+        there, here = state["config"], self._arguments()
+        differences = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
+        if differences:
+            raise ValueError(f"the state is of a monitor with other arguments ({'; '.join(differences)})")
+        self.steps = int(state["steps"])
+        self._started = bool(state["started"])
+        self._pending = [_unpack(entry) for entry in state["pending"]]
+        self._initial = None if state["initial"] is None else _unpack(state["initial"])
+        self.records = [self._kind.from_dict(values) for values in state["records"]]
+        for sink in self._sinks:
+            sink.rewind(self.steps)
+
+    def _arguments(self) -> dict[str, Any]:
+        # States and files call the anchor "reference", as they always have.
+        return {"lag": self._lag, "reference": self._anchor, **self._config()}
+
+
+def check_count(name: str, number: object) -> None:
+    """Refuse what is not a whole number from 1 on (ValueError)."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {number!r}")
+
+
+def _pack(entry: tuple[int, Snapshot]) -> dict[str, Any]:
+    return {"step": entry[0], "values": dict(entry[1])}
+
+
+def _unpack(entry: Mapping[str, Any]) -> tuple[int, Snapshot]:
+    return int(entry["step"]), {name: value.clone() for name, value in entry["values"].items()}
