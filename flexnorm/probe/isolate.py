@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,10 +90,9 @@ def _private_attributes(model: nn.Module, seed: int) -> Iterator[None]:
     try:
         for module, attributes in saved:
             own = module.__dict__
-            own["_buffers"] = _like(
-                attributes["_buffers"], {k: _copied(v, copies, seed) for k, v in attributes["_buffers"].items()}
-            )
-            own.update({k: _copied(v, copies, seed) for k, v in attributes.items() if not _internal(k)})
+            buffers = attributes["_buffers"]
+            own["_buffers"] = type(buffers)({k: _copied(v, copies, seed) for k, v in buffers.items()})
+            own.update({k: _copied(v, copies, seed) for k, v in attributes.items() if k not in _TORCH_ATTRIBUTES})
             if own.get("_compiled_call_impl") is not None:
                 own["_compiled_call_impl"] = None
             _stop_synchronizing(module)
@@ -115,14 +114,6 @@ def _stop_synchronizing(module: nn.Module) -> None:
 _TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
-def _internal(name: str) -> bool:
-    return name in _TORCH_ATTRIBUTES
-
-
-def _like(original: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    return OrderedDict(values) if isinstance(original, OrderedDict) else values
-
-
 def _copied(value: Any, copies: dict[int, Any], seed: int) -> Any:
     """A copy for what a forward may write into, shared where the original is shared; anything else as it is."""
     if id(value) in copies:
@@ -141,9 +132,7 @@ def _copied(value: Any, copies: dict[int, Any], seed: int) -> Any:
 @contextmanager
 def _uncached_autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
     enabled = torch.is_autocast_enabled(kind) if dtype is None else True
-    if not enabled:
-        yield
-        return
     # Casts made without gradients must not stay in the cache for the training forward to find.
-    with torch.autocast(kind, dtype=dtype or torch.get_autocast_dtype(kind), cache_enabled=False):
+    dtype = dtype or torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, dtype=dtype, cache_enabled=False) if enabled else nullcontext():
         yield

@@ -221,13 +221,12 @@ def select_places(places: list[Place], include: Selection | None, exclude: Selec
     return [p for p in places if any(n in wanted for n in p.names) and not any(n in dropped for n in p.names)]
 
 
-def select_layers(model: nn.Module, layers: Selection, argument: str = "layers") -> dict[str, nn.Module]:
+def select_layers(model: nn.Module, layers: Selection) -> dict[str, nn.Module]:
     """Those of all modules of a model that a selection means, in the order of ``model.named_modules()``.
 
     Args:
         model: The unwrapped model.
         layers: As for :func:`select`; ``"norm"`` is always all normalization layers and markers of absent ones.
-        argument: The option's name, for messages.
 
     Returns:
         Modules by name. A module reachable under several names has the first; the prefix ``_orig_mod.`` of compiled
@@ -239,10 +238,10 @@ def select_layers(model: nn.Module, layers: Selection, argument: str = "layers")
     """
     candidates = {_plain(name): module for name, module in model.named_modules()}
     if isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module)) and not (layers := list(layers)):
-        raise ValueError(f"{argument} is an empty list; name at least one layer")
-    found = select(candidates, layers, argument, keyword_first=True)
+        raise ValueError("layers is an empty list; name at least one layer")
+    found = select(candidates, layers, keyword_first=True)
     if not found:
-        raise ValueError(f"{argument}: {unknown_name('layer or pattern', layers, filter(None, candidates))}")
+        raise ValueError(f"layers: {unknown_name('layer or pattern', layers, filter(None, candidates))}")
     return found
 
 

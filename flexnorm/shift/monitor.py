@@ -175,10 +175,5 @@ class ShiftMonitor(Monitor[ShiftRecord]):
                 yield layer, {**vars(measure_shift(before[layer], points)), "metrics": self._numbers[layer]}
 
     def _config(self) -> dict[str, Any]:
-        return {
-            "layers": list(self._layers),
-            "samples": self._samples,
-            "max_samples": self._max_samples,
-            "mode": self._mode,
-            "seed": self._seed,
-        }
+        names = ("samples", "max_samples", "mode", "seed")
+        return {"layers": list(self._layers)} | {name: getattr(self, f"_{name}") for name in names}

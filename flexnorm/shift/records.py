@@ -110,14 +110,10 @@ def measure_shift(before: Tensor, after: Tensor, *, include: Iterable[str] | Non
 class ShiftRecord(Shift, Record):
     """The shift of one layer between two steps, with what else was asked for.
 
-    The attributes are those of :class:`Shift` and:
+    The attributes are those of :class:`Record` (to the layer's name ``#2`` and so on is appended for further calls of
+    it within one forward), of :class:`Shift`, and:
 
     Attributes:
-        step: Optimizer steps done when the shift was measured.
-        layer: Name of the layer; ``#2`` and so on is appended for further calls of it within one forward.
-        anchor: What the shift is measured from: ``"previous"`` (``lag`` steps earlier) or ``"initial"`` (the first step
-            that the monitor saw).
-        anchor_step: Optimizer steps done when the distribution before was taken.
         metrics: Further numbers by name, as the monitor's ``metrics`` ask for.
     """
 

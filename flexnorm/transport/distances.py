@@ -97,13 +97,9 @@ def wasserstein(
 
 
 def directions(samples: Pair, projections: int | Tensor, seed: int, mean_difference: bool = False) -> Tensor:
-    """Unit directions as columns, (..., d, k) in the dtype of the samples.
+    """Unit directions as columns, (..., d, k) in the dtype of the samples: those given, or so many random ones.
 
-    Args:
-        samples: The two samples.
-        projections: Number of random directions, or the directions themselves.
-        seed: Seed of the random directions.
-        mean_difference: Append the direction of the difference of the means to random directions.
+    With ``mean_difference`` that of the difference of the means is appended to random directions.
     """
     x = samples.x
     d = x.shape[-1]

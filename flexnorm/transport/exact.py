@@ -20,14 +20,6 @@ def exact_wasserstein(samples: Pair, p: float, max_iterations: int | None) -> Te
     """W_p between two clouds; the plan is found in float64 on the CPU, its cost is differentiable in the points.
 
     By the envelope theorem the gradient of the optimal cost is that of the cost of the optimal plan held fixed.
-
-    Args:
-        samples: (..., n, d) and (..., m, d).
-        p: Order, at least 1.
-        max_iterations: Limit of the network simplex, ``None`` for one that grows with the problem.
-
-    Returns:
-        (...) in the dtype and on the device of the samples.
     """
     samples.check_finite()
     if max_iterations is not None and (isinstance(max_iterations, bool) or max_iterations < 1):

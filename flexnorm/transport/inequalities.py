@@ -22,16 +22,7 @@ _LARGEST_BASIS = 512
 
 
 def truncated_moment(size: Tensor, order: float, limit: Tensor) -> Tensor:
-    r"""The 1-Lipschitz function $\min(s, B)^k / (k B^{k-1})$ of absolute values s.
-
-    Args:
-        size: (n, d) absolute values.
-        order: The order k, at least 1.
-        limit: (d,) truncation B of each coordinate, not negative; where it is 0 the function is 0.
-
-    Returns:
-        (n, d), in the units of ``size``.
-    """
+    r"""The 1-Lipschitz function $\min(s, B)^k / (k B^{k-1})$ of absolute values s (n, d), with B (d,) at least 0."""
     safe = torch.where(limit > 0, limit, torch.ones_like(limit))
     return torch.minimum(size, limit).div(safe).pow(order) * limit / order
 
@@ -81,14 +72,7 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
 
 
 class PairStatistics:
-    """A pair of float64 samples and quantities derived from it on demand.
-
-    Args:
-        samples: (n, d) and (m, d), float64, on the CPU.
-        p: Order of the distance that is bounded.
-        projections: How many random directions to look along.
-        seed: Seed of those directions.
-    """
+    """A pair of samples, (n, d) and (m, d) in float64 on the CPU, and quantities derived from it on demand."""
 
     def __init__(self, samples: Pair, p: float, projections: int, seed: int) -> None:
         self.samples, self.p, self.projections, self.seed = samples, p, projections, seed

@@ -19,18 +19,7 @@ from flexnorm.transport.samples import power_mean
 def line_wasserstein(
     x: Tensor, y: Tensor, p: float, x_mass: Tensor | None = None, y_mass: Tensor | None = None
 ) -> Tensor:
-    """W_p between rows of points on the line.
-
-    Args:
-        x: (..., n) points.
-        y: (..., m) points.
-        p: Order, at least 1.
-        x_mass: Weights that broadcast to (..., n) and sum to 1; ``None`` for equal weights.
-        y_mass: Weights that broadcast to (..., m) and sum to 1; ``None`` for equal weights.
-
-    Returns:
-        (...).
-    """
+    """W_p between rows x (..., n) and y (..., m) of points, with weights that broadcast to them and sum to 1: (...)."""
     if x_mass is None and y_mass is None:
         x, y = sort_rows(x), sort_rows(y)
         if x.shape[-1] == y.shape[-1]:
@@ -80,8 +69,7 @@ def quantile_matching(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The monotone coupling of weighted points (..., n) and (..., m) in any order, row by row.
 
-    Returns:
-        (..., n + m) indices into x, the same into y, and the mass of each pair in float64.
+    Returns (..., n + m) indices into x, the same into y, and the mass of each pair in float64.
     """
     order_x, ends_x = _cumulative(x, x_mass)
     order_y, ends_y = _cumulative(y, y_mass)

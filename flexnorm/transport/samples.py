@@ -59,11 +59,7 @@ class Pair(NamedTuple):
         return cls(x, y, _mass("x", x_mass, x), _mass("y", y_mass, y))
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinity, for which no coupling has a finite cost.
-
-        Raises:
-            ValueError: A sample holds NaN or infinity.
-        """
+        """Refuse NaN and infinity, for which no coupling has a finite cost (ValueError)."""
         for name, sample in (("x", self.x), ("y", self.y)):
             if bad := int((~torch.isfinite(sample)).sum()):
                 raise ValueError(f"{name} holds {bad} values that are NaN or infinite; their distance is not defined")
@@ -103,13 +99,10 @@ def check_order(p: float) -> float:
 
 
 def safe_norm(values: Tensor) -> Tensor:
-    """Euclidean norm over the last axis that neither overflows nor underflows and has gradient 0 at 0.
+    """Euclidean norm of ``values`` over the last axis that neither over- nor underflows and has gradient 0 at 0.
 
     ``sqrt(sum(v ** 2))`` of float32 values beyond 1e19 is infinite and below 1e-23 it is zero; dividing by the largest
     entry first keeps every square in range.
-
-    Args:
-        values: (..., d); the result is (...).
     """
     safe = _scale(values.detach().abs())
     norm: Tensor = torch.linalg.vector_norm(values / safe, dim=-1) * safe.squeeze(-1)
@@ -120,12 +113,7 @@ def power_mean(values: Tensor, p: float, mass: Tensor | None = None) -> Tensor:
     r"""$(\sum_i w_i |v_i|^p)^{1/p}$ over the last axis, without overflow and with gradient 0 (not NaN) where it is 0.
 
     The derivative of ``t ** (1 / p)`` at 0 is infinite, and infinity times the zero inside is NaN: that would poison
-    the gradient of a distance between equal samples, which is the value such a loss converges to.
-
-    Args:
-        values: (..., n); the result is (...).
-        p: Order, at least 1.
-        mass: (..., n) weights that sum to 1; ``None`` for the plain mean.
+    the gradient of a distance between equal samples, which is the value such a loss converges to. The weights sum to 1.
     """
 
     def average(powers: Tensor) -> Tensor:
