@@ -76,7 +76,7 @@ class Noisy(nn.Module):
         xhat = (x - mean - self.offset * var.sqrt()) / (var * self.factor.exp() + self.norm.eps).sqrt()
         alpha = getattr(self.norm, "alpha", None)
         if alpha is not None:
-            square = xhat.square().sum(1) if self.norm.norm == "paper" else xhat.square().mean(1)
+            square = xhat.square().sum(1) if self.norm.unit_norm == "paper" else xhat.square().mean(1)
             xhat = xhat * (alpha / (square + self.norm.eps).sqrt()[:, None] + 1 - alpha)
         return self.norm.weight * xhat + self.norm.bias
 

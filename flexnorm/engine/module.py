@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm.engine.declaration import Norm, constructor_arguments
 from flexnorm.engine.engine import flex_norm
 from flexnorm.engine.moments import Moments
 from flexnorm.engine.pool import active_group
@@ -31,7 +32,7 @@ def _unbias(count: int | Tensor) -> float | Tensor:
     return count / max(count - 1, 1)
 
 
-class FlexNorm(nn.Module):
+class FlexNorm(Norm):
     """Base class of all normalization layers: parameters, running statistics and one rule.
 
     A subclass implements :meth:`rule` and gets training, evaluation, synchronization over processes, mixed precision,
@@ -61,7 +62,6 @@ class FlexNorm(nn.Module):
         ValueError: If ``num_features``, ``eps`` or ``momentum`` is out of range.
     """
 
-    ndims: tuple[int, ...] = (2, 3, 4, 5)
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -154,7 +154,7 @@ class FlexNorm(nn.Module):
         """Turn the moments of the input into ``(scale, shift)``, each broadcastable to (N, C)."""
         raise NotImplementedError(f"{type(self).__name__} must implement rule(moments) -> (scale, shift)")
 
-    def statistics(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def batch_or_running(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and biased variance to normalize with, (1, C) or (C,), and keep the running statistics.
 
         In training: those of the batch, pooled over processes, which also enter the running statistics. In evaluation
@@ -241,9 +241,9 @@ class FlexNorm(nn.Module):
         self._keep_precision()
 
     def extra_repr(self) -> str:
-        """Show the constructor arguments, and ``frozen`` when it is set."""
-        shown = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}"
-        )
-        return shown + (", frozen=True" if self.frozen else "")
+        """Show the constructor arguments, the norm's own options among them, and ``frozen`` when it is set."""
+        arguments = constructor_arguments(type(self))
+        common = [name for name in ("eps", "momentum", "affine", "track_running_stats") if name in arguments]
+        own = [name for name in self.options if name not in common]
+        shown = [str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*common, *own))]
+        return ", ".join(shown + ["frozen=True"] * self.frozen)

@@ -22,25 +22,40 @@ statistics. Strictly population normalization, each sample alike and training th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import FlexNorm, Moments, recomputing
-from flexnorm.nn import rules
+from flexnorm.nn._base import Shared, standardize
 from flexnorm.nn._fused import follow_statistics
+from flexnorm.nn.renorm import renormalize
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from flexnorm.kernels.normalization import CKernels
 
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
 _FEW_VALUES = 16
 
-__all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d"]
+__all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d", "population"]
+
+
+def population(
+    moments: Moments,  # noqa: ARG001 - a rule receives them; this one needs none, and so costs no pass over x
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Population normalization (Luo et al. 2019, sec. 2): fixed moments of the whole population, in training too.
+
+    ``mean`` and ``var`` are (C,). ``moments`` is not read: this rule costs one affine pass.
+    """
+    return standardize(mean, var, weight, bias, eps)
 
 
 class _PopulationNorm(FlexNorm):
@@ -69,10 +84,7 @@ class _PopulationNorm(FlexNorm):
             mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None`` switches it off. It never
             acts in evaluation, on a batch with one value per channel, or on estimated statistics as constants
             (``gradient="none"``, or fewer than 16 values), which promise that no sample depends on the others.
-        bias: ``False`` leaves out the bias only.
-        process_group: Pool the statistics over the processes of this group (any backend).
-        device: Device of parameters and buffers.
-        dtype: Type of the parameters.
+        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
 
     Attributes:
         clipped: Scalar buffer: share of the channels on which the guard acted in the last training batch.
@@ -81,6 +93,10 @@ class _PopulationNorm(FlexNorm):
         ValueError: For an unknown ``statistics`` or ``gradient``, or a ``max_ratio`` below 1.
     """
 
+    norm_name = "population"
+    statistics_from = "population"
+    options = ("eps", "momentum", "statistics", "gradient", "max_ratio")
+    torch_layer = "batch"
     clipped: Tensor
 
     def __init__(
@@ -93,62 +109,46 @@ class _PopulationNorm(FlexNorm):
         statistics: str = "running",
         gradient: str = "batch",
         max_ratio: float | None = 3.0,
-        bias: bool = True,
-        process_group: ProcessGroup | str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **kwargs: Unpack[Shared],
     ) -> None:
         if statistics not in ("running", "estimated"):
             raise ValueError(unknown_name("statistics of PopulationNorm", statistics, ["running", "estimated"]))
-        if max_ratio is not None and max_ratio < 1:
-            raise ValueError(f"max_ratio must be at least 1 or None (no guard), got {max_ratio}")
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            True,
-            bias=bias,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
         if gradient not in ("batch", "none"):
             raise ValueError(unknown_name("gradient of PopulationNorm", gradient, ["batch", "none"]))
-        self.source = statistics
+        if max_ratio is not None and max_ratio < 1:
+            raise ValueError(f"max_ratio must be at least 1 or None (no guard), got {max_ratio}")
+        super().__init__(num_features, eps, momentum, affine, True, **kwargs)
+        self.statistics = statistics
         self.gradient = gradient
         self.max_ratio = max_ratio
         self._samples = 0
-        self.register_buffer("clipped", torch.zeros((), device=device), persistent=False)
+        self.register_buffer("clipped", torch.zeros((), device=kwargs.get("device")), persistent=False)
+
+    def same_as(self, training: bool) -> str:
+        """Its evaluation is that of batch normalization."""
+        return "population" if training else "batch"
 
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Standardize with the population statistics, in training too."""
         if self.frozen or not self.training:
-            mean, var = self.kept_statistics()
-            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+            return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
         # With a process group the choice must not depend on the local batch: all processes communicate alike.
         alone = moments.process_group is None and isinstance(moments.count, int)
         few = alone and moments.count * self._samples < _FEW_VALUES
         through = self.gradient == "batch" and not few
-        if not through and self.source == "estimated":
-            mean, var = self.kept_statistics()
-            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+        if not through and self.statistics == "estimated":
+            return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
         pooled = moments.pool("batch") if through else moments.detach().pool("batch")
-        mean, var = self._bounded(pooled) if self.source == "estimated" else self._follow(pooled)
+        if self.statistics == "running":
+            self.track(pooled)
+        mean, var = self._bounded(pooled)
         if not through:
-            return rules.population(moments, mean, var, self.weight, self.bias, eps=self.eps)
+            return standardize(mean, var, self.weight, self.bias, self.eps)
         if pooled.native is not None and pooled.mean.dtype == mean.dtype:
             return follow_statistics(pooled.mean, pooled.var, mean, var, self.weight, self.bias, self.eps)
-        return rules.renormalize(
-            pooled.mean,
-            pooled.var,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            r_max=float("inf"),
-            d_max=float("inf"),
-            eps=self.eps,
+        free = float("inf")
+        return renormalize(
+            pooled.mean, pooled.var, mean, var, self.weight, self.bias, r_max=free, d_max=free, eps=self.eps
         )
 
     def reset_running_stats(self) -> None:
@@ -166,12 +166,6 @@ class _PopulationNorm(FlexNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         return self.running_mean, self.running_var
-
-    @torch.no_grad()
-    def _follow(self, pooled: Moments) -> tuple[Tensor, Tensor]:
-        """Let the batch enter the statistics and return them as they are now, within the guard."""
-        self.track(pooled)
-        return self._bounded(pooled)
 
     @torch.no_grad()
     def _bounded(self, pooled: Moments) -> tuple[Tensor, Tensor]:
@@ -240,26 +234,14 @@ class _PopulationNorm(FlexNorm):
         alike = mean.dtype == var.dtype == pooled.mean.dtype and mean.is_contiguous() and var.is_contiguous()
         return pooled.native if alike and isinstance(pooled.count, int) and pooled.count > 1 else None
 
-    def extra_repr(self) -> str:
-        """Show the constructor arguments."""
-        shown = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
-        shown += f", statistics={self.source!r}, gradient={self.gradient!r}, max_ratio={self.max_ratio}"
-        return shown + (", frozen=True" if self.frozen else "")
 
-
-class PopulationNorm1d(_PopulationNorm):
+class PopulationNorm1d(_PopulationNorm, ndims=(2, 3)):
     """Population normalization of (N, C) or (N, C, L) input."""
 
-    ndims = (2, 3)
 
-
-class PopulationNorm2d(_PopulationNorm):
+class PopulationNorm2d(_PopulationNorm, ndims=(4,)):
     """Population normalization of (N, C, H, W) input."""
 
-    ndims = (4,)
 
-
-class PopulationNorm3d(_PopulationNorm):
+class PopulationNorm3d(_PopulationNorm, ndims=(5,)):
     """Population normalization of (N, C, D, H, W) input."""
-
-    ndims = (5,)

@@ -86,13 +86,13 @@ def unitized(
     var: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    norm: str = "paper",
+    unit_norm: str = "paper",
 ) -> Tensor:
     """Unitized batch normalization; batch statistics unless ``mean`` and ``var`` (C,) are given."""
     xhat = batch(x, eps=eps) if mean is None or var is None else population(x, mean, var, eps=eps)
     axes = tuple(range(1, x.dim()))
     positions = x[0, 0].numel() if x.dim() > 2 else 1
-    divisor = positions**2 if norm == "paper" else x.shape[1] * positions
+    divisor = positions**2 if unit_norm == "paper" else x.shape[1] * positions
     square = (xhat**2).sum(axes, keepdim=True) / divisor
     a = _channels(alpha, x)
     return _affine(xhat * (a / torch.sqrt(square + eps) + (1 - a)), weight, bias)

@@ -11,30 +11,66 @@ released by the authors, with these deviations:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn import rules
-from flexnorm.nn.batch import _refuse_single_value
+from flexnorm.engine import Moments
+from flexnorm.nn._base import BatchStatistics, Shared, all_equal
+from flexnorm.nn._fused import unitize_tables
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-__all__ = ["UnitizedBatchNorm1d", "UnitizedBatchNorm2d", "UnitizedBatchNorm3d"]
+__all__ = ["UnitizedBatchNorm1d", "UnitizedBatchNorm2d", "UnitizedBatchNorm3d", "unitize", "unitized"]
 
 
-class _UnitizedBatchNorm(FlexNorm):
+def unitize(
+    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    *,
+    eps: float = 1e-5,
+    unit_norm: str = "paper",
+) -> tuple[Tensor, Tensor]:
+    """Unitization on top of given statistics (Huang & Yu 2020, layer as released by the authors).
+
+    With xhat = (x - mean) / sqrt(var + eps) and one squared norm per sample, ``s_n = ||xhat_n||^2 / P^2``
+    (``unit_norm="paper"``, P positions) or ``||xhat_n||^2 / (C P)`` (``"rms"``, about 1 whatever the shape)::
+
+        y = weight * xhat * (alpha / sqrt(s_n + eps) + 1 - alpha) + bias
+
+    The norm needs no pass of its own: ``||xhat_n||^2 = P * sum_c (var[n,c] + (mean[n,c] - mean_c)^2) / (var_c + eps)``.
+    ``mean`` and ``var`` are (C,) or (1, C); ``alpha`` (C,) of 0 is the plain standardization, of 1 full unitization.
+    """
+    divisor = moments.count if unit_norm == "paper" else mean.shape[-1]
+    return unitize_tables(moments, mean, var, weight, bias, alpha, eps, divisor)
+
+
+def unitized(
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    *,
+    eps: float = 1e-5,
+    unit_norm: str = "paper",
+) -> tuple[Tensor, Tensor]:
+    """Unitized batch normalization: :func:`unitize` on the statistics of the batch."""
+    pooled = moments.pool("batch")
+    return unitize(moments, pooled.mean, pooled.var, weight, bias, alpha, eps=eps, unit_norm=unit_norm)
+
+
+class _UnitizedBatchNorm(BatchStatistics):
     """Unitized batch normalization (Huang & Yu 2020): batch normalization, then each sample towards unit norm.
 
     ``y = weight * xhat * (alpha / sqrt(s_n + eps) + 1 - alpha) + bias`` with xhat the standardized input and ``s_n``
     one squared norm per sample. ``alpha`` (C,) starts at 0, so that the layer starts as exact BatchNorm and learns how
     far to unitize. At alpha = 1, ``||y - bias||`` of a sample is at most ``max|weight|`` times P positions (times
-    ``sqrt(C P)`` for ``norm="rms"``), whatever the noise of the batch statistics: the Earth Mover distance between two
-    of its output distributions is at most the sum of the two bounds and of the distance of the biases.
+    ``sqrt(C P)`` for ``unit_norm="rms"``), whatever the noise of the batch statistics: the Earth Mover distance between
+    two of its output distributions is at most the sum of the two bounds and of the distance of the biases.
 
     Args:
         num_features: Number of channels C of the input.
@@ -42,18 +78,20 @@ class _UnitizedBatchNorm(FlexNorm):
         momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
         affine: Whether to learn ``weight`` and ``bias``, each (C,). ``alpha`` is learned in any case.
         track_running_stats: Whether to keep running statistics for evaluation.
-        norm: ``"paper"``: ``s_n = ||xhat_n||^2 / P^2`` for P positions. ``"rms"``: ``||xhat_n||^2 / (C P)``, which is
-            about 1 whatever the shape, so that alpha does not rescale the layer.
+        unit_norm: ``"paper"``: ``s_n = ||xhat_n||^2 / P^2`` for P positions. ``"rms"``: ``||xhat_n||^2 / (C P)``, which
+            is about 1 whatever the shape, so that alpha does not rescale the layer.
         constrain_alpha: Clamp alpha to [0, 1] in the forward (the paper's code does not).
-        bias: ``False`` leaves out the bias only.
-        process_group: Pool the batch statistics over the processes of this group (any backend).
-        device: Device of parameters and buffers.
-        dtype: Type of the parameters.
+        norm: Former name of ``unit_norm``, which it overrides.
+        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
 
     Raises:
-        ValueError: For an unknown ``norm``; in training, if there is only one value per channel.
+        ValueError: For an unknown ``unit_norm``; in training, if there is only one value per channel.
     """
 
+    norm_name = "unitized"
+    options = ("eps", "unit_norm", "constrain_alpha")
+    torch_layer = "batch"
+    no_decay = ("alpha",)  # it would pull the layer back to batch normalization
     alpha: nn.Parameter
 
     def __init__(
@@ -64,29 +102,18 @@ class _UnitizedBatchNorm(FlexNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
-        norm: str = "paper",
+        unit_norm: str = "paper",
         constrain_alpha: bool = False,
-        bias: bool = True,
-        process_group: ProcessGroup | str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        norm: str | None = None,
+        **kwargs: Unpack[Shared],
     ) -> None:
-        if norm not in ("paper", "rms"):
-            raise ValueError(unknown_name("norm of UnitizedBatchNorm", norm, ["paper", "rms"]))
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            bias=bias,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
-        )
-        self.norm = norm
+        unit_norm = unit_norm if norm is None else norm
+        if unit_norm not in ("paper", "rms"):
+            raise ValueError(unknown_name("unit_norm of UnitizedBatchNorm", unit_norm, ["paper", "rms"]))
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        self.unit_norm = unit_norm
         self.constrain_alpha = constrain_alpha
-        self.alpha = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.zeros(num_features, device=kwargs.get("device"), dtype=kwargs.get("dtype")))
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias and alpha to 0, and reset the running statistics."""
@@ -94,37 +121,24 @@ class _UnitizedBatchNorm(FlexNorm):
         if "alpha" in self._parameters:
             nn.init.zeros_(self.alpha)
 
+    def same_as(self, training: bool) -> str:  # noqa: ARG002
+        """At alpha = 0 it is batch normalization."""
+        return "batch" if all_equal(self.alpha, 0) else "unitized"
+
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Standardize with batch (or running) statistics, then move each sample towards unit norm by alpha."""
-        mean, var = self.statistics(moments)
+        mean, var = self.batch_or_running(moments)
         alpha = self.alpha.clamp(0, 1) if self.constrain_alpha else self.alpha
-        return rules.unitize(moments, mean, var, self.weight, self.bias, alpha, eps=self.eps, norm=self.norm)
-
-    def check_input(self, x: Tensor) -> None:
-        """Refuse wrong shapes, and batches that have no statistics."""
-        super().check_input(x)
-        _refuse_single_value(self, x)
-
-    def extra_repr(self) -> str:
-        """Show the constructor arguments."""
-        return f"{super().extra_repr()}, norm={self.norm!r}" + (
-            ", constrain_alpha=True" if self.constrain_alpha else ""
-        )
+        return unitize(moments, mean, var, self.weight, self.bias, alpha, eps=self.eps, unit_norm=self.unit_norm)
 
 
-class UnitizedBatchNorm1d(_UnitizedBatchNorm):
+class UnitizedBatchNorm1d(_UnitizedBatchNorm, ndims=(2, 3)):
     """Unitized batch normalization of (N, C) or (N, C, L) input."""
 
-    ndims = (2, 3)
 
-
-class UnitizedBatchNorm2d(_UnitizedBatchNorm):
+class UnitizedBatchNorm2d(_UnitizedBatchNorm, ndims=(4,)):
     """Unitized batch normalization of (N, C, H, W) input."""
 
-    ndims = (4,)
 
-
-class UnitizedBatchNorm3d(_UnitizedBatchNorm):
+class UnitizedBatchNorm3d(_UnitizedBatchNorm, ndims=(5,)):
     """Unitized batch normalization of (N, C, D, H, W) input."""
-
-    ndims = (5,)

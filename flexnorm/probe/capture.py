@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.nn import is_norm
+from flexnorm.nn import norm_of
 from flexnorm.probe.select import Selection, select
 
 __all__ = ["CURVED_LOSSES", "ImageTables", "Loss", "batch_norm_layers", "capture"]
@@ -93,7 +93,7 @@ def batch_norm_layers(model: nn.Module, layers: Selection | None = None) -> dict
     found = {
         name: module
         for name, module in model.named_modules()
-        if is_norm(module) and hasattr(module, "running_mean") and "InstanceNorm" not in type(module).__name__
+        if (norm := norm_of(module)) is not None and norm.statistics_from in ("batch", "population")
     }
     return found if layers is None else select(found, layers, kind="batch normalization layer")
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm.nn import norm_of
 from flexnorm.probe import Samples
 
 Noise = float | Tensor
@@ -137,21 +138,16 @@ _STANDARD_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.
 
 def _default_noise(layer: nn.Module) -> float:
     """0 where a batch is standardized with its own moments, else infinity."""
-    from flexnorm.nn import population
-
+    norm = norm_of(layer)
     tracked = getattr(layer, "running_mean", None) is not None
-    foreign = not layer.training or getattr(layer, "frozen", False) or isinstance(layer, population._PopulationNorm)
+    population = norm is not None and norm.statistics_from == "population"
+    foreign = not layer.training or getattr(layer, "frozen", False) or population
     return float("inf") if tracked and foreign else 0.0
 
 
 def _radius(layer: Any, noise: Noise, positions: int) -> float:
-    from flexnorm.nn import batch, population, unitized
-
-    # Not batch._BatchNorm: layers that are derived from it (mean only, renormalized, mixed) do not standardize.
-    ours = (batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
-    standardizing = (*ours, population._PopulationNorm, nn.modules.batchnorm._BatchNorm)
-    known: tuple[Any, ...] = (*standardizing, unitized._UnitizedBatchNorm)
-    if not isinstance(layer, known):
+    norm = norm_of(layer)
+    if norm is None or norm.norm_name not in ("batch", "population", "unitized"):
         raise TypeError(
             f"no bound is known for {type(layer).__name__} from its parameters alone; BatchNorm, population "
             "normalization and unitized BatchNorm have one"
@@ -162,9 +158,9 @@ def _radius(layer: Any, noise: Noise, positions: int) -> float:
             "the standardized activation is not in its parameters"
         )
     weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach()
-    if isinstance(layer, unitized._UnitizedBatchNorm):
+    if norm.norm_name == "unitized":
         alpha = layer.alpha.detach().clamp(0, 1) if layer.constrain_alpha else layer.alpha.detach()
-        return float(unitized_radius(weight.double(), alpha.double(), noise, positions=positions, norm=layer.norm))
+        return float(unitized_radius(weight.double(), alpha.double(), noise, positions=positions, norm=layer.unit_norm))
     return float(batch_norm_radius(weight.double(), noise))
 
 

@@ -9,17 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm, Pool
-from flexnorm.nn import (
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-    PopulationNorm1d,
-    PopulationNorm2d,
-    PopulationNorm3d,
-)
-
-_SAMPLES = (nn.modules.instancenorm._InstanceNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d)
-_POPULATION = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
+from flexnorm.nn import norm_of
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -30,13 +20,14 @@ def has_statistics(module: nn.Module) -> bool:
 
 def of_population(module: nn.Module) -> bool:
     """Whether a layer normalizes by the population, whose variance it keeps biased, in training too."""
-    return isinstance(module, _POPULATION)
+    norm = norm_of(module)
+    return norm is not None and norm.statistics_from == "population"
 
 
 def new_pool(module: nn.Module) -> Pool:
     """An empty pool for a layer; of instance normalization, whose statistics are averages of the samples' own."""
-    mean = module.get_buffer("running_mean")
-    return Pool(mean.numel(), mean.device, between=not isinstance(module, _SAMPLES))
+    mean, norm = module.get_buffer("running_mean"), norm_of(module)
+    return Pool(mean.numel(), mean.device, between=norm is None or norm.statistics_from != "sample")
 
 
 def kept(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn import NoNorm
-from flexnorm.nn.factory import BATCH_LIKE, our_family
+from flexnorm.nn import NORMS, NoNorm
 from flexnorm.nn.rules import standardize
 from flexnorm.surgery._act import ThenAct
-from flexnorm.surgery._effect import canonical
 from flexnorm.surgery._kinds import RefusedError, read
 
 __all__ = ["MatrixOnly", "absorb", "as_affine"]
@@ -40,9 +38,9 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
             raise RefusedError("is no normalization, only the place of one")
         return _from_running_statistics(norm, read(norm).family)
     plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
-    family = (our_family(plain) or ("",))[0]
-    if family in ("unitized", "batch_instance") and canonical(family, norm, norm.num_features) == "batch":
-        return _from_running_statistics(norm, family)
+    known = plain in NORMS.get(norm.norm_name, {}).values()
+    if known and norm.same_as(training=False) == "batch":
+        return _from_running_statistics(norm, "batch")
     exact = copy.deepcopy(norm).double().eval()
     try:
         scale, shift = exact.rule(Moments(count=1, _compute=_unknown))
@@ -56,9 +54,8 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale.expand(channels)[0].clone(), shift.expand(channels)[0].clone()
 
 
-def _no_statistics(norm: nn.Module) -> bool:
-    family = next((found[0] for base in type(norm).__mro__ if (found := our_family(base))), "")
-    return family in BATCH_LIKE and norm._buffers.get("running_mean") is None
+def _no_statistics(norm: FlexNorm) -> bool:
+    return norm.statistics_from in ("batch", "population") and norm._buffers.get("running_mean") is None
 
 
 def _from_running_statistics(norm: nn.Module, family: str) -> tuple[Tensor, Tensor]:

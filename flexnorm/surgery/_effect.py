@@ -38,9 +38,9 @@ def effect(source: Source, new: nn.Module, family: str) -> str:
 
 # Constructor arguments that decide the function of a family.
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "unitized": ("norm", "constrain_alpha"),
+    "unitized": ("unit_norm", "constrain_alpha"),
     "renorm": ("r_max", "d_max", "warmup", "ramp"),
-    "population": ("source", "max_ratio"),
+    "population": ("statistics", "gradient", "max_ratio"),
     "group": ("num_groups",),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm
-from flexnorm.nn.factory import blank
+from flexnorm.nn import make_norm
 from flexnorm.statistics import freeze_layer
 from flexnorm.surgery._act import ThenAct, with_act
 from flexnorm.surgery._kinds import _BUFFERS_ONLY, _WITH_ACT, Source
@@ -91,9 +92,14 @@ def _own(source: Source, name: str) -> bool:
         return True
     if not isinstance(source.module, FlexNorm):
         return False
-    return name in blank(source.family).__dict__ or any(
+    return name in _blank(source.family).__dict__ or any(
         name in inspect.get_annotations(base) for base in type(source.module).__mro__
     )
+
+
+@functools.cache
+def _blank(family: str) -> nn.Module:
+    return make_norm(family, 4, device="meta")
 
 
 def _move_parameters(source: Source, new: nn.Module) -> None:

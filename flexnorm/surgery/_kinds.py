@@ -5,8 +5,7 @@ The families are the names of :func:`flexnorm.nn.make_norm`; a layer that is add
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,28 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from flexnorm.engine import FlexNorm
-from flexnorm.nn import NORMS, NormPropUnits, is_norm
-from flexnorm.nn.factory import _our_classes as our_classes
+from flexnorm.engine import FlexNorm, Norm, constructor_arguments
+from flexnorm.nn import NORMS, TORCH_LAYERS, NormPropUnits, is_norm
 from flexnorm.statistics import Frozen, is_frozen
 from flexnorm.surgery._act import ThenAct
 
-__all__ = ["RefusedError", "Source", "arguments", "is_candidate", "read", "torch_family"]
-
-_TORCH: dict[type[nn.Module], tuple[str, int | None]] = {
-    nn.BatchNorm1d: ("batch", 1),
-    nn.BatchNorm2d: ("batch", 2),
-    nn.BatchNorm3d: ("batch", 3),
-    nn.SyncBatchNorm: ("batch", None),
-    nn.InstanceNorm1d: ("instance", 1),
-    nn.InstanceNorm2d: ("instance", 2),
-    nn.InstanceNorm3d: ("instance", 3),
-    nn.GroupNorm: ("group", None),
-    nn.LayerNorm: ("layer", None),
-    nn.RMSNorm: ("rms", None),
-}
-
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+__all__ = ["RefusedError", "Source", "family_of", "is_candidate", "read"]
 
 # timm's and torchvision's layers, known by name and shape so that neither has to be imported.
 _WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
@@ -83,25 +66,17 @@ class Source:
         return self.module._buffers.get("running_mean") is not None
 
 
-def torch_family(cls: type[nn.Module]) -> tuple[str, int | None] | None:
-    """Family and spatial axes of one of torch's classes."""
-    return _TORCH.get(cls)
-
-
-def arguments(cls: type[nn.Module]) -> frozenset[str]:
-    """Names of the constructor arguments; behind ``**kwargs`` are the keyword-only ones of the class above."""
-    names: set[str] = set()
-    through = False
-    for base in cls.__mro__:
-        if "__init__" not in base.__dict__ or base in (nn.Module, object):
-            continue
-        parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
-        kinds = {_KEYWORD} if through else {_KEYWORD, inspect.Parameter.POSITIONAL_OR_KEYWORD}
-        names.update(p.name for p in parameters if p.kind in kinds)
-        through = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not through:
-            break
-    return frozenset(names - {"self"})
+def family_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
+    """Norm name and spatial axes (``None`` for any) of a declared class, or of one of torch's."""
+    if issubclass(cls, Norm):
+        if cls not in NORMS.get(cls.norm_name, {}).values():
+            return None
+        spatial = cls.spatial()
+        return cls.norm_name, spatial[0] if len(spatial) == 1 else None
+    for name, classes in TORCH_LAYERS.items():
+        if cls in classes:
+            return name, classes.index(cls) + 1 if len(classes) > 1 and cls is not nn.SyncBatchNorm else None
+    return None
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -126,11 +101,15 @@ def read(module: nn.Module) -> Source:
         features = module.get_buffer("weight").numel()
         return Source(module, "batch", features, 2, config, True, True, type(module), notes=("statistics frozen",))
     known, origin = _known_class(type(module))
-    family, ndim = _TORCH.get(known) or our_classes()[known]
-    if known in _TORCH:
+    family, ndim = family_of(known) or ("", None)
+    if not issubclass(known, Norm):
         return _read_torch(module, known, family, ndim, origin)
     features = int(module.num_features)  # type: ignore[arg-type]
-    config = {name: _argument(module, name) for name in arguments(known) if _has_argument(module, name)}
+    config = {
+        name: getattr(module, name)
+        for name in constructor_arguments(known) - {"num_features", "num_channels"}
+        if hasattr(module, name) and name != "bias"
+    }
     origin = getattr(module, "_origin", None)
     return Source(module, family, features, ndim, config, False, is_frozen(module), origin)
 
@@ -157,7 +136,7 @@ def _known_class(cls: type[nn.Module]) -> tuple[type[nn.Module], type[nn.Module]
     """The class of the tables that ``cls`` is or only decorates, and a class to restore on the way back."""
     origin = cls if cls.__name__ in _WITH_ACT and not issubclass(cls, (ThenAct, FlexNorm)) else None
     for base in cls.__mro__:
-        if base in _TORCH or base in our_classes():
+        if issubclass(base, nn.Module) and family_of(base):
             return base, origin
         if issubclass(base, (Frozen, ThenAct)) or base.__name__ in _WITH_ACT or base in (Frozen, ThenAct):
             continue
@@ -217,20 +196,3 @@ def _read_last_axes(module: nn.Module, family: str) -> Source:
     # (C,) on the last axis is (N, C) only where the input has two axes; ndim 0 says so to the conversion.
     config = {"eps": eps, "affine": bool(module.elementwise_affine)}
     return Source(module, family, shape[0], len(shape) - 1, config, True, tables=tables, notes=notes)
-
-
-_ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
-    "statistics": lambda module: module.source,
-    "threshold": lambda module: module.tau is not None,
-    "learn_eps": lambda module: module.learned_eps is not None,
-}
-
-
-def _has_argument(module: nn.Module, name: str) -> bool:
-    return name not in ("device", "dtype", "num_features", "num_channels", "bias") and (
-        name in _ATTRIBUTES or hasattr(module, name)
-    )
-
-
-def _argument(module: nn.Module, name: str) -> Any:
-    return _ATTRIBUTES[name](module) if name in _ATTRIBUTES else getattr(module, name)

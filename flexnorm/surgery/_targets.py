@@ -10,22 +10,15 @@ import torch
 from torch import nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm
-from flexnorm.nn import NORMS, make_norm
-from flexnorm.nn.factory import BATCH_LIKE, blank, our_family
-from flexnorm.surgery._kinds import RefusedError, Source, arguments, torch_family
+from flexnorm.engine import FlexNorm, constructor_arguments
+from flexnorm.nn import NORMS, make_norm, norm_class
+from flexnorm.surgery._kinds import RefusedError, Source, family_of
 
 __all__ = ["Target", "To", "resolve"]
 
 To: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], nn.Module | None]
 
 _TORCH_NAMES = ("batch", "sync", "group", "layer", "instance")
-# The layer of torch that is nearest to each family; where there is none, a user has to choose.
-_NEAREST = {
-    **dict.fromkeys(("batch", "unitized", "population", "renorm", "batch_instance"), "batch"),
-    **dict.fromkeys(("mean_only", "variance_only"), "batch"),
-    **{name: name for name in ("group", "layer", "instance")},
-}
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _ALWAYS = frozenset({"eps", "momentum", "affine", "process_group"})
@@ -64,9 +57,9 @@ class Target:
             return self.family
         if not self.native:
             return f"class {self.label}"
-        if source.family not in _NEAREST:
+        family = norm_class(source.family).torch_layer
+        if not family:
             raise RefusedError(f"torch has no {source.family} layer; name another, such as to='torch.batch'")
-        family = _NEAREST[source.family]
         return "sync" if family == "batch" and source.config.get("process_group") is not None else family
 
     def needs_axes(self, source: Source) -> bool:
@@ -83,7 +76,7 @@ class Target:
             return self.cls
         family = self.family_for(source)
         if not self.native:
-            return type(blank(family, ndim))
+            return norm_class(family, ndim)
         if family in ("batch", "instance"):
             return (_BATCH if family == "batch" else _INSTANCE)[max(ndim, 1) - 1]
         return nn.SyncBatchNorm if family == "sync" else nn.GroupNorm
@@ -96,7 +89,7 @@ class Target:
             ValueError: If the layer does not take an argument's value.
         """
         family, cls = self.family_for(source), self.class_for(source, ndim)
-        names = arguments(cls)
+        names = constructor_arguments(cls)
         settings = {n: v for n, v in source.config.items() if n in names and _carries(n, source.family, family)}
         if self.native and family == "sync" and settings.get("process_group") == "world":
             settings["process_group"] = None
@@ -117,10 +110,16 @@ class Target:
         )
 
 
+def batch_like(family: str) -> bool:
+    """Whether the running statistics of a norm are those of batches, so that they pass from one to the other."""
+    return family == "sync" or (
+        family in NORMS and next(iter(NORMS[family].values())).statistics_from in ("batch", "population")
+    )
+
+
 def _carries(name: str, old: str, new: str) -> bool:
-    batch_like = BATCH_LIKE | {"sync"}
     if name == "track_running_stats":
-        return old == new or (old in batch_like and new in batch_like)
+        return old == new or (batch_like(old) and batch_like(new))
     return name in _ALWAYS or old == new
 
 
@@ -136,11 +135,11 @@ def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     if target.function is not None:
         valid = frozenset()
     elif target.cls is not None:
-        valid = arguments(target.cls)
+        valid = constructor_arguments(target.cls)
     elif target.family is not None:
-        valid = arguments(target.class_for(Source(nn.Identity(), target.family, 4, 2), 2))
+        valid = constructor_arguments(target.class_for(Source(nn.Identity(), target.family, 4, 2), 2))
     else:
-        valid = arguments(nn.BatchNorm2d) | arguments(nn.GroupNorm)
+        valid = constructor_arguments(nn.BatchNorm2d) | constructor_arguments(nn.GroupNorm)
     for name in kwargs:
         if name not in valid:
             raise TypeError(
@@ -164,7 +163,7 @@ def _resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
                 f"nn.{to.__name__} normalizes the last axes and wants their sizes, which a conversion does not know; "
                 "to='torch.layer' gives nn.GroupNorm with one group, which normalizes channels and positions"
             )
-        known = our_family(to) or torch_family(to)
+        known = family_of(to)
         family, ndim = known or (None, None)
         if to is nn.SyncBatchNorm:
             family = "sync"

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NoNorm, NormPropUnits
-from flexnorm.nn.factory import BATCH_LIKE
 from flexnorm.probe import Place, Selection, find_places, select_places
 from flexnorm.surgery._axes import guess, observe
 from flexnorm.surgery._compare import difference, outputs
 from flexnorm.surgery._effect import UNKNOWN, effect, notes
 from flexnorm.surgery._graft import final_class, graft, graft_hooks
 from flexnorm.surgery._kinds import RefusedError, Source, is_candidate, read
-from flexnorm.surgery._targets import Target, To, resolve
+from flexnorm.surgery._targets import Target, To, batch_like, resolve
 from flexnorm.surgery.normprop import convert_to_normprop, normprop_plan
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
 
@@ -162,9 +161,10 @@ def convert(
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> unitized = convert(model, "unitized", norm="rms")
+        >>> unitized = convert(model, "unitized", unit_norm="rms")
         >>> unitized[1]
-        UnitizedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, norm='rms')
+        UnitizedBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, unit_norm='rms', \
+constrain_alpha=False)
         >>> type(convert(unitized, "torch")[1]).__name__
         'BatchNorm2d'
     """
@@ -260,7 +260,7 @@ def _step(
         row,
         target=final_class(source, new, restore=target.restores).__name__,
         effect=effect(source, new, target.family_for(source)),
-        notes=(*source.notes, *notes(source, new, target.family_for(source) in BATCH_LIKE | {"sync"})),
+        notes=(*source.notes, *notes(source, new, batch_like(target.family_for(source)))),
     )
     return _Step(place, row, source, new)
 

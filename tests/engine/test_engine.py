@@ -54,8 +54,8 @@ RULES = {
     ),
     "unitized": (lambda m, w, b, a: rules.unitized(m, w, b, a), reference.unitized),
     "unitized rms": (
-        lambda m, w, b, a: rules.unitized(m, w, b, a, norm="rms"),
-        lambda x, w, b, a: reference.unitized(x, w, b, a, norm="rms"),
+        lambda m, w, b, a: rules.unitized(m, w, b, a, unit_norm="rms"),
+        lambda x, w, b, a: reference.unitized(x, w, b, a, unit_norm="rms"),
     ),
     "population": (
         lambda m, w, b, a: rules.population(m, b, a + 1, w, b),
@@ -375,10 +375,10 @@ def test_fused_tables_equal_the_composition(shape: tuple[int, ...], norm: str, m
     monkeypatch.setattr(passes, "_SMALL", 1)
     g = torch.randn(shape, dtype=torch.float64)
     inputs = tensors(shape)
-    fused = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, norm=norm), *inputs[1:])
+    fused = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, unit_norm=norm), *inputs[1:])
     got = torch.autograd.grad(fused, inputs, g)
     monkeypatch.setattr(_native, "load", lambda: None)
-    plain = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, norm=norm), *inputs[1:])
+    plain = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, unit_norm=norm), *inputs[1:])
     want = torch.autograd.grad(plain, inputs, g)
     torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
     for a, b in zip(got, want, strict=True):

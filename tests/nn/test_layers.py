@@ -36,7 +36,7 @@ def _batch(m: FlexNorm, x: Tensor) -> Tensor:
 
 
 def _unitized(m: FlexNorm, x: Tensor) -> Tensor:
-    return reference.unitized(x, m.weight, m.bias, m.alpha, eps=m.eps, norm=m.norm)
+    return reference.unitized(x, m.weight, m.bias, m.alpha, eps=m.eps, unit_norm=m.unit_norm)
 
 
 def _population(m: FlexNorm, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ LAYERS = {
     "UnitizedBatchNorm1d": LayerInfo(lambda **k: ek.UnitizedBatchNorm1d(6, **k), FLAT, _unitized, None, True, True),
     "UnitizedBatchNorm2d": LayerInfo(lambda **k: ek.UnitizedBatchNorm2d(6, **k), IMAGE, _unitized, None, True, True),
     "UnitizedBatchNorm2d rms": LayerInfo(
-        lambda **k: ek.UnitizedBatchNorm2d(6, norm="rms", **k), IMAGE, _unitized, None, True, True
+        lambda **k: ek.UnitizedBatchNorm2d(6, unit_norm="rms", **k), IMAGE, _unitized, None, True, True
     ),
     "UnitizedBatchNorm3d": LayerInfo(lambda **k: ek.UnitizedBatchNorm3d(6, **k), VOLUME, _unitized, None, True, True),
     "PopulationNorm1d": LayerInfo(lambda **k: ek.PopulationNorm1d(6, **k), FLAT, _population, None, False, True),
@@ -535,7 +535,7 @@ class TestUnitized:
         torch.testing.assert_close(ours.eval()(x), batch.eval()(x), rtol=1e-6, atol=1e-6)
 
     def test_output_norm_is_bounded_by_weight_at_alpha_one(self) -> None:
-        layer = ek.UnitizedBatchNorm2d(6, norm="rms")
+        layer = ek.UnitizedBatchNorm2d(6, unit_norm="rms")
         nn.init.ones_(layer.alpha)
         y = layer(torch.randn(8, 6, 5, 5).exp() * torch.rand(8, 1, 1, 1) * 100)
         assert (y.flatten(1).norm(dim=1) <= (6 * 25) ** 0.5 * (1 + 1e-5)).all()

@@ -125,7 +125,7 @@ def test_identity_conversions_leave_the_layer_alone() -> None:
 def test_same_family_with_other_arguments_keeps_the_rest() -> None:
     layer = ek.PopulationNorm2d(4, momentum=0.2, statistics="estimated", max_ratio=None)
     new = convert(nn.Sequential(layer), "population", momentum=0.5)[0]
-    assert (new.momentum, new.source, new.max_ratio) == (0.5, "estimated", None)
+    assert (new.momentum, new.statistics, new.max_ratio) == (0.5, "estimated", None)
     frn = convert(nn.Sequential(ek.FilterResponseNorm2d(4, threshold=True, learn_eps=True)), "frn", eps=1e-3)[0]
     assert frn.tau is not None
     assert frn.learned_eps is not None
@@ -612,7 +612,7 @@ def test_wrong_arguments_say_what_is_right() -> None:
         convert(model, "unitized", norms="rms")
     with pytest.raises(TypeError, match="unknown argument for torch"):
         conversion_plan(model, "torch", foo=1)
-    with pytest.raises(ValueError, match="unknown norm of UnitizedBatchNorm"):
+    with pytest.raises(ValueError, match="unknown unit_norm of UnitizedBatchNorm"):
         convert(model, "unitized", norm="bad")
     with pytest.raises(ValueError, match=r"torch\.layer"):
         convert(model, nn.LayerNorm)

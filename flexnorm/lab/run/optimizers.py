@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm.nn import undecayed
 from flexnorm.nn.normprop import normalize_weights_, register_unit_norm
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, param_groups
 
@@ -15,11 +16,11 @@ _FLAT = ("sgd", "adamw", "sgdp", "adamp")  # those that leave the length of weig
 
 
 def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """All parameters, those of unitization (alpha) without weight decay: it would pull the layer back to BatchNorm."""
-    alphas = {id(p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if name == "alpha"}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in alphas]}]
-    if alphas:
-        groups.append({"params": [p for p in model.parameters() if id(p) in alphas], "weight_decay": 0.0})
+    """All parameters, those without weight decay (alpha of unitization) in a group of their own."""
+    free = {id(p) for p in undecayed(model)}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in free]}]
+    if free:
+        groups.append({"params": [p for p in model.parameters() if id(p) in free], "weight_decay": 0.0})
     return groups
 
 

@@ -1,0 +1,129 @@
+"""What a normalization layer declares about itself, in its own file, and the norms by name.
+
+Whatever handles norms in general (the factory, conversion, folding, recalibration, optimizers) reads the declaration;
+none of them keeps a list of norms. So a new norm is one class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+__all__ = ["NORMS", "Norm", "constructor_arguments"]
+
+_CLASSES: dict[str, dict[int, type[Norm]]] = {}
+
+NORMS: Mapping[str, Mapping[int, type[Norm]]] = MappingProxyType(_CLASSES)
+"""Every declared norm: its layers by the number of spatial axes (1 also stands for none), by its name."""
+
+
+class Norm(nn.Module):
+    """The declaration of a normalization layer. All of it is for others to read; the forward does not use it.
+
+    A subclass that sets :attr:`norm_name` is known by that name at once, everywhere. Where a norm has a class for each
+    number of spatial axes, their common base sets the name and each of them its ``ndims`` (``class CubeNorm2d(CubeNorm,
+    ndims=(4,))``).
+
+    Attributes:
+        ndims: Numbers of axes that the input may have.
+        norm_name: Name of the norm: of :func:`flexnorm.nn.make_norm`, of conversions and of configurations.
+        statistics_from: Whose statistics normalize in training: those of the ``"batch"`` (samples mix), of each
+            ``"sample"``, of the ``"population"`` (running statistics in training too, of biased variances), or
+            ``"none"``. Running statistics are those of batches, except of ``"sample"``: averages of the samples' own.
+        options: The constructor arguments that decide the function. Each is an attribute of the same name.
+        defaults: Arguments that the factory gives where the layer's own defaults do not suit a network.
+        torch_layer: The nearest layer of torch: ``"batch"``, ``"group"``, ``"layer"`` or ``"instance"``; ``""`` if
+            there is none.
+        no_decay: Names of parameters that take no weight decay, whatever other vectors take.
+
+    Raises:
+        ValueError: Of a subclass, if another class has its name.
+    """
+
+    ndims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
+    norm_name: ClassVar[str] = ""
+    statistics_from: ClassVar[Literal["batch", "sample", "population", "none"]] = "batch"
+    options: ClassVar[tuple[str, ...]] = ("eps",)
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    torch_layer: ClassVar[str] = ""
+    no_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, ndims: tuple[int, ...] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if ndims is not None:
+            cls.ndims = ndims
+        name = cls.norm_name
+        if "norm_name" in cls.__dict__ and name:
+            present = next(iter(_CLASSES.get(name, {}).values()), None)
+            taken = next((c for c in present.__mro__ if "norm_name" in c.__dict__), None) if present else None
+            # The same class again is one that was edited and run once more.
+            if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(
+                    f"{cls.__module__}.{cls.__qualname__} declares norm_name = {name!r}, which is that of "
+                    f"{taken.__module__}.{taken.__qualname__}; choose another name"
+                )
+            _CLASSES[name] = dict.fromkeys(cls.spatial(), cls)
+        elif "ndims" in cls.__dict__ and any(base.__dict__.get("norm_name") for base in cls.__bases__):
+            layers = _CLASSES[name]
+            for ndim in cls.spatial():
+                layers[ndim] = cls
+
+    @classmethod
+    def spatial(cls) -> tuple[int, ...]:
+        """Return the numbers of spatial axes of the inputs, from 1 to 3; 1 also stands for none."""
+        return tuple(sorted({max(axes - 2, 1) for axes in cls.ndims}))
+
+    @classmethod
+    def build(cls, num_features: int, **kwargs: Any) -> Norm:
+        """Build the layer for a number of channels, with the factory's defaults.
+
+        Args:
+            num_features: Number of channels C.
+            **kwargs: Arguments of the constructor.
+        """
+        return cls(num_features, **{**cls.defaults, **kwargs})
+
+    def same_as(self, training: bool) -> str:  # noqa: ARG002 - for those to whom it matters
+        """Return the name of the simplest norm that computes the same function as this layer, as it is now.
+
+        Args:
+            training: The mode: in training by the present batch, or in evaluation (or frozen) by running statistics.
+        """
+        return self.norm_name
+
+    def function(self, training: bool) -> tuple[Any, ...]:
+        """Return what decides the function beside parameters and statistics: of equal functions, equal tuples.
+
+        Args:
+            training: The mode.
+        """
+        training = training and not getattr(self, "frozen", False)
+        name = self.same_as(training) or f"{type(self).__module__}.{type(self).__qualname__}"
+        options = next(iter(NORMS[name].values())).options if name in NORMS else self.options
+        running = not training and getattr(self, "running_mean", None) is not None
+        return (name, running, *(getattr(self, option) for option in options))
+
+
+def constructor_arguments(cls: type[nn.Module]) -> frozenset[str]:
+    """Return the names of a layer's constructor arguments, those behind its ``**kwargs`` included.
+
+    Args:
+        cls: A class of layers.
+    """
+    names: set[str] = set()
+    through = False
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__ or base in (nn.Module, object):
+            continue
+        parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
+        # Behind **kwargs are the keyword-only arguments of the class above.
+        kinds = {inspect.Parameter.KEYWORD_ONLY} | (set() if through else {inspect.Parameter.POSITIONAL_OR_KEYWORD})
+        names.update(p.name for p in parameters if p.kind in kinds)
+        through = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if not through:
+            break
+    return frozenset(names - {"self"})

@@ -1,0 +1,87 @@
+"""Group normalization, with torch's arguments and parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.nn._base import standardize
+
+__all__ = ["GroupNorm", "group"]
+
+
+def group(
+    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, groups: int, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Group normalization (Wu & He 2018): moments per sample, over positions and the channels of a group.
+
+    ``groups`` is the number of groups of neighbouring channels; it divides C.
+    """
+    pooled = moments.pool("channels", groups=groups)
+    return standardize(pooled.mean, pooled.var, weight, bias, eps)
+
+
+class GroupNorm(FlexNorm):
+    """Group normalization (Wu & He 2018): each sample by the moments of groups of its channels.
+
+    Args:
+        num_groups: Number of groups of neighbouring channels; must divide ``num_channels``. :func:`make_norm` gives 16
+            channels a group, the setting that the paper found best (table 3) beside 32 groups, where C allows it, else
+            one group.
+        num_channels: Number of channels C of the input (N, C) or (N, C, *spatial).
+        eps: Added to the variance.
+        affine: Whether to learn ``weight`` and ``bias``, each (C,).
+        bias: ``False`` leaves out the bias only.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If ``num_groups`` does not divide ``num_channels``.
+    """
+
+    norm_name = torch_layer = "group"
+    statistics_from = "sample"
+    options = ("num_groups", "eps")
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
+        super().__init__(num_channels, eps, None, affine, False, bias=bias, device=device, dtype=dtype)
+        self.num_groups = num_groups
+        self.num_channels = num_channels
+
+    @classmethod
+    def build(cls, num_features: int, **kwargs: Any) -> GroupNorm:
+        """Build the layer; without ``num_groups``, with 16 channels a group where that divides ``num_features``.
+
+        Args:
+            num_features: Number of channels C.
+            **kwargs: Arguments of the constructor.
+        """
+        groups = num_features // 16 if num_features % 16 == 0 else 1
+        return cls(**{"num_groups": groups, "num_channels": num_features, **kwargs})
+
+    def same_as(self, training: bool) -> str:  # noqa: ARG002
+        """One group is layer normalization, one channel a group instance normalization."""
+        return {1: "layer", self.num_features: "instance"}.get(self.num_groups, "group")
+
+    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Standardize each sample with the moments of its groups."""
+        return group(moments, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        """Show the constructor arguments as torch does."""
+        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"

@@ -1,0 +1,91 @@
+"""Instance normalization, with torch's arguments, parameters and buffers."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.nn._base import Shared, standardize
+
+__all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "instance"]
+
+
+def instance(
+    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Instance normalization (Ulyanov et al. 2016): moments per sample and channel, over positions."""
+    return standardize(moments.mean, moments.var, weight, bias, eps)
+
+
+class _InstanceNorm(FlexNorm):
+    """Instance normalization (Ulyanov et al. 2016): each channel of each sample by its own moments.
+
+    Args:
+        num_features: Number of channels C of the input (N, C, *spatial).
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
+        affine: Whether to learn ``weight`` and ``bias``, each (C,). Off by default, as in torch; on in
+            :func:`make_norm`.
+        track_running_stats: Whether to use running statistics in evaluation. Off by default, as in torch. They average
+            the instances' moments, not those of the batch.
+        **kwargs: ``bias``, ``process_group`` (of the running statistics), ``device``, ``dtype`` as of
+            :class:`flexnorm.FlexNorm`.
+
+    Raises:
+        ValueError: In training, if there is only one position per channel.
+    """
+
+    norm_name = torch_layer = "instance"
+    statistics_from = "sample"
+    defaults = {"affine": True}  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        **kwargs: Unpack[Shared],
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+
+    def same_as(self, training: bool) -> str:
+        """With running statistics its evaluation is that of batch normalization."""
+        return "batch" if not training and self.running_mean is not None else "instance"
+
+    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Standardize each channel of each sample with its own moments."""
+        if self.running_mean is not None and self.running_var is not None and (self.frozen or not self.training):
+            return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
+        own = moments.detach() if self.training and self.running_mean is not None else None
+        if own is not None and (own.mean.shape[0] or own.process_group is not None):
+            mean, var = (
+                Moments(table, torch.zeros_like(table), 1, process_group=own.process_group).pool("batch").mean
+                for table in (own.mean, own.var)
+            )
+            self.track(Moments(mean, var, own.count))
+        return instance(moments, self.weight, self.bias, eps=self.eps)
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse wrong shapes, and inputs whose instances have no statistics."""
+        super().check_input(x)
+        if self.training and not self.frozen and x.numel() and x.numel() == x.shape[0] * x.shape[1]:
+            raise ValueError(
+                f"{type(self).__name__} needs more than 1 position per channel in training, got shape {tuple(x.shape)}"
+            )
+
+
+class InstanceNorm1d(_InstanceNorm, ndims=(3,)):
+    """Instance normalization of (N, C, L) input."""
+
+
+class InstanceNorm2d(_InstanceNorm, ndims=(4,)):
+    """Instance normalization of (N, C, H, W) input."""
+
+
+class InstanceNorm3d(_InstanceNorm, ndims=(5,)):
+    """Instance normalization of (N, C, D, H, W) input."""

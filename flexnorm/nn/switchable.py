@@ -1,0 +1,95 @@
+"""Switchable normalization: a learned mixture of instance, layer and batch statistics."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from flexnorm.engine import Moments
+from flexnorm.nn._base import BatchStatistics, Shared, standardize
+
+__all__ = ["SwitchableNorm1d", "SwitchableNorm2d", "SwitchableNorm3d", "switch"]
+
+
+def switch(
+    moments: Moments,
+    mean: Tensor,
+    var: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Switchable normalization (Luo et al. 2019, eq. 3-5): learned mixtures of instance, layer and batch statistics.
+
+    ``mean`` and ``var`` are those of the batch, or running ones, (1, C) or (C,). ``mean_weight`` (3,) and
+    ``var_weight`` (3,) are logits of the mixtures, in the order instance, layer, batch.
+    """
+    layered = moments.pool("channels")
+    first, second = mean_weight.softmax(0), var_weight.softmax(0)
+    mixed_mean = first[0] * moments.mean + first[1] * layered.mean + first[2] * mean
+    mixed_var = second[0] * moments.var + second[1] * layered.var + second[2] * var
+    return standardize(mixed_mean, mixed_var, weight, bias, eps)
+
+
+class _SwitchableNorm(BatchStatistics):
+    """Switchable normalization (Luo et al. 2019, arXiv 1806.10779): instance, layer and batch statistics, mixed.
+
+    The mixture weights are the softmax of ``mean_weight`` (3,) and ``var_weight`` (3,), equal at the start, in the
+    order instance, layer, batch. In evaluation the batch statistics are the running ones (the paper averages over
+    batches, which recalibration does).
+
+    Args:
+        num_features: Number of channels C of the input.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
+        affine: Whether to learn ``weight`` and ``bias``, each (C,).
+        track_running_stats: Whether to keep running statistics for evaluation.
+        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+    """
+
+    norm_name = "switchable"
+    mean_weight: nn.Parameter
+    var_weight: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        **kwargs: Unpack[Shared],
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        for name in ("mean_weight", "var_weight"):
+            table = torch.ones(3, device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+            self.register_parameter(name, nn.Parameter(table))
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0, equal mixture weights, and reset the running statistics."""
+        super().reset_parameters()
+        if "mean_weight" in self._parameters:
+            nn.init.ones_(self.mean_weight)
+            nn.init.ones_(self.var_weight)
+
+    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Standardize with the mixed statistics."""
+        mean, var = self.batch_or_running(moments)
+        return switch(moments, mean, var, self.mean_weight, self.var_weight, self.weight, self.bias, eps=self.eps)
+
+
+class SwitchableNorm1d(_SwitchableNorm, ndims=(2, 3)):
+    """Switchable normalization of (N, C) or (N, C, L) input."""
+
+
+class SwitchableNorm2d(_SwitchableNorm, ndims=(4,)):
+    """Switchable normalization of (N, C, H, W) input."""
+
+
+class SwitchableNorm3d(_SwitchableNorm, ndims=(5,)):
+    """Switchable normalization of (N, C, D, H, W) input."""
