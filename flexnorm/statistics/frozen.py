@@ -85,7 +85,7 @@ def freeze(
     Args:
         model: Any model; its layers are changed in place.
         include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
-            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these. ``None`` for all.
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         affine: Also stop gradients of ``weight`` and ``bias``.
 
