@@ -67,7 +67,7 @@ class LayerProfile:
         saturated: Channels of which 95 % of the outputs lie where the activation that follows is flat (within 1 % of
             its limits).
         chi: For layers of Normalization Propagation: growth of a sample's deviation in mean square, from the
-            parameters alone (:func:`flexnorm.nn.propagate`).
+            parameters alone (:func:`flexnorm.nn.normprop.propagate`).
         input_var: For the same layers: variance of the normalized pre-activations, which propagation takes for 1.
         findings: The verdict.
     """

@@ -177,7 +177,9 @@ def _propagation(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
         f"(chi {_number(layer.chi)})"
     )
     if level != "fine":
-        text += ": unitize=True restores 1 by construction, and a positive bias lowers chi (flexnorm.nn.propagate)"
+        text += (
+            ": unitize=True restores 1 by construction, and a positive bias lowers chi (flexnorm.nn.normprop.propagate)"
+        )
     yield Finding(level, "propagation", variance, text)
 
 

@@ -24,7 +24,8 @@ from flexnorm.lab.profile.channels import channel_numbers, statistics_error
 from flexnorm.lab.profile.run import _device
 from flexnorm.lab.profile.sites import find_sites, watched
 from flexnorm.lab.profile.verdict import judge
-from flexnorm.nn import NORMS, NormPropConv2d, NormPropLinear, make_norm, needs_batch, propagate
+from flexnorm.nn import NORMS, NormPropConv2d, NormPropLinear, make_norm, needs_batch
+from flexnorm.nn.normprop import propagate
 from flexnorm.shift import ShiftMonitor
 from flexnorm.statistics import freeze
 from flexnorm.theory import advise
