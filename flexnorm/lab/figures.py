@@ -225,9 +225,9 @@ def dynamics_figure(
     curves = []
     marks = _grid(0.0, times, 11)
     for method in dynamics.METHODS:
-        strength = zeta if method == "bn" else 0.0
-        path = dynamics.solve(method, activation, lr, strength, times=times)
-        runs_ = dynamics.simulate(method, activation, lr, strength, times=marks, N=N, runs=runs, seed=seed)
+        student = dynamics.Student(method, activation, lr, zeta if method == "bn" else 0.0)
+        path = dynamics.solve(student, times=times)
+        runs_ = dynamics.simulate(student, times=marks, N=N, runs=runs, seed=seed)
         curves.append(Curve(method.upper(), tuple(path.time.tolist()), tuple(getattr(path, quantity).tolist())))
         error = runs_.standard_error.get(quantity)
         curves.append(

@@ -41,7 +41,7 @@ def test_figure_1b_holds_the_formula_and_the_students():
 def test_dynamics_figure():
     figure = figures.dynamics_figure(times=2.0, N=50, runs=3)
     assert [c.label for c in figure.curves[:2]] == ["BN", "BN, simulated"]
-    path = dynamics.solve("sgd", "relu", 0.5, times=2.0)
+    path = dynamics.solve(dynamics.Student("sgd", "relu", 0.5), times=2.0)
     assert curve(figure, "SGD").y == tuple(path.error.tolist())
     points = curve(figure, "SGD, simulated")
     assert len(points.x) == len(points.error) == 11

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flexnorm.lab.commands.friendly import friendly
 
-__all__ = ["profile"]
+if TYPE_CHECKING:
+    from flexnorm.lab.profile import Profile
 
 
 def profile(
@@ -29,9 +31,7 @@ def profile(
 ) -> None:
     """Train a network for some steps, measure every normalization in it, and say what to change, with the numbers."""
     with friendly():
-        from flexnorm.lab.profile import command
-
-        command(
+        show_profile(
             model,
             norm=norm,
             data=data,
@@ -44,3 +44,43 @@ def profile(
             json_to=json_to,
             everything=everything,
         )
+
+
+def show_profile(
+    model: str, *, json_to: str | Path | None = None, everything: bool = False, console: Any = None, **options: Any
+) -> Profile:
+    """Profile a model, print the table and the verdicts, and write them as JSON where asked for.
+
+    Args:
+        model: What :func:`flexnorm.lab.profile.load_model` takes.
+        json_to: File to write :meth:`flexnorm.lab.profile.Profile.asdict` to; ``"-"`` prints it instead of the table.
+        everything: Also print the findings that ask for nothing.
+        console: A ``rich`` console; by default one as wide as the terminal, or 150 columns where there is none.
+        **options: Other arguments of :func:`flexnorm.lab.profile.profile`, whose errors are passed on.
+
+    Raises:
+        FileNotFoundError: There is no such folder to write to.
+        OSError: The file cannot be written; what was there before stays.
+    """
+    from flexnorm.lab.profile import print_profile
+    from flexnorm.lab.profile import profile as measure
+    from flexnorm.lab.run.files import atomic_write
+    from flexnorm.lab.run.terminal import console as screen
+
+    console = console or screen(150)
+    if json_to is not None and str(json_to) != "-":
+        # Worth knowing before the minutes that a profile may take.
+        folder = Path(json_to).expanduser().absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} to write {Path(json_to).name} to")
+    result = measure(model, **options)
+    text = json.dumps(result.asdict(), indent=1, allow_nan=False)
+    if str(json_to) == "-":
+        console.out(text, highlight=False)
+        return result
+    print_profile(result, console, everything=everything)
+    if json_to is not None:
+        path = Path(json_to).expanduser()
+        atomic_write(path, f"{text}\n".encode())
+        console.print(f"written: {path}", soft_wrap=True, markup=False)
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +14,6 @@ from flexnorm.lab.profile.sites import Site
 from flexnorm.probe import first_tensor, side_forward
 from flexnorm.shift import layer_bound, second_moment_excess
 
-_Noise = dict[str, Tensor | float]
-
 
 class BoundWatch:
     """Keeps the layers as they were before an update and bounds how far the update can have moved their outputs.
@@ -25,57 +23,40 @@ class BoundWatch:
     guard of a population layer acted, they are others, and this update is passed over.
 
     Args:
+        model: The model.
+        probe: What the shift is measured on.
         sites: The layers; those of a kind for which no bound is known are passed over.
+
+    Attributes:
+        found: The bounds so far by name of the site.
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, probe: Tensor, sites: Sequence[Site]) -> None:
+        self._model, self._probe = model, probe
         self._sites = [site for site in sites if bounded(site.module)]
         self._fixed = {site.name: site.module for site in self._sites if not site.mixes_batch}
         self._kept: dict[str, nn.Module] = {}
-        self._noise: _Noise = {}
-        self._found: dict[str, list[float]] = {site.name: [] for site in self._sites}
+        self._noise: dict[str, Tensor] = {}
+        self.found: dict[str, list[float]] = defaultdict(list)
 
-    def before(self, model: nn.Module, probe: Tensor) -> None:
-        """Keep the layers as they are.
-
-        Args:
-            model: The model before the update.
-            probe: What the shift is measured on.
-        """
+    def before(self) -> None:
+        """Keep the layers as they are before an update."""
         self._kept = {site.name: copy.deepcopy(site.module) for site in self._sites}
-        self._noise = self._noises(model, probe)
+        self._noise = self._noises()
 
-    def after(self, model: nn.Module, probe: Tensor) -> None:
-        """Add the bounds of the update since :meth:`before`.
-
-        Args:
-            model: The model after the update.
-            probe: What the shift is measured on.
-        """
-        now = self._noises(model, probe)
+    def after(self) -> None:
+        """Add the bounds of the update since :meth:`before`."""
+        now = self._noises()
         for site in self._sites:
             name = site.name
             if name in self._fixed and not (name in now and name in self._noise):
                 continue
-            noise, noise_after = self._noise.get(name, 0.0), now.get(name, 0.0)
-            self._found[name].append(
-                layer_bound(
-                    self._kept[name], site.module, noise=noise, noise_after=noise_after, positions=site.positions
-                )
-            )
+            noise: dict[str, Any] = {"noise": self._noise.get(name, 0.0), "noise_after": now.get(name, 0.0)}
+            self.found[name].append(layer_bound(self._kept[name], site.module, positions=site.positions, **noise))
 
-    def mean(self, name: str) -> float | None:
-        """Return the mean of the bounds of a layer; ``None`` where there is none.
-
-        Args:
-            name: Name of the site.
-        """
-        found = self._found.get(name, [])
-        return math.fsum(found) / len(found) if found else None
-
-    def _noises(self, model: nn.Module, probe: Tensor) -> _Noise:
+    def _noises(self) -> dict[str, Tensor]:
         """Noise, on the probe, of the statistics of the layers that do not use the probe's own."""
-        found: _Noise = {}
+        found: dict[str, Tensor] = {}
 
         def look(name: str, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
             x = first_tensor(inputs)
@@ -83,19 +64,17 @@ class BoundWatch:
                 var, mean = torch.var_mean(x.detach().movedim(1, 0).flatten(1).double(), dim=1, correction=0)
                 # A population layer lets the batch into its statistics first; what it used is in it afterwards.
                 used_mean, used_var = (getattr(module, key).to(mean) for key in ("running_mean", "running_var"))
-                found[name] = second_moment_excess(mean, var, used_mean, used_var, float(getattr(module, "eps", 0.0)))
+                eps = float(getattr(module, "eps", 0.0))
+                found[name] = second_moment_excess(mean, var, used_mean, used_var, eps)
 
         if self._fixed:
-            side_forward(model, probe, {name.split("#")[0]: module for name, module in self._fixed.items()}, look)
+            layers = {name.split("#")[0]: module for name, module in self._fixed.items()}
+            side_forward(self._model, self._probe, layers, look)
         return found
 
 
 def bounded(module: nn.Module) -> bool:
-    """Return whether a layer standardizes, or unitizes, so that its parameters bound its outputs.
-
-    Args:
-        module: The layer.
-    """
+    """Return whether a layer standardizes, or unitizes, so that its parameters bound its outputs."""
     try:
         layer_bound(module)
     except TypeError:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from flexnorm.lab.run.files import plain
 
 Level = Literal["fine", "look", "act"]
 """How urgent a finding is: nothing to do, worth a look, or change something."""
+
+_LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class LayerProfile:
         saturated: Channels of which 95 % of the outputs lie where the activation that follows is flat (within 1 % of
             its limits).
         chi: For layers of Normalization Propagation: growth of a sample's deviation in mean square, from the
-            parameters alone (:func:`flexnorm.nn.propagate`).
+            parameters alone (:func:`flexnorm.nn.normprop.propagate`).
         input_var: For the same layers: variance of the normalized pre-activations, which propagation takes for 1.
         findings: The verdict.
     """
@@ -99,7 +102,7 @@ class LayerProfile:
     @property
     def level(self) -> Level:
         """The most urgent of its findings."""
-        return worst(self.findings)
+        return _worst(self.findings)
 
 
 @dataclass(frozen=True)
@@ -151,29 +154,20 @@ class Profile:
     @property
     def level(self) -> Level:
         """The most urgent finding, of the layers too."""
-        return worst([*self.findings, *(finding for layer in self.layers for finding in layer.findings)])
+        return _worst([*self.findings, *(finding for layer in self.layers for finding in layer.findings)])
 
     def asdict(self) -> dict[str, Any]:
         """Return plain values ready for strict JSON: numbers that are not finite become ``None``."""
-        values = plain(dataclasses.asdict(self))
-        values |= {"format": 1, "level": self.level}
+        values: dict[str, Any] = plain(dataclasses.asdict(self)) | {"format": 1, "level": self.level}
         for row, layer in zip(values["layers"], self.layers, strict=True):
             row["level"] = layer.level
-        return dict(values)
+        return values
 
 
-def worst(findings: tuple[Finding, ...] | list[Finding]) -> Level:
-    """Return the most urgent level among findings; ``"fine"`` without any."""
-    order: tuple[Level, ...] = ("fine", "look", "act")
-    return max((finding.level for finding in findings), key=order.index, default="fine")
+def urgency(finding: Finding) -> int:
+    """Return 0 for a finding that is fine, 1 for one to look at, 2 for one to act upon."""
+    return _LEVELS.index(finding.level)
 
 
-def plain(value: Any) -> Any:
-    """Return a value with tuples as lists and numbers that are not finite as ``None``."""
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _worst(findings: Iterable[Finding]) -> Level:
+    return _LEVELS[max(map(urgency, findings), default=0)]

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from flexnorm.lab.data import ImageData, load, stratified
 from flexnorm.lab.profile.bound import BoundWatch, bounded
+from flexnorm.lab.profile.channels import channel_numbers
 from flexnorm.lab.profile.load import load_model, load_weights
-from flexnorm.lab.profile.population import census
 from flexnorm.lab.profile.records import LayerProfile, Profile
 from flexnorm.lab.profile.sites import find_sites, own_weight, watched
 from flexnorm.lab.profile.verdict import LIMITS, Limits, judge
@@ -28,7 +28,7 @@ from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.nn import needs_batch
 from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights
-from flexnorm.probe import isolated
+from flexnorm.probe import Selection, isolated
 from flexnorm.shift import ShiftMonitor, WeightMonitor
 from flexnorm.statistics import has_statistics, is_frozen, recalibrate
 from flexnorm.theory import advise
@@ -48,7 +48,7 @@ def profile(
     weight_decay: float = 5e-4,
     limit: int | None = None,
     device: str = "auto",
-    layers: Any = None,
+    layers: Selection | None = None,
     measurements: int = 10,
     probe: int = 128,
     population: int = 1024,
@@ -110,10 +110,13 @@ def profile(
         network, name = _network(model, images, norm, checkpoint)
         network.to(place).train()
         _check(network, images, batch_size, place)
+        chosen = stratified(images.y_train.numpy(), min(probe, len(images.x_train)), seed=0)
+        run = _Run(network, images, images.x_train[torch.from_numpy(chosen)].to(place), seed, batch_size)
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": True}
-        run = _Run(network, images, place, seed, layers, min(probe, len(images.x_train)))
-        run.train(settings, steps, batch_size, measurements)
-        rows = run.after(batch_size, population)
+        run.train(settings, steps, measurements, layers)
+        if run.diverged_at is None:
+            run.measure(population)
+    tenth = max(1, len(run.losses) // 10)
     result = Profile(
         model=name,
         norm=(norm or "batch") if isinstance(model, str) and ":" not in model else norm,
@@ -127,63 +130,74 @@ def profile(
         measurements=run.measured,
         probe=len(run.probe),
         images=run.images,
-        loss_first=run.mean_loss(first=True),
-        loss_last=run.mean_loss(first=False),
+        loss_first=_mean(run.losses[:tenth]),
+        loss_last=_mean(run.losses[-tenth:]),
         diverged_at=run.diverged_at,
-        layers=tuple(rows),
+        layers=tuple(LayerProfile(**values) for values in run.rows.values()),
         environment=environment.describe(place),
     )
     return replace(judge(result, limits), seconds=time.perf_counter() - began)
 
 
-@dataclass
 class _Run:
-    """One short training and what was seen in it."""
+    """One short training of a model; ``rows`` holds what was seen in it, the fields of a profile by layer."""
 
-    model: nn.Module
-    data: ImageData
-    device: torch.device
-    seed: int
-    layers: Any
-    probe_size: int
-    losses: list[float] = field(default_factory=list)
-    diverged_at: int | None = None
-    images: int = 0
-    measured: int = 0
+    def __init__(self, model: nn.Module, data: ImageData, probe: Tensor, seed: int, batch_size: int) -> None:
+        self.model, self.data, self.probe, self.seed, self.size = model, data, probe, seed, batch_size
+        self.losses: list[float] = []
+        self.diverged_at: int | None = None
+        self.images = self.measured = 0
+        self.rows: dict[str, dict[str, Any]] = {}
 
-    def __post_init__(self) -> None:
-        chosen = stratified(self.data.y_train.numpy(), self.probe_size, seed=0)
-        self.probe = self.data.x_train[torch.from_numpy(chosen)].to(self.device)
-        self.rows: dict[str, LayerProfile] = {}
-
-    def train(self, settings: dict[str, Any], steps: int, batch_size: int, measurements: int) -> None:
-        """Make the steps; afterwards ``rows`` holds what the monitors saw."""
-        example = self.data.x_train[:2].to(self.device)
+    def train(self, settings: dict[str, Any], steps: int, measurements: int, layers: Selection | None) -> None:
+        """Make the steps under the monitors."""
+        example = self.data.x_train[:2].to(self.probe.device)
         optimizer, _ = make_optimizer(self.model, "sgd", settings, example)
-        every = max(1, steps // measurements)
-        options: dict[str, Any] = {"every": every, "anchor": "both"}
-        monitor = ShiftMonitor(self.model, self.probe, watched(self.model, self.layers), **options)
-        self.sites = find_sites(self.model, self.probe, monitor)
+        every, selection = max(1, steps // measurements), watched(self.model, layers)
+        monitor = ShiftMonitor(self.model, self.probe, selection, every=every, anchor="both")
+        self.sites = find_sites(self.model, self.probe, selection)
         weights = sorted({site.weight for site in self.sites if site.weight is not None})
         invariant = _invariant(self.model, example)
-        bounds = BoundWatch(self.sites)
+        bounds = BoundWatch(self.model, self.probe, self.sites)
         with ExitStack() as stack:
             stack.enter_context(monitor)
-            turning = (
-                stack.enter_context(WeightMonitor(self.model, optimizer, weights, every=every)) if weights else None
-            )
-            for step, (x, y) in enumerate(self._batches(steps, batch_size)):
+            turning = None
+            if weights:
+                turning = stack.enter_context(WeightMonitor(self.model, optimizer, weights, every=every))
+            for step, (x, y) in enumerate(self._batches(steps)):
                 if step % every == 0:
-                    bounds.before(self.model, self.probe)
+                    bounds.before()
                 if not self._update(optimizer, x, y):
                     self.diverged_at = step + 1
                     break
                 if any(record.anchor == "previous" for record in monitor.step()):
-                    bounds.after(self.model, self.probe)
+                    bounds.after()
                 if turning is not None:
                     turning.step()
         self.measured = len({record.step for record in monitor.records if record.anchor == "previous"})
-        self._note(monitor, turning, bounds, invariant)
+        turns = {} if turning is None else turning.summary()
+        lengths = {} if turning is None else {record.layer: record.norm for record in turning.records}
+        for site in self.sites:
+            records = [record for record in monitor.records if record.layer == site.name]
+            moves = [record for record in records if record.anchor == "previous"]
+            since = [record.relative for record in records if record.anchor == "initial"]
+            turned = turns.get(site.weight or "", {})
+            self.rows[site.name] = {
+                "layer": site.name,
+                "kind": type(site.module).__name__,
+                "channels": site.channels,
+                "positions": site.positions,
+                **{key: _mean([getattr(r, key) for r in moves]) for key in ("w1", "lower", "upper", "relative")},
+                "relative_since_start": _mean(since[-1:]),
+                "bound": _mean(bounds.found[site.name]),
+                "mixes_batch": site.mixes_batch,
+                "weight": site.weight,
+                "invariant": None if invariant is None or site.weight is None else site.weight in invariant,
+                "angle": _finite(turned.get("angle")),
+                "norm": _finite(lengths.get(site.weight or "")),
+                "effective_rate": _finite(turned.get("effective_rate")),
+                "activation": None if site.activation is None else type(site.activation).__name__,
+            }
 
     def _update(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> bool:
         optimizer.zero_grad()
@@ -195,86 +209,33 @@ class _Run:
         optimizer.step()
         return True
 
-    def _batches(self, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             order = torch.randperm(len(self.data.x_train), generator=generator)
-            for first in range(0, len(order) - size + 1, size):
+            for chosen in torch.split(order, self.size)[: len(order) // self.size]:
                 if count == 0:
                     return
                 count -= 1
-                chosen = order[first : first + size]
-                yield self.data.x_train[chosen].to(self.device), self.data.y_train[chosen].to(self.device)
+                yield self.data.x_train[chosen].to(self.probe.device), self.data.y_train[chosen].to(self.probe.device)
 
-    def _note(
-        self, monitor: ShiftMonitor, turning: WeightMonitor | None, bounds: BoundWatch, invariant: set[str] | None
-    ) -> None:
-        by_weight = {} if turning is None else turning.summary()
-        for site in self.sites:
-            records = [record for record in monitor.records if record.layer == site.name]
-            steps = [record for record in records if record.anchor == "previous"]
-            since = [record for record in records if record.anchor == "initial"]
-            turned = by_weight.get(site.weight or "", {})
-            length = [r.norm for r in turning.records if r.layer == site.weight][-1:] if turning is not None else []
-            self.rows[site.name] = LayerProfile(
-                layer=site.name,
-                kind=type(site.module).__name__,
-                channels=site.channels,
-                positions=site.positions,
-                w1=_mean([r.w1 for r in steps]),
-                lower=_mean([r.lower for r in steps]),
-                upper=_mean([r.upper for r in steps]),
-                relative=_mean([r.relative for r in steps]),
-                relative_since_start=_mean([r.relative for r in since[-1:]]),
-                bound=bounds.mean(site.name),
-                mixes_batch=site.mixes_batch,
-                weight=site.weight,
-                invariant=None if invariant is None or site.weight is None else site.weight in invariant,
-                angle=_finite(turned.get("angle")),
-                norm=_mean(length),
-                effective_rate=_finite(turned.get("effective_rate")),
-                activation=None if site.activation is None else type(site.activation).__name__,
-            )
-
-    def after(self, batch_size: int, population: int) -> list[LayerProfile]:
-        """Measure the network as it is now; return the complete rows."""
-        if self.diverged_at is not None:
-            return list(self.rows.values())
+    def measure(self, population: int) -> None:
+        """Add to the rows what the network as it is now does with about so many images."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         order = torch.randperm(len(self.data.x_train), generator=generator)
-        count = min(len(order) // batch_size, max(2, population // batch_size))
-        parts = (order[i * batch_size : (i + 1) * batch_size] for i in range(count))
-        chosen = [self.data.x_train[part].to(self.device) for part in parts]
-        self.images = count * batch_size
-        counted = census(self.model, chosen, self.sites)
-        decay = _decay(self.model, torch.cat(chosen), max(batch_size, 2))
-        propagated = _propagated(self.model, self.probe)
-        rows = []
-        for name, row in self.rows.items():
-            seen, (zeta, added) = counted[name], decay.get(name, (None, None))
-            chi, variance = propagated.get(name, (None, None))
-            rows.append(
-                replace(
-                    row,
-                    noise=seen.noise,
-                    staleness=seen.staleness,
-                    dead=seen.dead,
-                    saturated=seen.saturated,
-                    zeta=zeta,
-                    decay=added,
-                    chi=chi,
-                    input_var=variance,
-                )
-            )
-        return rows
-
-    def mean_loss(self, *, first: bool) -> float | None:
-        """Mean of the first or last tenth of the losses."""
-        part = max(1, len(self.losses) // 10)
-        return _mean(self.losses[:part] if first else self.losses[-part:])
+        count = min(len(order) // self.size, max(2, population // self.size))
+        chosen = [self.data.x_train[part].to(self.probe.device) for part in torch.split(order, self.size)[:count]]
+        self.images = count * self.size
+        for found in (
+            channel_numbers(self.model, chosen, self.sites),
+            _decay(self.model, torch.cat(chosen), max(self.size, 2)),
+            _propagated(self.model, self.probe),
+        ):
+            for name, row in self.rows.items():
+                row |= found.get(name, {})
 
 
-def _decay(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, tuple[float, float]]:
+def _decay(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, dict[str, float]]:
     """By layer, zeta and what BatchNorm's noise adds to the loss, with exact population statistics; may be empty."""
     model = copy.deepcopy(model)
     if not batch_norm_layers(model) or len(images) < 4:
@@ -285,14 +246,16 @@ def _decay(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, tuple
     advice = advise(model, batches, batch_size, max_images=len(images))
     # The theory is that of BatchNorm: layers that use batch statistics in another way are not covered by it.
     known = {name for name, module in model.named_modules() if bounded(module)}
-    return {row.layer: (row.zeta, row.penalty) for row in advice.layers if row.layer.split("#")[0] in known}
+    return {
+        row.layer: {"zeta": row.zeta, "decay": row.penalty} for row in advice.layers if row.layer.split("#")[0] in known
+    }
 
 
-def _propagated(model: nn.Module, images: Tensor) -> dict[str, tuple[float, float | None]]:
+def _propagated(model: nn.Module, images: Tensor) -> dict[str, dict[str, float | None]]:
     """By layer of Normalization Propagation, chi and the measured variance of its pre-activations."""
     if not any(isinstance(module, NormPropUnits) for module in model.modules()):
         return {}
-    return {row.name: (row.chi, _finite(row.input_var)) for row in propagate(model, images)}
+    return {row.name: {"chi": row.chi, "input_var": _finite(row.input_var)} for row in propagate(model, images)}
 
 
 def _network(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flexnorm.lab.profile.records import Finding, LayerProfile, Level, Profile, worst
+from flexnorm.lab.profile.records import Finding, LayerProfile, Level, Profile, urgency
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,19 @@ def judge(result: Profile, limits: Limits = LIMITS) -> Profile:
     """
     layers = tuple(replace(layer, findings=tuple(_layer(layer, result, limits))) for layer in result.layers)
     whole = replace(result, layers=layers)
-    order: tuple[Level, ...] = ("act", "look", "fine")
-    return replace(whole, findings=tuple(sorted(_whole(whole, limits), key=lambda f: order.index(f.level))))
+    return replace(whole, findings=tuple(sorted(_whole(whole, limits), key=urgency, reverse=True)))
 
 
 def _layer(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
     yield from _noise(layer, result, limits)
     yield from _shift(layer, result, limits)
     if (stale := layer.staleness) is not None and (level := _level(stale, limits.staleness)) != "fine":
-        yield Finding(
-            level,
-            "statistics",
-            stale,
+        text = (
             f"the running statistics of {layer.layer} are off by {_number(stale)} standard deviations after "
             f"{result.steps} steps, so evaluation is not what training was: re-estimate them before you evaluate "
-            f"(flexnorm.recalibrate), or train longer",
+            f"(flexnorm.recalibrate), or train longer"
         )
+        yield Finding(level, "statistics", stale, text)
     yield from _decay(layer, result, limits)
     yield from _rate(layer, limits)
     yield from _channels(layer, result, limits)
@@ -76,20 +73,16 @@ def _noise(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
     if noise is None or not layer.mixes_batch:
         return
     level = _level(noise, limits.noise)
-    start = f"batch {size} gives statistics noise of {_percent(noise)} at {layer.layer}"
-    if level == "fine":
-        yield Finding(level, "noise", noise, start)
-        return
-    # Both variances fall as 1 / batch, so the noise falls as its root.
-    enough = math.ceil(size * (noise / limits.noise[0]) ** 2)
-    yield Finding(
-        level,
-        "noise",
-        noise,
-        f"{start}: synchronize it over processes, convert it to group or population normalization "
-        "(flexnorm.convert), or freeze it once its running statistics are good (flexnorm.freeze); a batch of about "
-        f"{enough} would bring it down to {_percent(limits.noise[0])}",
-    )
+    text = f"batch {size} gives statistics noise of {_percent(noise)} at {layer.layer}"
+    if level != "fine":
+        # Both variances fall as 1 / batch, so the noise falls as its root.
+        enough = math.ceil(size * (noise / limits.noise[0]) ** 2)
+        text += (
+            ": synchronize it over processes, convert it to group or population normalization (flexnorm.convert), or "
+            "freeze it once its running statistics are good (flexnorm.freeze); a batch of about "
+            f"{enough} would bring it down to {_percent(limits.noise[0])}"
+        )
+    yield Finding(level, "noise", noise, text)
 
 
 def _shift(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
@@ -107,29 +100,27 @@ def _shift(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
         # So far from small that nothing can be said by how much.
         text += f": lower the learning rate ({result.lr:g}) by orders of magnitude, or warm it up"
     elif level != "fine":
-        wanted = result.lr * limits.shift[0] / relative
         text += (
-            f": a learning rate of about {_number(wanted)} instead of {result.lr:g} would bring it down to about "
-            f"{_percent(limits.shift[0])}"
+            f": a learning rate of about {_number(result.lr * limits.shift[0] / relative)} instead of {result.lr:g} "
+            f"would bring it down to about {_percent(limits.shift[0])}"
         )
     yield Finding(level, "shift", relative, text)
 
 
 def _decay(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
-    loss = result.loss_last
-    if layer.decay is None or layer.zeta is None or not loss:
+    if layer.decay is None or layer.zeta is None or not result.loss_last:
         return
-    share = layer.decay / loss
-    level = _level(share, limits.decay) if layer.mixes_batch else "fine"
+    share, size = layer.decay / result.loss_last, result.batch_size
+    level, zeta = _level(share, limits.decay) if layer.mixes_batch else "fine", _number(layer.zeta)
     if layer.mixes_batch:
         text = (
-            f"the noise of batch {result.batch_size} acts at {layer.layer} like a gamma decay of "
-            f"{_number(layer.zeta)}, which adds {_percent(share)} to the loss"
+            f"the noise of batch {size} acts at {layer.layer} like a gamma decay of {zeta}, which adds "
+            f"{_percent(share)} to the loss"
         )
     else:
         text = (
-            f"BatchNorm in place of {layer.layer} would act like a gamma decay of {_number(layer.zeta)} at batch "
-            f"{result.batch_size}, {_percent(share)} of the loss; add it as flexnorm.optim.GammaDecay to have it here"
+            f"BatchNorm in place of {layer.layer} would act like a gamma decay of {zeta} at batch {size}, "
+            f"{_percent(share)} of the loss; add it as flexnorm.optim.GammaDecay to have it here"
         )
     if share >= 1:
         text += " (so much that the expansion for small noise does not hold; take it for large)"
@@ -142,20 +133,18 @@ def _rate(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
     if layer.angle is None or layer.weight is None:
         return
     level = _level(layer.angle, limits.angle)
-    text = f"{layer.weight}, before {layer.layer}, turns by {_number(layer.angle)} rad in one update"
-    if layer.weight.startswith(f"{layer.layer}."):
-        text = f"{layer.weight} turns by {_number(layer.angle)} rad in one update"
+    where = "" if layer.weight.startswith(f"{layer.layer}.") else f", before {layer.layer},"
+    text = f"{layer.weight}{where} turns by {_number(layer.angle)} rad in one update"
     if layer.invariant and layer.effective_rate is not None:
         text += f" (scale invariant: effective learning rate {_number(layer.effective_rate)})"
+    length = _number(layer.norm) if layer.invariant and layer.norm is not None else None
     if level != "fine":
         text += ": lower the learning rate, or warm it up"
-        if layer.invariant and layer.norm is not None:
-            text += f"; longer vectors turn less, theirs have length {_number(layer.norm)}"
+        text += f"; longer vectors turn less, theirs have length {length}" if length else ""
     elif layer.angle < limits.still:
         level = "look"
         text += ": it hardly learns; raise the learning rate"
-        if layer.invariant and layer.norm is not None:
-            text += f", or its weight decay, which shortens vectors of length {_number(layer.norm)}"
+        text += f", or its weight decay, which shortens vectors of length {length}" if length else ""
     yield Finding(level, "rate", layer.angle, text)
 
 
@@ -166,88 +155,71 @@ def _channels(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[
         remedy = "prune them, lower the learning rate, or give the activation a negative slope"
     elif layer.activation == "Threshold":
         meaning, remedy = "constant, or never above its Threshold,", "prune them, or lower the threshold"
-    for count, state, cure in (
-        (layer.dead, meaning, remedy),
-        (layer.saturated, f"flat in its {layer.activation}", "lower gamma or the learning rate"),
-    ):
+    flat = (layer.saturated, f"flat in its {layer.activation}", "lower gamma or the learning rate")
+    for count, state, cure in ((layer.dead, meaning, remedy), flat):
         if count:
             share = count / layer.channels
-            yield Finding(
-                max("look", _level(share, limits.dead), key=("fine", "look", "act").index),
-                "channels",
-                float(count),
+            text = (
                 f"{count} of {layer.channels} channels of {layer.layer} ({_percent(share)}) are {state} on "
-                f"{result.images} images: {cure}",
+                f"{result.images} images: {cure}"
             )
+            level: Level = "act" if share >= limits.dead[1] else "look"
+            yield Finding(level, "channels", float(count), text)
 
 
 def _propagation(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
     variance = layer.input_var
     if variance is None or layer.chi is None:
         return
-    off = max(variance, 1 / variance) if variance > 0 else math.inf
-    level = _level(off, limits.variance)
+    level = _level(max(variance, 1 / variance) if variance > 0 else math.inf, limits.variance)
     text = (
         f"the pre-activations of {layer.layer} have variance {_number(variance)} where propagation takes them for 1 "
         f"(chi {_number(layer.chi)})"
     )
     if level != "fine":
-        text += ": unitize=True restores 1 by construction, and a positive bias lowers chi (flexnorm.nn.propagate)"
+        text += (
+            ": unitize=True restores 1 by construction, and a positive bias lowers chi (flexnorm.nn.normprop.propagate)"
+        )
     yield Finding(level, "propagation", variance, text)
 
 
 def _whole(result: Profile, limits: Limits) -> Iterator[Finding]:
-    if result.diverged_at is not None:
-        yield Finding(
-            "act",
-            "loss",
-            float(result.diverged_at),
-            f"the loss was not finite any more at update {result.diverged_at}: lower the learning rate ({result.lr:g})",
-        )
-    elif result.loss_first is not None and result.loss_last is not None:
-        first, last = result.loss_first, result.loss_last
-        fell = last < first
+    first, last, layers = result.loss_first, result.loss_last, result.layers
+    if (at := result.diverged_at) is not None:
+        text = f"the loss was not finite any more at update {at}: lower the learning rate ({result.lr:g})"
+        yield Finding("act", "loss", float(at), text)
+    elif first is not None and last is not None:
         text = f"the loss went from {_number(first)} to {_number(last)} in {result.steps} updates"
+        fell = last < first
         yield Finding("fine" if fell else "look", "loss", last, text + ("" if fell else ": it did not fall"))
-    shifts = [(layer.relative, layer) for layer in result.layers if layer.relative is not None]
-    if shifts:
+    if shifts := [(layer.relative, layer.layer) for layer in layers if layer.relative is not None]:
         mean = math.fsum(value for value, _ in shifts) / len(shifts)
         top, where = max(shifts, key=lambda pair: pair[0])
-        yield Finding(
-            _level(top, limits.shift),
-            "shift",
-            mean,
-            f"one update moves the layers by {_percent(mean)} of their spread in the mean, most at {where.layer} "
-            f"({_percent(top)})",
+        text = (
+            f"one update moves the layers by {_percent(mean)} of their spread in the mean, most at {where} "
+            f"({_percent(top)})"
         )
-    noises = [(layer.noise, layer) for layer in result.layers if layer.noise is not None and layer.mixes_batch]
-    if noises:
+        yield Finding(_level(top, limits.shift), "shift", mean, text)
+    mixing = [layer for layer in layers if layer.mixes_batch]
+    if noises := [(layer.noise, layer.layer) for layer in mixing if layer.noise is not None]:
         top, where = max(noises, key=lambda pair: pair[0])
-        many = sum(value >= limits.noise[0] for value, _ in noises)
-        yield Finding(
-            _level(top, limits.noise),
-            "noise",
-            top,
-            f"statistics noise of batch {result.batch_size} is largest at {where.layer} ({_percent(top)}); "
-            f"{many} of {len(noises)} layers reach {_percent(limits.noise[0])}",
+        text = (
+            f"statistics noise of batch {result.batch_size} is largest at {where} ({_percent(top)}); "
+            f"{sum(value >= limits.noise[0] for value, _ in noises)} of {len(noises)} layers reach "
+            f"{_percent(limits.noise[0])}"
         )
-    decays = [layer.decay for layer in result.layers if layer.decay is not None and layer.mixes_batch]
-    if decays and result.loss_last:
-        share = math.fsum(decays) / result.loss_last
-        yield Finding(
-            _level(share, limits.decay),
-            "decay",
-            share,
-            f"the noise of BatchNorm regularizes like a penalty of {_percent(share)} of the loss, all layers together",
+        yield Finding(_level(top, limits.noise), "noise", top, text)
+    decays = [layer.decay for layer in mixing if layer.decay is not None]
+    if decays and last:
+        share = math.fsum(decays) / last
+        text = (
+            f"the noise of BatchNorm regularizes like a penalty of {_percent(share)} of the loss, all layers together"
         )
-    counts = {level: sum(worst(layer.findings) == level for layer in result.layers) for level in ("act", "look")}
-    if result.layers:
-        yield Finding(
-            "fine",
-            "layers",
-            float(counts["act"]),
-            f"of {len(result.layers)} layers {counts['act']} need a change and {counts['look']} a look",
-        )
+        yield Finding(_level(share, limits.decay), "decay", share, text)
+    if layers:
+        act, look = (sum(layer.level == level for layer in layers) for level in ("act", "look"))
+        text = f"of {len(layers)} layers {act} need a change and {look} a look"
+        yield Finding("fine", "layers", float(act), text)
 
 
 def _level(value: float, limits: tuple[float, float]) -> Level:

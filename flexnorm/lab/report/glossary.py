@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexnorm.lab.report.markup import Markup, element
+from flexnorm.lab.charts.markup import Markup, element
 
 _ENTRIES = (
     (

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flexnorm.lab.charts.numbers import decimals_for, duration, fixed, listing, percent, plural, signed, significant
 from flexnorm.lab.records import DIVERGED, REFUSED, Cell, Study
 from flexnorm.lab.replicates import Replicates
-from flexnorm.lab.report.numbers import decimals_for, duration, fixed, listing, percent, plural, signed, significant
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,56 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 
 from flexnorm._version import __version__
+from flexnorm.lab.charts import Chart, Series, hues, legend_sample, style, write_text
+from flexnorm.lab.charts.markup import Child, Markup, element, join
+from flexnorm.lab.charts.numbers import duration, listing, plural
 from flexnorm.lab.records import MISSING_RUN, Cell, Study
-from flexnorm.lab.report.figure_curves import accuracy_panels, loss_panels
-from flexnorm.lab.report.figure_scatter import correlation_note, scatter
-from flexnorm.lab.report.figure_shift import Depth, depth_panels, depths, shift_scale, time_panels
-from flexnorm.lab.report.figure_steps import steps
-from flexnorm.lab.report.figure_summary import summary_panels
+from flexnorm.lab.report import figures
 from flexnorm.lab.report.glossary import glossary
 from flexnorm.lab.report.headline import Headline, headline
-from flexnorm.lab.report.lines import legend_line
-from flexnorm.lab.report.markup import Child, Markup, element, join
-from flexnorm.lab.report.numbers import duration, listing, plural
+from flexnorm.lab.report.load import load
 from flexnorm.lab.report.table import results_table
-from flexnorm.lab.report.theme import asset, variables
 
 SHOWN_LAYERS = 12
 """So many layers are shown at once; of a deeper network evenly spaced ones, the others behind a fold."""
+
+
+def write_report(out_dir: str | Path) -> Path:
+    """Write ``report.html`` into the folder of a comparison, recomputed from the files in that folder.
+
+    It works on a folder at any stage: runs that are missing, unfinished, diverged or unreadable are named in the
+    report. The page is one file without links to others and opens offline.
+
+    Args:
+        out_dir: The folder that ``flexnorm compare --out`` wrote: ``results.json`` and ``experiment.json`` where they
+            exist, and ``runs/NORM/OPTIM/seedK/{summary.json, metrics.csv, shift.csv}``.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds nothing of a comparison.
+        OSError: If the report cannot be written (a full or read-only disk); an older one stays as it was.
+
+    Examples:
+        >>> write_report("runs/digits")  # doctest: +SKIP
+        PosixPath('runs/digits/report.html')
+    """
+    return write_text(Path(out_dir) / "report.html", page(load(out_dir)))
 
 
 def page(study: Study) -> str:
     """Return the whole report on a study as HTML."""
     rows = study.cells
     head = headline(study, rows)
-    style, script = variables(study) + asset("plot.css") + asset("style.css"), asset("page.js")
+    css = style(hues(study.norms, study.baseline)) + _asset("style.css")
+    script = _asset("page.js")
     # The page may run this script and this style, and load nothing at all.
-    policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+    policy = f"default-src 'none'; img-src data:; style-src '{_digest(css)}'; script-src '{_digest(script)}'"
     sections = list(_sections(study, rows))
     body = element(
         "body",
@@ -56,12 +79,16 @@ def page(study: Study) -> str:
             element("meta", name="generator", content=f"flexnorm {__version__}"),
             element("link", rel="icon", href="data:,"),
             element("title", title),
-            element("style", Markup(style)),
+            element("style", Markup(css)),
         ),
         body,
         lang="en",
     )
     return f"<!DOCTYPE html>\n{document}\n"
+
+
+def _asset(name: str) -> str:
+    return resources.files("flexnorm.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _digest(content: str) -> str:
@@ -102,38 +129,45 @@ def _legend(study: Study) -> Markup:
         for i, norm in enumerate(study.norms)
     ]
     optims = [
-        element("li", element("span", legend_line(i), element("span", optim), class_="key"))
+        element("li", element("span", _sample(i), element("span", optim), class_="key"))
         for i, optim in enumerate(study.optims)
     ]
     gap = element("li", class_="gap", aria_hidden="true")
     return element("div", element("ul", norms, gap, optims), class_="legend", role="group", aria_label="Legend")
 
 
+def _sample(optim: int) -> Markup:
+    """Return what an optimizer's lines look like."""
+    drawn = legend_sample(Series("", (), (), hue=-1, style=optim))
+    space = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": "0 0 34 14"}
+    return element("svg", drawn, class_="sample", aria_hidden="true", **space)
+
+
 def _sections(study: Study, rows: Sequence[Cell]) -> Iterator[tuple[str, str, Child]]:
     """Yield (id, title, content) of every section that has something to show."""
     if any(c.complete for c in rows):
-        yield "overview", "At a glance", _overview(study, rows)
+        yield "overview", "At a glance", _overview(study)
     yield "results", "Results", results_table(study, rows) if rows else element("p", "There is no run to report on.")
     if any(not run.complete for run in study.runs):
         yield "ended", "Runs without a result", _ended(study)
-    losses, accuracies = loss_panels(study), accuracy_panels(study)
+    losses, accuracies = figures.loss_curves(study), figures.accuracy_curves(study)
     if losses or accuracies:
         yield "curves", "Learning curves", _curves(losses, accuracies)
     if any(run.shifts for run in study.complete):
         yield "shift", "Internal covariate shift", _shift(study)
-    if (large := scatter(study, rows, "scatter", width=960, height=500)) is not None:
-        small = scatter(study, rows, "scatter-narrow", width=360, height=400)
+    if (large := figures.scatter(study, width=960, height=500)) is not None:
+        small = figures.scatter(study, width=360, height=400)
         caption = _caption(
-            "Large marks are means, small ones single seeds, joined by a line. ", correlation_note(study)
+            "Large marks are means, small ones single seeds, joined by a line. ", figures.correlation_note(study)
         )
-        yield "tradeoff", "Accuracy against shift", element("figure", _two(large, small), caption)
-    if (large := steps(study, rows, "steps", width=960)) is not None:
-        small = steps(study, rows, "steps-narrow", width=360)
+        yield "tradeoff", "Accuracy against shift", element("figure", _two("scatter", large, small), caption)
+    if (large := figures.steps(study, width=960)) is not None:
+        small = figures.steps(study, width=360)
         caption = _caption(
             "The median time of an update, and of that the median over seeds; dots are single seeds. "
             "Times depend on the machine and on what else it was doing."
         )
-        yield "speed", "Step time", element("figure", _two(large, small), caption)
+        yield "speed", "Step time", element("figure", _two("steps", large, small), caption)
     yield "glossary", "What the numbers mean", glossary()
     yield "repeat", "How to repeat this", _repeat(study)
 
@@ -160,32 +194,33 @@ def _ended(study: Study) -> Markup:
     )
 
 
-def _two(large: Markup, small: Markup | None) -> Markup:
+def _two(key: str, large: Chart, small: Chart | None) -> Markup:
     """Return a figure in two shapes, of which the width of the window shows one."""
-    return join([element("div", large, class_="wide"), element("div", small, class_="narrow")])
+    narrow = None if small is None else small.svg(f"{key}-narrow")
+    return join([element("div", large.svg(key), class_="wide"), element("div", narrow, class_="narrow")])
 
 
 def _caption(*content: Child) -> Markup:
     return element("figcaption", *content)
 
 
-def _panels(panels: Sequence[Markup]) -> Markup:
-    return element("div", panels, class_="panels")
+def _panels(key: str, charts: Sequence[Chart]) -> Markup:
+    return element("div", [chart.svg(f"{key}-{i}") for i, chart in enumerate(charts)], class_="panels")
 
 
-def _overview(study: Study, rows: Sequence[Cell]) -> Markup:
+def _overview(study: Study) -> Markup:
     caption = _caption(
         "Marks are means over seeds (of times: medians), whiskers one standard deviation, small dots single seeds. "
         "Colour is the normalizer, shape the optimizer, here and in every figure."
     )
-    return element("figure", _panels(summary_panels(study, rows)), caption)
+    return element("figure", _panels("summary", figures.summary(study)), caption)
 
 
-def _curves(losses: Sequence[Markup], accuracies: Sequence[Markup]) -> Markup:
+def _curves(losses: Sequence[Chart], accuracies: Sequence[Chart]) -> Markup:
     parts: list[Child] = []
-    for title, panels in (("Training loss per epoch", losses), ("Test accuracy per epoch", accuracies)):
-        if panels:
-            parts += [element("h3", title), element("figure", _panels(panels))]
+    for key, title, charts in (("loss", "Training loss", losses), ("accuracy", "Test accuracy", accuracies)):
+        if charts:
+            parts += [element("h3", f"{title} per epoch"), element("figure", _panels(f"curve-{key}", charts))]
     note = (
         "Lines are means over the complete runs, bands reach from the lowest to the highest seed. "
         "All panels of a row share their axes."
@@ -194,7 +229,7 @@ def _curves(losses: Sequence[Markup], accuracies: Sequence[Markup]) -> Markup:
 
 
 def _shift(study: Study) -> Markup:
-    every = depths(study)
+    every = figures.depths(study)
     count = min(len(every), SHOWN_LAYERS)
     picks = {round(i * (len(every) - 1) / max(count - 1, 1)) for i in range(count)}
     chosen, folded = [d for i, d in enumerate(every) if i in picks], [d for i, d in enumerate(every) if i not in picks]
@@ -221,7 +256,7 @@ def _shift(study: Study) -> Markup:
     return join([intro, _modules(study, every), element("div", choice, views, class_="views")])
 
 
-def _modules(study: Study, every: Sequence[Depth]) -> Markup | None:
+def _modules(study: Study, every: Sequence[figures.Depth]) -> Markup | None:
     """Return which modules a numbered layer stands for, where networks name theirs differently."""
     if all(len(set(depth.names.values())) == 1 for depth in every):
         return None
@@ -239,20 +274,24 @@ def _modules(study: Study, every: Sequence[Depth]) -> Markup | None:
 _KINDS = ((True, "relative"), (False, "absolute"))
 
 
-def _shift_view(study: Study, relative: bool, chosen: Sequence[Depth], folded: Sequence[Depth]) -> Iterator[Markup]:
-    y = shift_scale(study, relative)
+def _shift_view(
+    study: Study, relative: bool, chosen: Sequence[figures.Depth], folded: Sequence[figures.Depth]
+) -> Iterator[Markup]:
+    y = figures.shift_scale(study, relative)
     kind = "relative" if relative else "absolute"
     if len(chosen) > 1:
         yield element("h3", f"Over the depth of the network: {kind}, mean over training")
-        yield element("figure", _panels(depth_panels(study, relative, y)))
-    for optim in study.optims:
+        yield element("figure", _panels(f"depth-{kind}", figures.shift_over_depth(study, relative, y)))
+    for index, optim in enumerate(study.optims):
+        key = f"shift-{kind}-{index}"
         if not any(run.complete and run.shifts for run in study.of(optim=optim)):
             continue
         yield element("h3", f"Layer by layer over training, {optim}: {kind}")
-        yield element("figure", _panels(time_panels(study, optim, chosen, relative, y)))
+        yield element("figure", _panels(key, figures.shift_over_time(study, optim, chosen, relative, y)))
         if folded:
             more = element("summary", f"The {plural(len(folded), 'other layer')}")
-            yield element("details", more, _panels(time_panels(study, optim, folded, relative, y)))
+            others = figures.shift_over_time(study, optim, folded, relative, y)
+            yield element("details", more, _panels(f"{key}-more", others))
 
 
 def _repeat(study: Study) -> Iterator[Markup]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flexnorm.lab.records import Cell, Study
-from flexnorm.lab.replicates import Replicates
-from flexnorm.lab.report.frame import Frame
-from flexnorm.lab.report.markup import Child, Markup, element, join, number
-from flexnorm.lab.report.numbers import (
+from flexnorm.lab.charts import Scale, accuracy, marker_shape
+from flexnorm.lab.charts.markup import Child, Markup, element, join, number
+from flexnorm.lab.charts.numbers import (
     MISSING,
     decimals_for,
     fixed,
@@ -19,9 +17,9 @@ from flexnorm.lab.report.numbers import (
     signed,
     significant,
 )
-from flexnorm.lab.report.palette import marker_shape
-from flexnorm.lab.report.scale import Scale, accuracy
-from flexnorm.lab.report.svg import group, line, marker
+from flexnorm.lab.charts.svg import group, line, marker
+from flexnorm.lab.records import Cell, Study
+from flexnorm.lab.replicates import Replicates
 
 STRIP = (120.0, 20.0)
 """Size of the small drawing of the seeds in the accuracy column."""
@@ -194,10 +192,10 @@ def _strip(cell: Cell, scale: Scale, optim: int) -> Child:
     if not cell.test_accuracy:
         return None
     width, height = STRIP
-    frame = Frame(width, height, scale, Scale("linear", 0.0, 1.0, ()), left=6.0, right=6.0, top=0.0, bottom=0.0)
     middle = height / 2
-    seeds = [marker("circle", frame.px(v), middle, 2.4, class_="seed") for v in cell.test_accuracy.values]
-    mean = marker(marker_shape(optim), frame.px(cell.test_accuracy.mean), middle, 3.8)
+    places = [6.0 + (width - 12.0) * scale(v) for v in (*cell.test_accuracy.values, cell.test_accuracy.mean)]
+    seeds = [marker("circle", place, middle, 2.4, class_="seed") for place in places[:-1]]
+    mean = marker(marker_shape(optim), places[-1], middle, 3.8)
     return element(
         "svg",
         group(line(0, middle, width, middle, "grid"), seeds if cell.test_accuracy.n > 1 else None, mean),

@@ -31,7 +31,7 @@ from flexnorm.lab.replicates import mean
 from flexnorm.lab.run import environment, schedule, seeding
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
-from flexnorm.lab.run.config import NORMS, Config
+from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import append_rows, atomic_write, dump_json, read_json, writing
 from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.lab.run.regularize import StepHooks
@@ -76,7 +76,7 @@ def refusal(model: nn.Module, config: Config, norm: str) -> str | None:
 
 def single_image_norms() -> list[str]:
     """Return the norms that can be trained one image at a time: those that never mix the images of a batch."""
-    return [name for name in NORMS if name == "normprop" or not needs_batch(make_norm(name, 16))]
+    return [name for name in models.norm_names() if name == "normprop" or not needs_batch(make_norm(name, 16))]
 
 
 def train_run(

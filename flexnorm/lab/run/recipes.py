@@ -88,6 +88,11 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
     """Set one setting in place; dots in its key reach inside: ``optims.sgd.lr``.
 
     A list of optimizers becomes a mapping of them when the setting of one is given.
+
+    Args:
+        values: Settings of an experiment.
+        key: The setting.
+        value: Its value.
     """
     *parents, last = key.split(".")
     for number, parent in enumerate(parents):

@@ -15,10 +15,10 @@ from flexnorm.lab.records import DIVERGED, REFUSED, Cell, Run, Study
 from flexnorm.lab.run.compare import Progress as Event
 
 
-def console() -> Console:
-    """Return a console that wraps like the terminal, or at 140 columns where there is none."""
+def console(width: int = 140) -> Console:
+    """Return a console that wraps like the terminal, or at that many columns where there is none."""
     plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=140)
+    return plain if plain.is_terminal else Console(highlight=False, width=width)
 
 
 class Display:

@@ -4,25 +4,33 @@ Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation: A Parametric 
 Removing Internal Covariate Shift in Deep Networks" (ICML 2016, arXiv 1603.01431). The guide is ``docs/normprop.md``.
 """
 
-from flexnorm.nn.normprop.activation import NormPropActivation
-from flexnorm.nn.normprop.activations import ACTIVATIONS, Activation
-from flexnorm.nn.normprop.base import NormPropLayer
-from flexnorm.nn.normprop.border import border_variance
-from flexnorm.nn.normprop.coherence import CanonicalError, canonical_error, coherence_penalty
-from flexnorm.nn.normprop.constants import Gains, GaussianMoments, activation_gains, activation_moments
-from flexnorm.nn.normprop.conv import NormPropConv1d, NormPropConv2d, NormPropConv3d
+from flexnorm.nn.normprop.activation import DEFAULT_EPS, NormPropActivation, NormPropUnits, UnitOptions
+from flexnorm.nn.normprop.conv import NormPropConv, NormPropConv1d, NormPropConv2d, NormPropConv3d, border_variance
 from flexnorm.nn.normprop.conv_transpose import (
+    NormPropConvTranspose,
     NormPropConvTranspose1d,
     NormPropConvTranspose2d,
     NormPropConvTranspose3d,
 )
-from flexnorm.nn.normprop.elementwise import UnitizeSamples, unitize_samples
+from flexnorm.nn.normprop.elementwise import (
+    ACTIVATION_MODULES,
+    ACTIVATIONS,
+    Activation,
+    ChannelAffine,
+    UnitizeSamples,
+    resolve_activation,
+    unitize_samples,
+)
 from flexnorm.nn.normprop.input import NormPropInput
+from flexnorm.nn.normprop.integrals import Gains, GaussianMoments, activation_gains, activation_moments
+from flexnorm.nn.normprop.layer import LayerOptions, NormPropLayer, normalize_weights_, register_unit_norm, safe_norm
 from flexnorm.nn.normprop.linear import NormPropLinear
 from flexnorm.nn.normprop.pooling import (
+    NormPropAvgPool,
     NormPropAvgPool1d,
     NormPropAvgPool2d,
     NormPropAvgPool3d,
+    NormPropMaxPool,
     NormPropMaxPool1d,
     NormPropMaxPool2d,
     NormPropMaxPool3d,
@@ -30,39 +38,53 @@ from flexnorm.nn.normprop.pooling import (
     max_pool_moments,
     window_correlation,
 )
-from flexnorm.nn.normprop.propagate import LayerPropagation, PropagationReport, propagate
+from flexnorm.nn.normprop.propagate import (
+    CanonicalError,
+    LayerPropagation,
+    PropagationReport,
+    canonical_error,
+    coherence_penalty,
+    propagate,
+)
 from flexnorm.nn.normprop.residual import NormPropAdd, NormPropConcat, NormPropResidual, normprop_add
-from flexnorm.nn.normprop.units import NormPropUnits
-from flexnorm.nn.normprop.weights import normalize_weights_, register_unit_norm
 
 __all__ = [
     "ACTIVATIONS",
+    "ACTIVATION_MODULES",
+    "DEFAULT_EPS",
     "Activation",
     "CanonicalError",
+    "ChannelAffine",
     "Gains",
     "GaussianMoments",
+    "LayerOptions",
     "LayerPropagation",
     "NormPropActivation",
     "NormPropAdd",
+    "NormPropAvgPool",
     "NormPropAvgPool1d",
     "NormPropAvgPool2d",
     "NormPropAvgPool3d",
     "NormPropConcat",
+    "NormPropConv",
     "NormPropConv1d",
     "NormPropConv2d",
     "NormPropConv3d",
+    "NormPropConvTranspose",
     "NormPropConvTranspose1d",
     "NormPropConvTranspose2d",
     "NormPropConvTranspose3d",
     "NormPropInput",
     "NormPropLayer",
     "NormPropLinear",
+    "NormPropMaxPool",
     "NormPropMaxPool1d",
     "NormPropMaxPool2d",
     "NormPropMaxPool3d",
     "NormPropResidual",
     "NormPropUnits",
     "PropagationReport",
+    "UnitOptions",
     "UnitizeSamples",
     "activation_gains",
     "activation_moments",
@@ -75,6 +97,8 @@ __all__ = [
     "normprop_add",
     "propagate",
     "register_unit_norm",
+    "resolve_activation",
+    "safe_norm",
     "unitize_samples",
     "window_correlation",
 ]

@@ -1,15 +1,364 @@
-"""Activation and standardization without a linear map: what follows a sum, or stands before a linear map."""
+"""Activation and standardization: the units of every NormProp layer, and the layer that is nothing but these."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import TypedDict, Unpack
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexnorm._messages import unknown_name
+from flexnorm.kernels import floor
 from flexnorm.nn.normprop.checks import positive
-from flexnorm.nn.normprop.constants import ActivationLike
-from flexnorm.nn.normprop.elementwise import channel_affine
-from flexnorm.nn.normprop.folded import ChannelAffine
-from flexnorm.nn.normprop.units import DEFAULT_EPS, NormPropUnits
+from flexnorm.nn.normprop.elementwise import (
+    Activation,
+    ActivationLike,
+    ChannelAffine,
+    ChannelFloor,
+    ChannelPReLU,
+    activation_module,
+    channel_affine,
+    per_channel,
+    resolve_activation,
+)
+from flexnorm.nn.normprop.integrals import (
+    Gains,
+    GaussianMoments,
+    activation_gains,
+    activation_moments,
+    initial_affine,
+    rectifier_tables,
+)
+
+CONSTANTS = ("exact", "paper")
+INITS = ("stable", "paper")
+
+DEFAULT_EPS = 1e-5
+"""Added to the variance of an activation, whose size at gamma = 1 is 0.34 for ReLU."""
+
+
+class UnitOptions(TypedDict, total=False):
+    """Constructor arguments that everything with an activation takes by keyword.
+
+    Attributes:
+        init: ``"stable"`` (gamma 1, bias 0.5 for ReLU; see :func:`~flexnorm.nn.normprop.integrals.initial_affine`) or
+            ``"paper"`` (gamma 1/1.21, bias 0). None, the default: the one that goes with ``constants``.
+        eps: Added to the exact variance; 1e-5 by default.
+        device: Of the parameters, as for torch's layers.
+        dtype: Likewise.
+    """
+
+    init: str | None
+    eps: float
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class NormPropUnits(nn.Module):
+    """Base class of everything that propagates: ``(act(gamma (z - center) / spread + bias) - mean) / std``.
+
+    z is what the subclass computes. Propagation takes it to be N(0, 1); where it is known not to be, as in a network
+    that was converted from a trained one, ``center`` and ``spread`` say what it is instead.
+
+    Args:
+        out_channels: Number of units C.
+        activation: Name, module, elementwise function or :class:`Activation`; None for a last layer: ``gamma z +
+            bias``, not standardized. ``"identity"``: z with no other parameter.
+        constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
+        **options: See :class:`UnitOptions`.
+
+    Attributes:
+        gamma: ``(C,)`` scales of the pre-activations, or None for ``activation="identity"``, where it would have no
+            effect.
+        bias: ``(C,)`` shifts of the pre-activations, or None for ``activation="identity"``.
+        slope: Trainable negative slope(s) of PReLU, else None.
+        center: Buffer ``(C,)``: mean of z, or None for 0. See :meth:`calibrate_`.
+        spread: Buffer ``(C,)``: standard deviation of z, or None for 1.
+        activation: The resolved :class:`Activation`, or None.
+        unitize: Whether each sample is divided by its root mean square first.
+        spatial: Number of axes after the channels (0 for linear).
+
+    Raises:
+        ValueError: For unknown names, a negative eps, or slopes of PReLU that are not one per channel.
+        TypeError: For an activation or dtype of the wrong kind.
+    """
+
+    spatial: int = 0
+    unitize: bool = False
+    center: Tensor | None
+    spread: Tensor | None
+
+    _own_shift = True  # whether the linear map may leave the shift to a kernel of ours
+
+    def __init__(
+        self,
+        out_channels: int,
+        activation: ActivationLike | None,
+        constants: str,
+        *,
+        init: str | None = None,
+        eps: float = DEFAULT_EPS,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if constants not in CONSTANTS:
+            raise ValueError(unknown_name("constants", constants, CONSTANTS))
+        chosen = ("stable" if constants == "exact" else "paper") if init is None else init
+        if chosen not in INITS:
+            raise ValueError(unknown_name("init", chosen, INITS))
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating point type, got {dtype}")
+        self.out_channels = out_channels
+        self.activation: Activation | None = resolve_activation(activation)
+        self.constants = constants
+        self.init = chosen
+        self.eps = float(eps)
+        self.gamma: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        self.slope: nn.Parameter | None = None
+        if not self._is_identity:
+            self.gamma = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        if self.activation is not None and self.activation.slopes:
+            if self.activation.slopes not in (1, out_channels):
+                raise ValueError(
+                    f"PReLU has {self.activation.slopes} slopes, but the layer has {out_channels} channels; "
+                    f"use 1 or {out_channels}"
+                )
+            self.slope = nn.Parameter(torch.empty(self.activation.slopes, device=device, dtype=dtype))
+        self.register_buffer("center", None)
+        self.register_buffer("spread", None)
+        # The fixed (mean, std) of Eq. 9-12 as Python numbers: they are no state and must survive meta devices and
+        # dtype changes.
+        self._paper_constants: tuple[float, float] | None = None
+        if constants == "paper" and self.activation is not None and not self.activation.slopes:
+            with torch.device("cpu"), torch.no_grad():
+                mean, var = activation_moments(self.activation)
+                self._paper_constants = float(mean), float(var.sqrt())
+
+    @property
+    def _is_identity(self) -> bool:
+        return self.activation is not None and self.activation.is_identity
+
+    def _parameter_like(self) -> Tensor:
+        """A tensor whose dtype and device tables take."""
+        if self.gamma is None:
+            raise NotImplementedError
+        return self.gamma
+
+    def _table_like(self) -> Tensor:
+        like = self._parameter_like()
+        half = like.dtype in (torch.float16, torch.bfloat16)
+        return torch.empty(self.out_channels, dtype=torch.float32 if half else like.dtype, device=like.device)
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """z, as propagation takes it to be N(0, 1): for diagnosis."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Reset gamma, bias and slope."""
+        gamma, bias = initial_affine(self.activation, self.init)
+        if self.gamma is not None and self.bias is not None:
+            self.gamma.fill_(gamma)
+            self.bias.fill_(bias)
+        if self.slope is not None and self.activation is not None and self.activation.negative_slope is not None:
+            self.slope.fill_(self.activation.negative_slope)
+
+    @torch.no_grad()
+    def calibrate_(self, center: Tensor | None, spread: Tensor | None) -> None:
+        """State mean and standard deviation of the pre-activations before gamma and bias; constants from then on.
+
+        Unit filters give unit variance for uncorrelated inputs. Those of a trained network are correlated, and with
+        the moments stated the units are standardized all the same.
+
+        Args:
+            center: ``(C,)``, or None for 0.
+            spread: ``(C,)``, positive, or None for 1.
+
+        Raises:
+            ValueError: For another shape, or a spread that is not positive.
+        """
+        if (center is None) != (spread is None):
+            raise ValueError("give both center and spread, or neither")
+        if center is None or spread is None:
+            self.center = self.spread = None
+            return
+        like = self._table_like()
+        if center.shape != like.shape or spread.shape != like.shape or not bool((spread > 0).all()):
+            raise ValueError(
+                f"center and spread must have shape ({self.out_channels},) and spread be positive, "
+                f"got {tuple(center.shape)} and {tuple(spread.shape)}"
+            )
+        self.center, self.spread = center.to(like), spread.to(like)
+
+    def _calibrated(self, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of z where those of ``(z - center) / spread`` are given."""
+        if self.spread is None or self.center is None:
+            return scale, shift
+        scale = self.spread.reciprocal() if scale is None else scale / self.spread
+        moved = -self.center * scale
+        return scale, moved if shift is None else shift + moved
+
+    def standardization(self) -> GaussianMoments:
+        """Mean that the layer subtracts and variance by which it divides (eps included), ``(C,)`` each, before folding.
+
+        For ``activation=None`` these are 0 and 1: the affine layer is not standardized.
+        """
+        like = self._table_like()
+        if self.activation is None:
+            return GaussianMoments(torch.zeros_like(like), torch.ones_like(like))
+        if self._paper_constants is not None:
+            mean, std = self._paper_constants
+            return GaussianMoments(torch.full_like(like, mean), torch.full_like(like, std * std))
+        exact = self.constants == "exact"
+        gamma, beta = self.affine() if exact else (torch.ones_like(like), torch.zeros_like(like))
+        moments = activation_moments(self.activation, gamma, beta, slope=self.slope)
+        # The identity has no gamma that could vanish.
+        return moments._replace(var=moments.var + self.eps) if exact and not self._is_identity else moments
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Gamma and bias as ``(C,)`` tensors, 1 and 0 where the layer has none."""
+        like = self._table_like()
+        if self.gamma is None or self.bias is None:
+            return torch.ones_like(like), torch.zeros_like(like)
+        return self.gamma, self.bias
+
+    def predicted_moments(self, mean: Tensor | float = 0.0, var: Tensor | float = 1.0) -> GaussianMoments:
+        """Mean and variance ``(C,)`` of every output unit if its normalized pre-activation is N(mean, var).
+
+        Args:
+            mean: Of the pre-activations ``W x / ||W||``, a number or ``(C,)``.
+            var: Likewise.
+        """
+        gamma, bias = self.affine()
+        center, variance = self.standardization()
+        mean, var = (torch.as_tensor(t, dtype=center.dtype, device=center.device) for t in (mean, var))
+        gamma, bias = gamma * var.sqrt(), bias + gamma * mean
+        if self.activation is None:
+            return GaussianMoments(bias, gamma.square())
+        mean, var = activation_moments(self.activation, gamma, bias, slope=self.slope)
+        return GaussianMoments((mean - center) * variance.rsqrt(), var / variance)
+
+    def gains(self) -> Gains:
+        """chi, squared Jacobian gain and correlation gain ``(C,)`` of every unit, from the parameters alone.
+
+        The layer's value is the mean over its units. chi > 1: the mean square of single samples runs away with depth.
+        With ``unitize=True`` chi is 0 by construction (the output does not depend on the input's length).
+        """
+        gamma, bias = self.affine()
+        if self.activation is None:
+            gains = Gains(gamma.square(), gamma.square(), gamma.square())
+        else:
+            center, variance = self.standardization()
+            gains = activation_gains(self.activation, gamma, bias, center=center, variance=variance, slope=self.slope)
+        if self.spread is not None:
+            # What comes in is white and of unit variance; the pre-activation has the variance that was stated.
+            inverse = self.spread.square().reciprocal()
+            gains = gains._replace(jacobian=gains.jacobian * inverse, correlation=gains.correlation * inverse)
+        return gains._replace(chi=torch.zeros_like(gains.chi)) if self.unitize else gains
+
+    # -- forward
+
+    def _units(self, linear: Callable[[Tensor | None, Tensor | None], Tensor]) -> Tensor:
+        """The standardized activation of ``linear(scale, shift)``, which is to return ``scale z + shift``."""
+        act = self.activation
+        if self.gamma is None or self.bias is None:
+            return linear(None, None)
+        if act is None:
+            return linear(self.gamma, self.bias)
+        a = act.negative_slope
+        if a is not None and self.slope is None and self.constants == "exact":
+            return self._rectified(linear, act, *rectifier_tables(self.gamma, self.bias, a, self.eps))
+        mean, var = self.standardization()
+        inverse = var.rsqrt()
+        if a is not None:
+            return self._rectified(linear, act, self.gamma * inverse, self.bias * inverse, mean * inverse)
+        u = linear(self.gamma, self.bias)
+        return channel_affine(act(u), inverse, -mean * inverse, self.spatial)
+
+    def _rectified(
+        self,
+        linear: Callable[[Tensor | None, Tensor | None], Tensor],
+        act: Activation,
+        scale: Tensor,
+        shift: Tensor,
+        offset: Tensor,
+    ) -> Tensor:
+        """``act(scale z + shift) - offset`` for a rectifier."""
+        relu = self.slope is None and act.negative_slope == 0.0
+        if relu and self._own_shift and floor.may(scale):
+            u = linear(scale, None)
+            if u.dim() == self.spatial + 2 and floor.takes(u):
+                return floor.shift_and_floor_(u, shift - offset, -offset)
+            u = u + per_channel(shift, self.spatial, u)
+        else:
+            u = linear(scale, shift)
+        if relu:
+            # What made u is ours and its backward does not need its output, so the rectifier may overwrite it.
+            u = F.relu_(u)
+        elif self.slope is not None:
+            u = act(u, per_channel(self.slope.expand(self.out_channels), self.spatial, u))
+        else:
+            u = act(u)
+        # Add the negative table: the gradient of a subtraction would negate a whole activation before it is summed.
+        return u + per_channel(-offset, self.spatial, u)
+
+    # -- inference
+
+    def fold(self) -> nn.Module:
+        """Return plain modules for the same function: a linear map, then at most two elementwise ones.
+
+        For ReLU the result is the linear map followed by one elementwise maximum (:class:`ChannelFloor`), the cost of
+        a plain layer: ``relu(u) - m = max(u - m, -m)``. Others get their activation and a :class:`ChannelAffine`. The
+        parameters are copies, computed in float64.
+
+        Raises:
+            RuntimeError: For ``border="exact"``, whose correction depends on the size of the input.
+        """
+        raise NotImplementedError
+
+    def _has_shift(self) -> bool:
+        """Whether the folded linear map needs a bias."""
+        return self.bias is not None or self.center is not None
+
+    def _folded_units(self) -> tuple[Tensor | None, Tensor | None, list[nn.Module]]:
+        """Scale and shift of z (None for 1 and 0), and the modules that follow; tables in float64."""
+        twin = copy.deepcopy(self).double()
+        act, gamma, bias, slope = self.activation, twin.gamma, twin.bias, twin.slope
+        if act is None or gamma is None or bias is None:
+            return *twin._calibrated(gamma, bias), []
+        mean, var = twin.standardization()
+        inverse, dtype = var.rsqrt(), self._parameter_like().dtype
+        shift = -mean * inverse
+        if not act.homogeneous:
+            affine = ChannelAffine(self.spatial, dtype, scale=inverse, shift=shift)
+            return *twin._calibrated(gamma, bias), [activation_module(act), affine]
+        scale, moved = gamma * inverse, bias * inverse
+        if slope is None and act.negative_slope == 0.0:
+            return *twin._calibrated(scale, moved + shift), [ChannelFloor(self.spatial, dtype, floor=shift)]
+        rectifier = activation_module(act)
+        if slope is not None:
+            rectifier = ChannelPReLU(self.spatial, dtype, slope=slope.expand(self.out_channels))
+        affine = ChannelAffine(self.spatial, dtype, scale=None, shift=shift)
+        return *twin._calibrated(scale, moved), [rectifier, affine]
+
+    def _options(self) -> str:
+        name = None if self.activation is None else self.activation.name
+        parts = [f"activation={name!r}", f"constants={self.constants!r}", f"init={self.init!r}"]
+        if self.unitize:
+            parts.append("unitize=True")
+        if self.spread is not None:
+            parts.append("calibrated")
+        if self.eps != DEFAULT_EPS:
+            parts.append(f"eps={self.eps}")
+        return ", ".join(parts)
 
 
 class NormPropActivation(NormPropUnits):
@@ -20,16 +369,14 @@ class NormPropActivation(NormPropUnits):
 
     Args:
         channels: Number of channels C.
-        activation: Name, module, elementwise function or :class:`Activation`.
+        activation: Name, module, elementwise function or :class:`Activation`, but neither None nor ``"identity"``,
+            which do nothing.
         constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
-        init: ``"stable"``, ``"paper"``, or None for the one that goes with ``constants``.
         spatial: Number of axes after the channels, 0 for ``(..., C)``.
-        eps: Added to the exact variance.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        **options: See :class:`UnitOptions`.
 
     Raises:
-        ValueError: For sizes out of range, unknown names, or the activations None and ``"identity"``, which do nothing.
+        ValueError: For sizes out of range, unknown names, or an activation that does nothing.
         TypeError: For an activation or dtype of the wrong kind.
 
     Examples:
@@ -45,46 +392,22 @@ class NormPropActivation(NormPropUnits):
         channels: int,
         activation: ActivationLike = "relu",
         constants: str = "exact",
-        init: str | None = None,
         *,
         spatial: int = 2,
-        eps: float = DEFAULT_EPS,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[UnitOptions],
     ) -> None:
-        super().__init__(
-            positive("channels", channels),
-            activation=activation,
-            constants=constants,
-            init=init,
-            eps=eps,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(positive("channels", channels), activation, constants, **options)
         if self.gamma is None or self.activation is None:
             raise ValueError("an activation that does nothing needs no layer; leave it out")
         self.spatial = spatial
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Reset gamma, bias and slope."""
-        self._reset_units()
-
-    def _check(self, x: Tensor) -> None:
-        axis = x.dim() - 1 - self.spatial
-        if axis < 0 or x.shape[axis] != self.out_channels:
-            raise ValueError(
-                f"NormPropActivation expects {self.out_channels} channels before {self.spatial} spatial axes, "
-                f"got shape {tuple(x.shape)}"
-            )
-
     def _affine_part(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         scale, shift = self._calibrated(scale, shift)
-        if scale is None or shift is None:
-            return x
-        return channel_affine(x, scale, shift, self.spatial)
+        return x if scale is None or shift is None else channel_affine(x, scale, shift, self.spatial)
 
-    def _preactivations(self, x: Tensor) -> Tensor:
+    def preactivations(self, x: Tensor) -> Tensor:
+        """z, as propagation takes it to be N(0, 1): ``x``, or ``(x - center) / spread`` where these were stated."""
         return self._affine_part(x, None, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,17 +416,20 @@ class NormPropActivation(NormPropUnits):
         Raises:
             ValueError: If ``x`` has the wrong number of axes or channels.
         """
-        self._check(x)
+        axis = x.dim() - 1 - self.spatial
+        if axis < 0 or x.shape[axis] != self.out_channels:
+            raise ValueError(
+                f"NormPropActivation expects {self.out_channels} channels before {self.spatial} spatial axes, "
+                f"got shape {tuple(x.shape)}"
+            )
         return self._units(lambda scale, shift: self._affine_part(x, scale, shift))
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
         """Return plain modules for the same function: a scale and shift, the activation, and a shift or floor."""
         scale, shift, tail = self._folded_units()
-        if scale is None or shift is None:
-            raise RuntimeError("the layer has no gamma and bias")
-        dtype = self._parameter_like().dtype
-        return nn.Sequential(ChannelAffine(scale, shift, self.spatial, dtype), *tail)
+        assert shift is not None
+        return nn.Sequential(ChannelAffine(self.spatial, self._parameter_like().dtype, scale=scale, shift=shift), *tail)
 
     def extra_repr(self) -> str:
         """Arguments that define the layer."""

@@ -1,29 +1,171 @@
-"""Convolutional NormProp layers (Eq. 11): one gamma, bias and Frobenius norm per filter."""
+"""Convolutional NormProp layers (Eq. 11): one gamma, bias and Frobenius norm per filter.
+
+What zero padding does to the variance: a pre-activation is a sum over the taps of a filter, and taps that fall on
+padding add nothing, so under an input of unit variance the variance at position p is the squared norm of the part of
+the unit filter that lies inside the image,
+
+    v_c(p) = sum over input channels and taps inside the image of W[c, ...]^2 / ||W_c||^2,
+
+which is one in the interior and about 2/3 on an edge, 4/9 in a corner of a 3x3 filter. The map is itself a
+convolution: of an image of ones with the squared filters. In a transposed convolution it also shows how unevenly the
+taps fall on the positions of the output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.nn.normprop.base import NormPropLayer
-from flexnorm.nn.normprop.border import BORDERS, inverse_deviation
 from flexnorm.nn.normprop.checks import positive, sizes
-from flexnorm.nn.normprop.constants import ActivationLike
-from flexnorm.nn.normprop.folded import ChannelPad
-from flexnorm.nn.normprop.units import DEFAULT_EPS
+from flexnorm.nn.normprop.elementwise import ActivationLike, ChannelPad
+from flexnorm.nn.normprop.layer import LayerOptions, NormPropLayer
+
+BORDERS = ("paper", "exact")
+"""Values of ``border=``: leave padding alone as the paper does, or divide by ``sqrt(v_c(p))``."""
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Size = int | Sequence[int]
 
+_UNSET = {"padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
 
-class _NormPropConv(NormPropLayer):
-    _conv: ClassVar[Callable[..., Tensor]]
-    _plain: ClassVar[type[nn.Module]]
+
+class ConvLayer(NormPropLayer):
+    """What convolutions and transposed convolutions share.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Number of filters.
+        groups: Groups of channels.
+        geometry: The sizes by name, ``kernel_size`` first.
+        border: One of `BORDERS`.
+        activation: As of :class:`NormPropLinear`.
+        constants: As of :class:`NormPropLinear`.
+        **options: See :class:`LayerOptions`.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str | tuple[int, ...]
+
+    transposed: ClassVar[bool] = False
+    plain: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    shared: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    shared += ("groups", "padding_mode")
+    """Constructor arguments that the plain layer of torch has, too; also attributes of both."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        geometry: dict[str, Size],
+        border: str,
+        activation: ActivationLike | None,
+        constants: str,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        channels, filters = positive("in_channels", in_channels), positive("out_channels", out_channels)
+        if channels % positive("groups", groups) or filters % groups:
+            raise ValueError(f"in_channels {channels} and out_channels {filters} must be divisible by groups {groups}")
+        if border not in BORDERS:
+            raise ValueError(unknown_name("border", border, BORDERS))
+        checked = {k: sizes(k, v, self.spatial, 0 if k.endswith("padding") else 1) for k, v in geometry.items()}
+        outer = (channels, filters // groups) if self.transposed else (filters, channels // groups)
+        shape = (*outer, *checked["kernel_size"])
+        super().__init__(shape, filters, activation, constants, groups=groups, **options)
+        self.in_channels = channels
+        self.border = border
+        for name, value in checked.items():
+            setattr(self, name, value)
+
+    def _check(self, x: Tensor) -> None:
+        axis = x.dim() - 1 - self.spatial
+        if axis not in (0, 1) or x.shape[axis] != self.in_channels:
+            names = ", ".join(("D", "H", "W")[-self.spatial :]) if self.spatial > 1 else "L"
+            raise ValueError(
+                f"{type(self).__name__} expects {self.in_channels} channels, (N, {self.in_channels}, {names}) or "
+                f"({self.in_channels}, {names}), got shape {tuple(x.shape)}"
+            )
+
+    def variance(self, unit: Tensor, size: tuple[int, ...]) -> Tensor:
+        """``v_c(p)``, ``(1, C, *output size)``, of unit filters on an input of spatial size ``size``."""
+        ones = unit.new_ones((1, self.in_channels, *size))
+        with torch.autocast(unit.device.type, enabled=False):
+            return self._linear(ones, unit.square(), None)
+
+    def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:
+        if self.border != "exact":
+            return None
+        variance = self.variance(unit, tuple(x.shape[-self.spatial :]))
+        # 1 where every tap falls on padding.
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        return scale if x.dim() == 2 + self.spatial else scale[0]
+
+    def fold(self) -> nn.Module:
+        """Return plain modules that compute the same function; see :meth:`NormPropUnits.fold`."""
+        return self._folded()
+
+    def _folded(self, **changed: Any) -> nn.Module:
+        if self.border == "exact":
+            raise RuntimeError(
+                "a layer with border='exact' does not fold: its correction depends on the size of the input; "
+                "build it with border='paper'"
+            )
+        arguments = {name: getattr(self, name) for name in self.shared} | changed
+        options = {"bias": self._has_shift(), "device": self.weight.device, "dtype": self.weight.dtype}
+        return self._fold_into(self.plain[self.spatial - 1](**arguments, **options))
+
+    def extra_repr(self) -> str:
+        """Arguments that define the layer, defaults left out."""
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        for name, unset in _UNSET.items():
+            value = getattr(self, name, unset)
+            if value not in (unset, (unset,) * self.spatial, "valid"):
+                parts.append(f"{name}={value!r}")
+        if self.border != "paper":
+            parts.append(f"border={self.border!r}")
+        return ", ".join([*parts, self._options()])
+
+
+class NormPropConv(ConvLayer):
+    """Convolution with unit filters, activation and standardization; used as ``NormPropConv1d``, ``2d`` and ``3d``.
+
+    ``y = (act(gamma (W * x) / ||W||_F + bias) - mean) / sqrt(var + eps)`` with mean and variance of ``act(gamma z +
+    bias)``, z ~ N(0, 1) (Eq. 11 of arXiv 1603.01431 for ``constants="paper"``). The norm is per filter, over its
+    input channels (of its group) and kernel positions. Input without a batch axis is accepted.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Number of filters.
+        kernel_size: As for ``nn.Conv2d``, like the following sizes.
+        stride: Step of the window.
+        padding: Zeros (or what ``padding_mode`` says) on both sides of every axis, or ``"same"`` or ``"valid"``.
+        dilation: Spacing of the kernel's taps.
+        groups: Groups of channels; ``in_channels`` for a depthwise convolution.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        activation: As of :class:`NormPropLinear`, like ``constants`` and the options.
+        constants: ``"exact"`` or ``"paper"``.
+        border: ``"paper"``: nothing is done about zero padding, which lowers the variance near the border.
+            ``"exact"``: each filter's response is divided by the norm of the part of the filter that lies inside the
+            image (costs one elementwise pass).
+        **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``.
+
+    Raises:
+        ValueError: For sizes out of range, channels not divisible by groups, or unknown names.
+        TypeError: For an activation or dtype of the wrong kind.
+
+    Examples:
+        >>> layer = NormPropConv2d(3, 8, 3, padding=1)
+        >>> layer(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+    """
+
     padding_value: Tensor | None
 
     def __init__(
@@ -38,61 +180,26 @@ class _NormPropConv(NormPropLayer):
         padding_mode: str = "zeros",
         activation: ActivationLike | None = "relu",
         constants: str = "exact",
-        init: str | None = None,
-        unitize: bool = False,
         *,
         border: str = "paper",
-        eps: float = DEFAULT_EPS,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
-        channels, filters = positive("in_channels", in_channels), positive("out_channels", out_channels)
-        group = positive("groups", groups)
-        if channels % group or filters % group:
-            raise ValueError(f"in_channels {channels} and out_channels {filters} must be divisible by groups {group}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(unknown_name("padding_mode", padding_mode, PADDING_MODES))
-        if border not in BORDERS:
-            raise ValueError(unknown_name("border", border, BORDERS))
         if border == "exact" and padding_mode != "zeros":
             raise ValueError(f"border='exact' corrects zero padding; padding_mode={padding_mode!r} does not need it")
-        if isinstance(padding, str) and padding not in ("same", "valid"):
+        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        if not isinstance(padding, str):
+            geometry["padding"] = padding
+        elif padding not in ("same", "valid"):
             raise ValueError(unknown_name("padding", padding, ("same", "valid")))
-        kernel = sizes("kernel_size", kernel_size, self.spatial, 1)
-        strides = sizes("stride", stride, self.spatial, 1)
-        if padding == "same" and any(s != 1 for s in strides):
+        super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
+        if isinstance(padding, str):
+            self.padding = padding
+        if padding == "same" and any(s != 1 for s in self.stride):
             raise ValueError(f"padding='same' needs stride 1, got {stride!r}")
-        super().__init__(
-            (filters, channels // group, *kernel),
-            filters,
-            activation=activation,
-            constants=constants,
-            init=init,
-            unitize=unitize,
-            eps=eps,
-            groups=group,
-            device=device,
-            dtype=dtype,
-        )
-        self.in_channels = channels
-        self.kernel_size = kernel
-        self.stride = strides
-        self.padding: str | tuple[int, ...] = (
-            padding if isinstance(padding, str) else sizes("padding", padding, self.spatial)
-        )
-        self.dilation = sizes("dilation", dilation, self.spatial, 1)
         self.padding_mode = padding_mode
-        self.border = border
         self.register_buffer("padding_value", None)
-
-    def _check(self, x: Tensor) -> None:
-        axis = x.dim() - 1 - self.spatial
-        if axis not in (0, 1) or x.shape[axis] != self.in_channels:
-            names = ", ".join(("D", "H", "W")[-self.spatial :]) if self.spatial > 1 else "L"
-            raise ValueError(
-                f"{type(self).__name__} expects input (N, {self.in_channels}, {names}) or "
-                f"({self.in_channels}, {names}), got shape {tuple(x.shape)}"
-            )
 
     def _explicit_padding(self) -> list[int]:
         """Padding in the order of ``F.pad`` (last axis first, left and right)."""
@@ -106,12 +213,14 @@ class _NormPropConv(NormPropLayer):
                 pads += [side, side]
         return pads
 
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+        conv = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
+        return conv(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        conv = type(self)._conv
         if self.padding_mode == "zeros":
-            return conv(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        x = F.pad(x, self._explicit_padding(), mode=self.padding_mode)
-        return conv(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+            return self._conv(x, weight, bias, self.padding)
+        return self._conv(F.pad(x, self._explicit_padding(), mode=self.padding_mode), weight, bias, 0)
 
     @torch.no_grad()
     def pad_with_(self, value: Tensor | None) -> None:
@@ -140,119 +249,60 @@ class _NormPropConv(NormPropLayer):
         image = value.expand(self.in_channels, *x.shape[-self.spatial :]).unsqueeze(0)
         taps = value.reshape(self.groups, 1, -1, *(1,) * self.spatial)
         everywhere = (weight.reshape(self.groups, -1, *weight.shape[1:]) * taps).flatten(0, 1).flatten(1).sum(1)
-        inside: Tensor = type(self)._conv(image, weight, None, self.stride, self.padding, self.dilation, self.groups)
-        return everywhere.reshape(-1, *(1,) * self.spatial) - inside[0]
+        return everywhere.reshape(-1, *(1,) * self.spatial) - self._linear(image, weight, None)[0]
 
-    def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:
-        if self.border != "exact":
-            return None
-        scale = inverse_deviation(self, unit, tuple(x.shape[-self.spatial :]))
-        return scale if x.dim() == 2 + self.spatial else scale[0]
-
-    @torch.no_grad()
     def fold(self) -> nn.Module:
-        """Return plain modules that compute the same function; see :meth:`NormPropLayer.fold`."""
-        if self.border == "exact":
-            raise RuntimeError(
-                "a layer with border='exact' does not fold: its correction depends on the size of the input; "
-                "build it with border='paper'"
-            )
-        padded = self.padding_value is not None
-        plain = type(self)._plain(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=0 if padded else self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self._has_shift(),
-            padding_mode=self.padding_mode,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        folded = self._fold_into(plain)
+        """Return plain modules that compute the same function; see :meth:`NormPropUnits.fold`."""
         if self.padding_value is None:
-            return folded
-        pad = ChannelPad(self.padding_value, self._explicit_padding(), self.spatial, self.weight.dtype)
+            return self._folded()
+        folded = self._folded(padding=0)
+        pad = ChannelPad(self._explicit_padding(), self.spatial, self.weight.dtype, self.padding_value)
         return nn.Sequential(pad, *(folded if isinstance(folded, nn.Sequential) else [folded]))
 
     def extra_repr(self) -> str:
         """Arguments that define the layer, defaults left out."""
-        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        if self.padding not in ((0,) * self.spatial, "valid"):
-            parts.append(f"padding={self.padding!r}")
-        if any(d != 1 for d in self.dilation):
-            parts.append(f"dilation={self.dilation}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode!r}")
-        if self.border != "paper":
-            parts.append(f"border={self.border!r}")
-        if self.padding_value is not None:
-            parts.append("padding_value=...")
-        return ", ".join([*parts, self._options()])
+        return super().extra_repr() + ("" if self.padding_value is None else ", padding_value=...")
 
 
-_DOC = """{axes} convolution with unit filters, activation and standardization, ``(N, C_in, {shape}) -> (N, C_out,
-{shape})``.
+class NormPropConv1d(NormPropConv):
+    """:class:`NormPropConv` of signals, ``(N, C_in, L) -> (N, C_out, L)``."""
 
-    ``y = (act(gamma (W * x) / ||W||_F + bias) - mean) / sqrt(var + eps)`` with mean and variance of ``act(gamma z +
-    bias)``, z ~ N(0, 1) (Eq. 11 of arXiv 1603.01431 for ``constants="paper"``). The norm is per filter, over its
-    input channels (of its group) and kernel positions. Input without a batch axis is accepted.
+    spatial = 1
+
+
+class NormPropConv2d(NormPropConv):
+    """:class:`NormPropConv` of images, ``(N, C_in, H, W) -> (N, C_out, H, W)``."""
+
+    spatial = 2
+
+
+class NormPropConv3d(NormPropConv):
+    """:class:`NormPropConv` of volumes, ``(N, C_in, D, H, W) -> (N, C_out, D, H, W)``."""
+
+    spatial = 3
+
+
+@torch.no_grad()
+def border_variance(layer: NormPropLayer, size: tuple[int, ...]) -> Tensor:
+    """Variance of a convolutional layer's normalized pre-activations, position by position, under unit-variance input.
+
+    Its mean over positions is what the layer keeps of the variance: 1 - mean is what zero padding costs, before any
+    correction.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Number of filters.
-        kernel_size: As for ``nn.Conv{n}d``, like ``stride``, ``padding`` (with ``"same"`` and ``"valid"``),
-            ``dilation``, ``groups`` and ``padding_mode``.
-        stride: Step of the window.
-        padding: Zeros (or what ``padding_mode`` says) on both sides of every axis.
-        dilation: Spacing of the kernel's taps.
-        groups: Groups of channels; ``in_channels`` for a depthwise convolution.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        activation: Name, module, elementwise function or :class:`Activation`; None for a last layer: the affine map
-            ``gamma (W * x) / ||W|| + bias``, not standardized. ``"identity"``: ``W * x / ||W||`` with no other
-            parameter (for a shortcut that changes shape).
-        constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
-        init: ``"stable"`` (gamma 1, bias 0.5 for ReLU; see :mod:`flexnorm.nn.normprop.initialization`) or ``"paper"``
-            (gamma 1/1.21, bias 0). None: the one that goes with ``constants``.
-        unitize: Divide each sample by its root mean square over channels and positions first.
-        border: ``"paper"``: nothing is done about zero padding, which lowers the variance near the border.
-            ``"exact"``: each filter's response is divided by the norm of the part of the filter that lies inside the
-            image (costs one elementwise pass).
-        eps: Added to the exact variance.
-        device: As for ``nn.Conv{n}d``.
-        dtype: As for ``nn.Conv{n}d``.
+        layer: A ``NormPropConv`` or ``NormPropConvTranspose``.
+        size: Spatial size of the input, such as ``(32, 32)``.
+
+    Returns:
+        ``(C, *output size)``.
 
     Raises:
-        ValueError: For sizes out of range, channels not divisible by groups, or unknown names.
-        TypeError: For an activation or dtype of the wrong kind.
+        ValueError: If ``layer`` has no spatial axes, or ``size`` the wrong length.
 
     Examples:
-        >>> layer = NormPropConv{n}d(3, 8, 3, padding=1)
-        >>> layer(torch.randn(2, 3, {example})).shape
-        torch.Size([2, 8, {example}])
+        >>> round(float(border_variance(NormPropConv2d(4, 2, 3, padding=1), (8, 8))[:, 1:-1, 1:-1].mean()), 4)
+        1.0
     """
-
-
-class NormPropConv1d(_NormPropConv):  # noqa: D101
-    spatial = 1
-    _conv = staticmethod(F.conv1d)
-    _plain = nn.Conv1d
-    __doc__ = _DOC.format(axes="1-D", shape="L", n=1, example="16")
-
-
-class NormPropConv2d(_NormPropConv):  # noqa: D101
-    spatial = 2
-    _conv = staticmethod(F.conv2d)
-    _plain = nn.Conv2d
-    __doc__ = _DOC.format(axes="2-D", shape="H, W", n=2, example="16, 16")
-
-
-class NormPropConv3d(_NormPropConv):  # noqa: D101
-    spatial = 3
-    _conv = staticmethod(F.conv3d)
-    _plain = nn.Conv3d
-    __doc__ = _DOC.format(axes="3-D", shape="D, H, W", n=3, example="4, 8, 8")
+    if not isinstance(layer, ConvLayer) or len(size) != layer.spatial:
+        raise ValueError(f"size must have {layer.spatial} axes as the layer has, and at least one, got {tuple(size)}")
+    return layer.variance(layer.scaled(layer.weight, layer.fan_gain / layer.filter_norms()), tuple(size))[0]

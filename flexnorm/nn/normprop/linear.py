@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Unpack
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm.nn.normprop.base import NormPropLayer
 from flexnorm.nn.normprop.checks import positive
-from flexnorm.nn.normprop.constants import ActivationLike
-from flexnorm.nn.normprop.units import DEFAULT_EPS
+from flexnorm.nn.normprop.elementwise import ActivationLike
+from flexnorm.nn.normprop.layer import LayerOptions, NormPropLayer
 
 
 class NormPropLinear(NormPropLayer):
@@ -24,14 +24,11 @@ class NormPropLinear(NormPropLayer):
         in_features: Size of the last axis of the input.
         out_features: Size of the last axis of the output, and the number of units.
         activation: Name, module, elementwise function or :class:`Activation`; None for a last layer: the affine map
-            ``gamma W x / ||W|| + bias``, not standardized. ``"identity"``: ``W x / ||W||`` with no other parameter.
+            ``gamma W x / ||W|| + bias``, not standardized. ``"identity"``: ``W x / ||W||`` with no other parameter
+            (for a shortcut that changes shape).
         constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
-        init: ``"stable"`` (gamma 1, bias 0.5 for ReLU; see :mod:`flexnorm.nn.normprop.initialization`) or ``"paper"``
-            (gamma 1/1.21, bias 0). None: the one that goes with ``constants``.
-        unitize: Divide each sample (each vector along the last axis) by its root mean square first.
-        eps: Added to the exact variance.
-        device: As for ``nn.Linear``.
-        dtype: As for ``nn.Linear``.
+        **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``, see :class:`LayerOptions` and
+            :class:`UnitOptions`.
 
     Raises:
         ValueError: For sizes that are not positive integers, or unknown names.
@@ -49,27 +46,12 @@ class NormPropLinear(NormPropLayer):
         out_features: int,
         activation: ActivationLike | None = "relu",
         constants: str = "exact",
-        init: str | None = None,
-        unitize: bool = False,
-        *,
-        eps: float = DEFAULT_EPS,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
-        self_in, self_out = positive("in_features", in_features), positive("out_features", out_features)
-        super().__init__(
-            (self_out, self_in),
-            self_out,
-            activation=activation,
-            constants=constants,
-            init=init,
-            unitize=unitize,
-            eps=eps,
-            device=device,
-            dtype=dtype,
-        )
-        self.in_features = self.in_channels = self_in
-        self.out_features = self_out
+        shape = positive("out_features", out_features), positive("in_features", in_features)
+        super().__init__(shape, out_features, activation, constants, **options)
+        self.in_features = self.in_channels = in_features
+        self.out_features = out_features
 
     def _check(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -81,9 +63,8 @@ class NormPropLinear(NormPropLayer):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    @torch.no_grad()
     def fold(self) -> nn.Module:
-        """Return plain modules that compute the same function; see :meth:`NormPropLayer.fold`."""
+        """Return plain modules that compute the same function; see :meth:`NormPropUnits.fold`."""
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
         return self._fold_into(nn.Linear(self.in_features, self.out_features, bias=self._has_shift(), **options))
 

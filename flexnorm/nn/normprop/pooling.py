@@ -15,21 +15,20 @@ correlated. With k units of pairwise correlation rho (equal for all pairs):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm.nn.normprop.activations import resolve_activation
 from flexnorm.nn.normprop.checks import positive, sizes
-from flexnorm.nn.normprop.constants import ActivationLike, activation_moments
 from flexnorm.nn.normprop.conv import Size
-from flexnorm.nn.normprop.initialization import initial_affine
+from flexnorm.nn.normprop.elementwise import ActivationLike, resolve_activation
+from flexnorm.nn.normprop.integrals import activation_moments, initial_affine
 
 _NODES = 401
 _LIMIT = 8.5
+_AVERAGE = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAXIMUM = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 def _check_correlation(correlation: float) -> float:
@@ -110,38 +109,16 @@ def window_correlation(x: Tensor, kernel_size: Size) -> float:
     if k < 2:
         raise ValueError("a window of one unit has no pairs")
     axes = [0, *range(2, x.dim())]
-    pooled = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[spatial - 1](x.double(), kernel)
+    pooled = _AVERAGE[spatial - 1](x.double(), kernel)
     ratio = pooled.var(axes, correction=0) / x.double().var(axes, correction=0)
     return float(((k * ratio - 1) / (k - 1)).mean())
 
 
-class _NormPropPool(nn.Module):
-    spatial: ClassVar[int]
-    _pool: ClassVar[Callable[..., Tensor]]
+class PoolLayer(nn.Module):
+    """What average and maximum pooling share; the arguments are those of :class:`NormPropAvgPool`."""
 
-    def __init__(
-        self,
-        kernel_size: Size,
-        stride: Size | None = None,
-        padding: Size = 0,
-        *,
-        ceil_mode: bool = False,
-        correlation: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.kernel_size = sizes("kernel_size", kernel_size, self.spatial, 1)
-        self.stride = self.kernel_size if stride is None else sizes("stride", stride, self.spatial, 1)
-        self.padding = sizes("padding", padding, self.spatial)
-        self.ceil_mode = bool(ceil_mode)
-        self.correlation = None if correlation is None else _check_correlation(correlation)
+    spatial: int
 
-    def extra_repr(self) -> str:
-        """Arguments as given."""
-        text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
-        return text + f", ceil_mode={self.ceil_mode}, correlation={self.correlation}"
-
-
-class _NormPropAvgPool(_NormPropPool):
     def __init__(
         self,
         kernel_size: Size | None = None,
@@ -151,10 +128,38 @@ class _NormPropAvgPool(_NormPropPool):
         ceil_mode: bool = False,
         correlation: float | None = None,
     ) -> None:
-        super().__init__(
-            1 if kernel_size is None else kernel_size, stride, padding, ceil_mode=ceil_mode, correlation=correlation
-        )
+        super().__init__()
         self.over_all = kernel_size is None
+        self.kernel_size = sizes("kernel_size", 1 if kernel_size is None else kernel_size, self.spatial, 1)
+        self.stride = self.kernel_size if stride is None else sizes("stride", stride, self.spatial, 1)
+        self.padding = sizes("padding", padding, self.spatial)
+        self.ceil_mode = bool(ceil_mode)
+        self.correlation = None if correlation is None else _check_correlation(correlation)
+
+    def extra_repr(self) -> str:
+        """Arguments as given."""
+        if self.over_all:
+            return f"kernel_size=None, correlation={self.correlation}"
+        text = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        return text + f", ceil_mode={self.ceil_mode}, correlation={self.correlation}"
+
+
+class NormPropAvgPool(PoolLayer):
+    """Average pooling of standardized units; used as ``NormPropAvgPool1d``, ``2d`` and ``3d``.
+
+    Takes ``(N, C, *spatial)`` or ``(C, *spatial)``.
+
+    Args:
+        kernel_size: The window; None for the average over all positions.
+        stride: Step; None for the window's size.
+        padding: Positions outside the input on both sides; they are not counted in the average.
+        ceil_mode: Round the output size up.
+        correlation: None: as in the paper, no correction. A number in [0, 1]: divide by the standard deviation of the
+            average of units with that pairwise correlation (0: independent units, the largest correction; 1: none).
+
+    Raises:
+        ValueError: For sizes or a correlation out of range.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the window averages, standardized if a correlation was stated."""
@@ -163,16 +168,29 @@ class _NormPropAvgPool(_NormPropPool):
             k = math.prod(x.shape[-self.spatial :])
         else:
             # Padding is not counted: an average over fewer units keeps its mean.
-            pool, k = type(self)._pool, math.prod(self.kernel_size)
+            pool, k = _AVERAGE[self.spatial - 1], math.prod(self.kernel_size)
             y = pool(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, count_include_pad=False)
         return y if self.correlation is None else y * average_pool_variance(k, self.correlation) ** -0.5
 
-    def extra_repr(self) -> str:
-        """Arguments as given."""
-        return f"kernel_size=None, correlation={self.correlation}" if self.over_all else super().extra_repr()
 
+class NormPropMaxPool(PoolLayer):
+    """Maximum pooling of standardized units; used as ``NormPropMaxPool1d``, ``2d`` and ``3d``.
 
-class _NormPropMaxPool(_NormPropPool):
+    Args:
+        kernel_size: The window, like the other sizes as of :class:`NormPropAvgPool`; padding is ignored.
+        stride: Step; None for the window's size.
+        padding: Positions outside the input on both sides.
+        ceil_mode: Round the output size up.
+        correlation: None: as in the paper, no correction. A number in [0, 1]: standardize by mean and standard
+            deviation of the maximum of units with that pairwise correlation of their pre-activations
+            (:func:`max_pool_moments`).
+        activation: Activation of the units that are pooled; None for Gaussian units. Only used with ``correlation``.
+        init: Whose gamma and bias the constants are computed for, ``"stable"`` or ``"paper"``.
+
+    Raises:
+        ValueError: For sizes or a correlation out of range.
+    """
+
     def __init__(
         self,
         kernel_size: Size,
@@ -194,79 +212,41 @@ class _NormPropMaxPool(_NormPropPool):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the window maxima, standardized if a correlation was stated."""
-        y = type(self)._pool(x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
+        y = _MAXIMUM[self.spatial - 1](x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode)
         return y if self.correlation is None else (y - self.mean) * (1 / self.std)
 
 
-_AVG = """{n}-D average pooling of standardized units.
+class NormPropAvgPool1d(NormPropAvgPool):
+    """:class:`NormPropAvgPool` of signals."""
 
-    Args:
-        kernel_size: The window; None for the average over all positions.
-        stride: Step; None for the window's size.
-        padding: Positions outside the input on both sides; they are not counted in the average.
-        ceil_mode: Round the output size up.
-        correlation: None: as in the paper, no correction. A number in [0, 1]: divide by the standard deviation of the
-            average of units with that pairwise correlation (0: independent units, the largest correction; 1: none).
-
-    Raises:
-        ValueError: For sizes or a correlation out of range.
-
-    Shape:
-        ``(N, C, *spatial)`` or ``(C, *spatial)``.
-    """
-
-_MAX = """{n}-D maximum pooling of standardized units.
-
-    Args:
-        kernel_size: The window.
-        stride: Step; None for the window's size.
-        padding: Positions outside the input on both sides; they are ignored.
-        ceil_mode: Round the output size up.
-        correlation: None: as in the paper, no correction. A number in [0, 1]: standardize by mean and standard
-            deviation of the maximum of units with that pairwise correlation of their pre-activations
-            (:func:`max_pool_moments`).
-        activation: Activation of the units that are pooled; None for Gaussian units. Only used with ``correlation``.
-        init: Whose gamma and bias the constants are computed for, ``"stable"`` or ``"paper"``.
-
-    Raises:
-        ValueError: For sizes or a correlation out of range.
-
-    Shape:
-        ``(N, C, *spatial)`` or ``(C, *spatial)``.
-    """
-
-
-class NormPropAvgPool1d(_NormPropAvgPool):  # noqa: D101
     spatial = 1
-    _pool = staticmethod(F.avg_pool1d)
-    __doc__ = _AVG.format(n=1)
 
 
-class NormPropAvgPool2d(_NormPropAvgPool):  # noqa: D101
+class NormPropAvgPool2d(NormPropAvgPool):
+    """:class:`NormPropAvgPool` of images."""
+
     spatial = 2
-    _pool = staticmethod(F.avg_pool2d)
-    __doc__ = _AVG.format(n=2)
 
 
-class NormPropAvgPool3d(_NormPropAvgPool):  # noqa: D101
+class NormPropAvgPool3d(NormPropAvgPool):
+    """:class:`NormPropAvgPool` of volumes."""
+
     spatial = 3
-    _pool = staticmethod(F.avg_pool3d)
-    __doc__ = _AVG.format(n=3)
 
 
-class NormPropMaxPool1d(_NormPropMaxPool):  # noqa: D101
+class NormPropMaxPool1d(NormPropMaxPool):
+    """:class:`NormPropMaxPool` of signals."""
+
     spatial = 1
-    _pool = staticmethod(F.max_pool1d)
-    __doc__ = _MAX.format(n=1)
 
 
-class NormPropMaxPool2d(_NormPropMaxPool):  # noqa: D101
+class NormPropMaxPool2d(NormPropMaxPool):
+    """:class:`NormPropMaxPool` of images."""
+
     spatial = 2
-    _pool = staticmethod(F.max_pool2d)
-    __doc__ = _MAX.format(n=2)
 
 
-class NormPropMaxPool3d(_NormPropMaxPool):  # noqa: D101
+class NormPropMaxPool3d(NormPropMaxPool):
+    """:class:`NormPropMaxPool` of volumes."""
+
     spatial = 3
-    _pool = staticmethod(F.max_pool3d)
-    __doc__ = _MAX.format(n=3)

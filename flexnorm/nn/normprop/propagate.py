@@ -16,18 +16,79 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.nn.normprop.base import NormPropLayer
-from flexnorm.nn.normprop.coherence import CanonicalError, canonical_error
-from flexnorm.nn.normprop.constants import GaussianMoments
+from flexnorm.nn.normprop.activation import NormPropUnits
 from flexnorm.nn.normprop.elementwise import per_channel
-from flexnorm.nn.normprop.units import NormPropUnits
+from flexnorm.nn.normprop.integrals import GaussianMoments
+from flexnorm.nn.normprop.layer import NormPropLayer
 
 _SEED_OFFSET = 0x6B65656C
+
+
+class CanonicalError(NamedTuple):
+    """Coherence of a layer's filters and the canonical error of its pre-activations.
+
+    Attributes:
+        coherence: mu, the largest absolute cosine between two filters that see the same channels; 0 if there is no
+            such pair.
+        error: ||W W^T - I||_F of the unit filters: the distance of the covariance from diagonal under white input.
+        bound: Its upper bound, ``mu sqrt(number of ordered pairs)``.
+    """
+
+    coherence: float
+    error: float
+    bound: float
+
+
+def _off_diagonal(layer: NormPropLayer) -> Tensor:
+    """Cosines between filters of the same group, ``(groups, m, m)``, diagonal zero."""
+    rows = layer.unit_rows()
+    rows = rows.reshape(layer.groups, -1, rows.shape[1])
+    gram = rows @ rows.transpose(1, 2)
+    eye = torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device)
+    return gram.masked_fill(eye, 0.0)
+
+
+@torch.no_grad()
+def canonical_error(layer: NormPropLayer) -> CanonicalError:
+    """Return coherence, canonical error and its bound (Proposition 1) of one layer.
+
+    Filters of different groups see different channels and are orthogonal by construction; for convolutions the rows
+    are whole filters, which compares responses at the same position.
+
+    Args:
+        layer: Any NormProp layer.
+    """
+    cosines = _off_diagonal(layer).double()
+    groups, m, _ = cosines.shape
+    mu = float(cosines.abs().amax())
+    return CanonicalError(mu, float(cosines.square().sum().sqrt()), mu * (groups * m * (m - 1)) ** 0.5)
+
+
+def coherence_penalty(model: nn.Module) -> Tensor:
+    """Mean squared cosine between filters, averaged over the NormProp layers of ``model``: a regularizer.
+
+    It is the squared canonical error per pair of filters, between 0 (orthogonal filters) and 1; random filters of
+    fan-in K give 1/K, which is also about the least that more filters than K can reach. Add ``strength *
+    coherence_penalty(model)`` to the loss.
+
+    Args:
+        model: The network.
+
+    Returns:
+        A differentiable scalar; 0 if no layer has two filters that could be compared.
+    """
+    terms: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, NormPropLayer) and module.out_channels > module.groups:
+            cosines = _off_diagonal(module)
+            groups, m, _ = cosines.shape
+            terms.append(cosines.square().sum() / (groups * m * (m - 1)))
+    return torch.stack(terms).mean() if terms else torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -186,7 +247,7 @@ def _pooled(moments: GaussianMoments) -> tuple[float, float]:
 
 
 def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    z = _by_unit(layer._preactivations(x), layer.spatial)
+    z = _by_unit(layer.preactivations(x), layer.spatial)
     mean, var = z.mean(1), z.var(1, correction=0)
     scaled = (z - mean.unsqueeze(1)) * var.clamp_min(1e-30).rsqrt().unsqueeze(1)
     direction = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
@@ -194,7 +255,7 @@ def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dic
     change = torch.func.jvp(layer.forward, (x,), (direction,))[1]
     # A unit filter turns a white perturbation of unit variance into one of unit variance, borders aside: measure
     # against that.
-    linear = layer._preactivations(x + direction) - layer._preactivations(x) if not layer.unitize else direction
+    linear = layer.preactivations(x + direction) - layer.preactivations(x) if not layer.unitize else direction
     if layer.spread is not None and not layer.unitize:
         linear = linear * per_channel(layer.spread, layer.spatial, linear)
     flat = y.double()

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from flexnorm.nn.normprop.activations import resolve_activation
-from flexnorm.nn.normprop.constants import ActivationLike
+from flexnorm.nn.normprop.elementwise import ActivationLike, resolve_activation
 
 _STEPS = 200_001
 

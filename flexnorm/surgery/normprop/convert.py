@@ -12,8 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.nn.normprop import NormPropConv2d
-from flexnorm.nn.normprop.units import DEFAULT_EPS
+from flexnorm.nn.normprop import DEFAULT_EPS, NormPropConv2d
 from flexnorm.probe import Selection, find_places, select_places, unwrap
 from flexnorm.surgery._compare import Difference, difference, outputs
 from flexnorm.surgery._producers import LINEAR

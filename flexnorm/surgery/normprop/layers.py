@@ -28,8 +28,8 @@ from flexnorm.nn.normprop import (
     NormPropLayer,
     NormPropLinear,
     NormPropUnits,
+    safe_norm,
 )
-from flexnorm.nn.normprop.weights import safe_norm
 from flexnorm.surgery._reading import RefusedError
 from flexnorm.surgery.normprop.carry import Carry
 
@@ -176,7 +176,7 @@ def linear_layer(
     new = _blank(module, activation, options)
     weight = linear.weight
     with torch.no_grad():
-        norms = safe_norm(new._rows(weight)) / new._fan_gain()
+        norms = safe_norm(new.filters(weight)) / new.fan_gain
         known = Moments(linear.bias, norms) if moments is None else moments.floored()
         center, spread = (known.mean - linear.bias) / norms, known.std / norms
         gamma, bias = affine[0] * known.std, affine[0] * known.mean + affine[1]
@@ -184,7 +184,7 @@ def linear_layer(
         if activation is None:
             # Identity layers have no gamma: a negative one turns the filter around, and of none is left a constant.
             sign = gamma.sign()
-            weight, center = new._scaled(weight, sign), torch.where(sign == 0, 0.0, center * sign)
+            weight, center = new.scaled(weight, sign), torch.where(sign == 0, 0.0, center * sign)
             spread = torch.where(sign == 0, 1.0, spread)
             carry = Carry(torch.where(sign == 0, 1.0, gamma.abs()), bias)
         new.weight.copy_(weight)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from flexnorm.nn.normprop import Activation
-from flexnorm.nn.normprop.activations import resolve_activation
+from flexnorm.nn.normprop.elementwise import resolve_activation
 from flexnorm.surgery._producers import LINEAR
 from flexnorm.surgery._reading import RefusedError
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from flexnorm.nn.normprop.folded import ChannelAffine
+from flexnorm.nn.normprop import ChannelAffine
 from flexnorm.surgery._affine import as_affine
 from flexnorm.surgery._producers import LINEAR
 from flexnorm.surgery._reading import RefusedError, is_candidate
@@ -390,7 +390,9 @@ class Rewriter:
             self._added += 1
             name = f"normprop_{self._added}"
             spatial = len(self.shapes[source]) - 2
-            affine = ChannelAffine(carry.scale, carry.shift, spatial, self._like.dtype).to(self._like.device)
+            affine = ChannelAffine(spatial, self._like.dtype, scale=carry.scale, shift=carry.shift).to(
+                self._like.device
+            )
             self.model.add_module(name, affine.train(self.model.training))
             with self.graph.inserting_after(source):
                 self._restored[source] = self.graph.call_module(name, (source,))

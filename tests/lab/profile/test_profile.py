@@ -15,15 +15,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from flexnorm.lab.commands.profile import show_profile
 from flexnorm.lab.data import ImageData
 from flexnorm.lab.data.images import from_arrays
 from flexnorm.lab.models import build
-from flexnorm.lab.profile import LIMITS, Finding, LayerProfile, Limits, Profile, command, profile
-from flexnorm.lab.profile.population import census, statistics_error
+from flexnorm.lab.profile import LIMITS, Finding, LayerProfile, Limits, Profile, print_profile, profile
+from flexnorm.lab.profile.channels import channel_numbers, statistics_error
 from flexnorm.lab.profile.run import _device
 from flexnorm.lab.profile.sites import find_sites, watched
 from flexnorm.lab.profile.verdict import judge
-from flexnorm.nn import NORMS, NormPropConv2d, NormPropLinear, make_norm, needs_batch, propagate
+from flexnorm.nn import NORMS, NormPropConv2d, NormPropLinear, make_norm, needs_batch
+from flexnorm.nn.normprop import propagate
 from flexnorm.shift import ShiftMonitor
 from flexnorm.statistics import freeze
 from flexnorm.theory import advise
@@ -136,29 +138,28 @@ def test_noise_falls_with_the_batch_and_the_sentence_says_so() -> None:
     assert "a batch of about" in sentence.text
 
 
-def test_census_against_numbers_by_hand() -> None:
+def test_numbers_of_channels_against_numbers_by_hand() -> None:
     data, model = pictures(), small()
     with torch.no_grad():
         model[1].bias[0] = -100.0
         model[1].weight[1] = 0.0
         model[1].bias[1] = 1.0
-    monitor = ShiftMonitor(model, data.x_train[:8], watched(model, None))
-    sites = find_sites(model, data.x_train[:8], monitor)
+    sites = find_sites(model, data.x_train[:8], watched(model, None))
     batches = [data.x_train[i : i + 48] for i in range(0, 192, 48)]
     before = copy.deepcopy(model.state_dict())
-    seen = census(model, batches, sites)["1"]
+    seen = channel_numbers(model, batches, sites)["1"]
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-    assert seen.dead == 2
-    assert seen.saturated is None
+    assert seen["dead"] == 2
+    assert seen["saturated"] is None
     with torch.no_grad():
         h = [model[0](batch).movedim(1, 0).flatten(1).double() for batch in batches]
     mean, var = torch.stack([v.mean(1) for v in h]), torch.stack([v.var(1, correction=0) for v in h])
     whole = torch.cat(h, 1)
     sigma = whole.std(1, correction=0)
     error = mean.var(0) / sigma**2 + (var.sqrt() / sigma - 1).square().mean(0)
-    assert seen.noise == pytest.approx(float(error.mean().sqrt()), rel=1e-4)
+    assert seen["noise"] == pytest.approx(float(error.mean().sqrt()), rel=1e-4)
     off = (whole.mean(1) / sigma).square() + (1 / sigma - 1).square()
-    assert seen.staleness == pytest.approx(float(off.mean().sqrt()), rel=1e-4)
+    assert seen["staleness"] == pytest.approx(float(off.mean().sqrt()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +210,7 @@ class Block(nn.Module):
 
 def test_places_of_layers() -> None:
     model = Block()
-    monitor = ShiftMonitor(model, torch.randn(4, 1, 8, 8))
-    first, second = find_sites(model, torch.randn(4, 1, 8, 8), monitor)
+    first, second = find_sites(model, torch.randn(4, 1, 8, 8), watched(model, None))
     assert (first.name, first.weight, first.channels, first.positions) == ("norm", "conv.weight", 4, 64)
     assert (second.name, second.weight) == ("norm#2", "more.weight")
     assert isinstance(first.activation, nn.ReLU)
@@ -238,7 +238,7 @@ class InPlaceSum(nn.Module):
 
 def test_an_activation_of_a_sum_belongs_to_no_layer() -> None:
     model = InPlaceSum()
-    first, second = find_sites(model, torch.randn(4, 1, 8, 8), ShiftMonitor(model, torch.randn(4, 1, 8, 8)))
+    first, second = find_sites(model, torch.randn(4, 1, 8, 8), watched(model, None))
     assert isinstance(first.activation, nn.ReLU)
     assert second.activation is None
 
@@ -423,7 +423,7 @@ def test_sentences_of_the_whole() -> None:
 
 def shown(width: int = 200, **options: Any) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115, PTH123
-    command("convnet", data="digits", console=console, **QUICK, **options)
+    show_profile("convnet", data="digits", console=console, **QUICK, **options)
     console.file.close()
     return console.export_text()
 
@@ -444,15 +444,13 @@ def test_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
 
 
 def test_command_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    result = command("convnet", data="digits", json_to="-", **QUICK)
+    result = show_profile("convnet", data="digits", json_to="-", **QUICK)
     assert json.loads(capsys.readouterr().out) == result.asdict()
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
-        command("convnet", json_to="nowhere/p.json")
+        show_profile("convnet", json_to="nowhere/p.json")
 
 
 def test_long_verdicts_are_cut_unless_all_are_asked_for() -> None:
-    from flexnorm.lab.profile.terminal import print_profile
-
     result = judge(replace(WHOLE, layers=tuple(replace(ROW, layer=f"bn{i}") for i in range(4))))
     for everything in (False, True):
         console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123

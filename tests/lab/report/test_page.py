@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flexnorm.lab.charts.markup import VOID
 from flexnorm.lab.report import picture, write_report
-from flexnorm.lab.report.markup import VOID
 
 
 class Page(HTMLParser):

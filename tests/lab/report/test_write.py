@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
+from flexnorm.lab.charts import write_text
 from flexnorm.lab.report import picture, write_report
-from flexnorm.lab.report.write import write_text
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -14,9 +14,8 @@ from scipy.stats import norm
 from torch import nn
 
 from flexnorm.nn.normprop import ACTIVATIONS, Activation, activation_gains, activation_moments
-from flexnorm.nn.normprop.activations import resolve_activation
-from flexnorm.nn.normprop.quadrature import gaussian_nodes
-from flexnorm.nn.normprop.tables import plain_tables, rectifier_tables
+from flexnorm.nn.normprop.elementwise import resolve_activation
+from flexnorm.nn.normprop.integrals import gaussian_nodes, plain_tables, rectifier_tables
 
 SMOOTH_AND_KINKED = sorted(ACTIVATIONS)
 POINTS = [(1.0, 0.0), (1.0, 0.5), (0.3, -0.8), (2.0, 1.0), (-1.5, 0.7), (0.01, 0.4)]

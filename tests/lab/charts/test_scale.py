@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexnorm.lab.report.frame import Frame
-from flexnorm.lab.report.scale import accuracy, linear, log_label, log_or_linear, logarithmic, nice_step
-from flexnorm.lab.report.svg import fit, text_width
+from flexnorm.lab.charts import Chart
+from flexnorm.lab.charts.scale import accuracy, linear, log_label, log_or_linear, logarithmic, nice_step
+from flexnorm.lab.charts.svg import fit, text_width
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -90,7 +90,7 @@ def test_zeros_lie_on_the_edge_of_a_logarithmic_axis():
     assert scale(0.0) == 0.0
     assert scale(0.001) > 0.0
     assert log_or_linear([0.0, 0.0]).kind == "linear"
-    assert ">0</text>" in Frame.fitting(360, 250, scale, scale).grid()
+    assert ">0</text>" in Chart("t", scale, scale, ()).frame()
 
 
 def test_text_is_cut_to_its_room():

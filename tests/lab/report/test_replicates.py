@@ -10,7 +10,7 @@ from scipy import stats
 
 from flexnorm.lab.records import holds
 from flexnorm.lab.replicates import Replicates
-from flexnorm.lab.report.aggregate import rank_correlation
+from flexnorm.lab.report.figures import rank_correlation
 from flexnorm.lab.report.load import load
 
 numbers = st.floats(-100, 100).map(lambda v: round(v, 3))

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flexnorm.lab.report.palette import HUES, INK, MARKERS, dash, hues, marker_shape
+from flexnorm.lab.charts.palette import HUES, INK, MARKERS, dash, hues, marker_shape
 
 # Vienot, Brettel & Mollon (1999): linear RGB as seen without the red or the green cones.
 EYES = {

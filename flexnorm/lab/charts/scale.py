@@ -1,7 +1,7 @@
 """Scales of plots: from a value to a place in [0, 1], with round ticks.
 
-Three kinds. `linear`; `logarithmic`; and `accuracy`, which is logarithmic in the error 1 - value: a step along it cuts
-the mistakes by the same factor everywhere, while the axis still reads as accuracy.
+Four kinds. `linear`; `logarithmic`; `accuracy`, which is logarithmic in the error 1 - value: a step along it cuts the
+mistakes by the same factor everywhere, while the axis still reads as accuracy; and `rows`, which has names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from flexnorm.lab.report.numbers import fixed, power_of_ten, significant
+from flexnorm.lab.charts.numbers import fixed, power_of_ten, significant
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Tick:
     Attributes:
         value: Where it is, in data units.
         label: What it says; empty for a mark without a label.
+        hue: Index of the colour that a row of this name has.
     """
 
     value: float
     label: str
+    hue: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Scale:
     """A map from data to [0, 1].
 
     Attributes:
-        kind: ``"linear"``, ``"log"`` or ``"accuracy"``.
+        kind: ``"linear"``, ``"log"``, ``"accuracy"`` or ``"rows"``.
         low: The value at 0.
         high: The value at 1.
         ticks: Labelled marks, ascending.
@@ -50,7 +52,8 @@ class Scale:
         warp = _WARPS[self.kind]
         if math.isnan(value):
             return math.nan
-        clipped = min(max(value, self.low), self.high)
+        ends = sorted((self.low, self.high))
+        clipped = min(max(value, ends[0]), ends[1])
         start, end = warp(self.low), warp(self.high)
         return (warp(clipped) - start) / (end - start)
 
@@ -59,6 +62,7 @@ _WARPS: dict[str, Callable[[float], float]] = {
     "linear": float,
     "log": math.log10,
     "accuracy": lambda value: -math.log10(1.0 - value),
+    "rows": float,
 }
 
 
@@ -122,13 +126,13 @@ def linear(
     return Scale("linear", start, end, marks)
 
 
-def logarithmic(values: Iterable[float], *, label: Callable[[float], str] | None = None, count: int = 6) -> Scale:
+def logarithmic(values: Iterable[float], *, count: int = 6, at: Sequence[float] = ()) -> Scale:
     """Return a logarithmic scale around the positive values; zeros among them set ``zero_at_edge``.
 
     Args:
         values: The data; non-finite and negative values are passed over.
-        label: How to write a tick (default: plain numbers from 0.001 to 100 000, powers of ten outside).
-        count: At most about this many labelled ticks.
+        count: At most about this many labelled ticks: plain numbers from 0.001 to 100 000, powers of ten outside.
+        at: The ticks themselves, where round numbers would not do (batch sizes).
     """
     data = [v for v in values if abs(v) <= _HUGE]
     positive = [v for v in data if v > 1 / _HUGE] or [1.0]
@@ -138,15 +142,14 @@ def logarithmic(values: Iterable[float], *, label: Callable[[float], str] | None
         low, high = low / 1.5, high * 1.5
     margin = 10.0 ** (0.04 * math.log10(high / low))
     low, high = low / (margin * (2.0 if has_zero else 1.0)), high * margin
-    write = label or log_label
     bottom, top = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
         marks = [m * 10.0**e for e in range(bottom, top) for m in mantissas if low <= m * 10.0**e <= high]
         if len(marks) <= count and _apart(marks, math.log10, low, high):
             break
     stride = math.ceil(len(marks) / count)
-    ticks = tuple(Tick(v, write(v)) for v in marks[::stride])
-    return Scale("log", low, high, ticks, has_zero)
+    ticks = [Tick(v, significant(v) if at else log_label(v)) for v in at or marks[::stride]]
+    return Scale("log", low, high, tuple(ticks), has_zero)
 
 
 def _apart(marks: Sequence[float], warp: Callable[[float], float], low: float, high: float) -> bool:
@@ -198,3 +201,19 @@ def accuracy(values: Iterable[float], *, count: int = 5) -> Scale:
             break
     marks = marks[:: math.ceil(len(marks) / (count + 1)) or 1]
     return Scale("accuracy", low, high, tuple(Tick(v, write(v)) for v in marks))
+
+
+def rows(names: Sequence[tuple[str, int]], *, height: float = 34.0, gap: float = 0.0) -> Scale:
+    """Return the vertical scale of a chart of rows, in pixels from the top.
+
+    Args:
+        names: Name and colour of every row, from the top.
+        height: Of a row.
+        gap: Additional space where the colour changes from one row to the next.
+    """
+    ticks, y = [], 0.0
+    for index, (name, hue) in enumerate(names):
+        y += gap if index and names[index - 1][1] != hue else 0.0
+        ticks.append(Tick(y + height / 2, name, hue))
+        y += height
+    return Scale("rows", max(y, 1.0), 0.0, tuple(ticks))

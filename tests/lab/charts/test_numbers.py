@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexnorm.lab.report.markup import Markup, element, escape, join, number
-from flexnorm.lab.report.numbers import (
+from flexnorm.lab.charts.markup import Markup, element, escape, join, number
+from flexnorm.lab.charts.numbers import (
     decimals_for,
     duration,
     fixed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from flexnorm.lab.report.markup import Child, Markup, element, number
+from flexnorm.lab.charts.markup import Child, Markup, element, number
 
 XMLNS = "http://www.w3.org/2000/svg"
 

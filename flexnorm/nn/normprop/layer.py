@@ -1,4 +1,4 @@
-"""The base of all NormProp layers: linear map with unit filters, activation and standardization in one module.
+"""The base of the NormProp layers with a linear map: unit filters, activation and standardization in one module.
 
 Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation" (ICML 2016, arXiv 1603.01431), Eqs. 9, 11, 12.
 Deviations, each an option whose other value is the paper's:
@@ -16,17 +16,52 @@ weight and bias, since ``act(k u) = k act(u)`` for ``k > 0``, and one elementwis
 disappears::
 
     (act(gamma W x / ||W|| + bias) - mean) / std = act(gamma / (std ||W||) W x + bias / std) - mean / std
+
+A layer divides every filter by its norm in the forward pass, and the paper also rescales the stored filters to unit
+norm after every update (:func:`normalize_weights_`). That projection does not change the function; it keeps the
+effective learning rate (the step over the norm) from decaying. Weight decay on such filters is radial: after the
+projection all that is left of it is a step that is longer by 1 / (1 - rate * decay). What decay regularizes in a
+NormProp network is gamma and the bias.
 """
 
 from __future__ import annotations
 
+from typing import Any, Unpack
+
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from flexnorm.nn.normprop.constants import ActivationLike
-from flexnorm.nn.normprop.elementwise import UnitizeSamples, per_channel, unitize_samples
-from flexnorm.nn.normprop.units import NormPropUnits
-from flexnorm.nn.normprop.weights import safe_norm
+from flexnorm.nn.normprop.activation import NormPropUnits, UnitOptions
+from flexnorm.nn.normprop.elementwise import ActivationLike, UnitizeSamples, per_channel, unitize_samples
+
+
+def safe_norm(rows: Tensor) -> Tensor:
+    """Euclidean norm of each row, with 1 in place of a norm that is zero (or too small to be squared).
+
+    A zero row then maps to zero, and its gradient is that of an unnormalized row: finite, so the row can leave zero.
+    Dividing by ``norm + eps`` instead would multiply that gradient by 1 / eps, and dividing by the norm itself yields
+    NaN forward and backward.
+
+    Args:
+        rows: ``(C, K)``; half precision is accumulated in float32.
+
+    Returns:
+        ``(C,)``, at least float32.
+    """
+    dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return torch.where(norm > torch.finfo(dtype).tiny ** 0.5, norm, 1.0)
+
+
+class LayerOptions(UnitOptions, total=False):
+    """Constructor arguments that the layers with a linear map take by keyword: also those of :class:`UnitOptions`.
+
+    Attributes:
+        unitize: Divide each sample by its root mean square (over channels and positions) first; False by default.
+    """
+
+    unitize: bool
 
 
 class NormPropLayer(NormPropUnits):
@@ -35,10 +70,18 @@ class NormPropLayer(NormPropUnits):
     ``weight`` is divided by the norm of each filter in the forward pass, so the function does not depend on the
     filters' lengths: optimizers on the sphere may treat every row of it as a scale-invariant vector.
 
+    Args:
+        weight_shape: Shape of the weight.
+        out_channels: Number of filters C.
+        activation: As of :class:`NormPropUnits`.
+        constants: ``"exact"`` or ``"paper"``, as of :class:`NormPropUnits`.
+        groups: Groups of channels that the linear map keeps apart (1 for linear).
+        unitize: Divide each sample by its root mean square first.
+        **options: See :class:`UnitOptions`.
+
     Attributes:
         weight: Filters; every filter starts with unit norm.
         in_channels: Channels (features) of the input.
-        groups: Groups of channels that the linear map keeps apart (1 for linear).
     """
 
     in_channels: int
@@ -47,22 +90,17 @@ class NormPropLayer(NormPropUnits):
         self,
         weight_shape: tuple[int, ...],
         out_channels: int,
-        *,
         activation: ActivationLike | None,
         constants: str,
-        init: str | None,
-        unitize: bool,
-        eps: float,
+        *,
         groups: int = 1,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        unitize: bool = False,
+        **options: Unpack[UnitOptions],
     ) -> None:
-        super().__init__(
-            out_channels, activation=activation, constants=constants, init=init, eps=eps, device=device, dtype=dtype
-        )
+        super().__init__(out_channels, activation, constants, **options)
         self.groups = groups
         self.unitize = bool(unitize)
-        self.weight = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(weight_shape, device=options.get("device"), dtype=options.get("dtype")))
         # Before gamma, bias and slope, as optimizers and state dicts have always met it.
         for name in ("gamma", "bias", "slope"):
             if name in self._parameters:
@@ -74,15 +112,16 @@ class NormPropLayer(NormPropUnits):
 
     # -- the pieces that depend on the kind of linear map
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        """``weight`` as (C, fan-in): one row per unit."""
+    def filters(self, weight: Tensor) -> Tensor:
+        """A ``weight`` as (C, fan-in): one row per unit."""
         return weight.flatten(1)
 
-    def _scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """``weight`` with the filter of unit c multiplied by ``scale[c]``."""
+    def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """A ``weight`` with the filter of unit c multiplied by ``scale[c]``."""
         return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
 
-    def _fan_gain(self) -> float:
+    @property
+    def fan_gain(self) -> float:
         """Factor by which a unit-norm filter must be enlarged to give unit variance (transposed convolutions only)."""
         return 1.0
 
@@ -97,10 +136,6 @@ class NormPropLayer(NormPropUnits):
         """What padding with other values than zero adds, (C, *spatial); None for zeros."""
         return None
 
-    def _preactivations(self, x: Tensor) -> Tensor:
-        """Normalized pre-activations ``W x / ||W||``, which propagation takes to be N(0, 1): for diagnosis."""
-        return self._linear_part(unitize_samples(x, 1 + self.spatial) if self.unitize else x, None, None)
-
     def _check(self, x: Tensor) -> None:
         raise NotImplementedError
 
@@ -111,28 +146,29 @@ class NormPropLayer(NormPropUnits):
 
         The directions are uniform on the sphere for ``init="stable"`` and Glorot's for ``"paper"``.
         """
-        if self.init == "stable":
-            nn.init.normal_(self.weight)
-        else:
-            nn.init.xavier_uniform_(self.weight)
+        (nn.init.normal_ if self.init == "stable" else nn.init.xavier_uniform_)(self.weight)
         self.unit_norm_()
-        self._reset_units()
+        super().reset_parameters()
 
     @torch.no_grad()
     def unit_norm_(self) -> None:
         """Scale every filter to unit norm in place, as the paper does after every update. Zero filters stay zero."""
-        self.weight.copy_(self._scaled(self.weight, safe_norm(self._rows(self.weight)).reciprocal()))
+        self.weight.copy_(self.scaled(self.weight, self.filter_norms().reciprocal()))
 
     def filter_norms(self) -> Tensor:
         """Euclidean norm of each filter, ``(C,)``; 1 in place of a zero norm (see :func:`safe_norm`)."""
-        return safe_norm(self._rows(self.weight))
+        return safe_norm(self.filters(self.weight))
 
     def unit_rows(self) -> Tensor:
         """The filters divided by their norms, ``(C, fan_in)``, differentiable."""
-        rows = self._rows(self.weight)
+        rows = self.filters(self.weight)
         return rows / safe_norm(rows).unsqueeze(1)
 
     # -- forward
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """Normalized pre-activations ``W x / ||W||``, which propagation takes to be N(0, 1): for diagnosis."""
+        return self._linear_part(unitize_samples(x, 1 + self.spatial) if self.unitize else x, None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the standardized activation of the linear map of ``x``.
@@ -147,9 +183,9 @@ class NormPropLayer(NormPropUnits):
 
     def _linear_part(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         scale, shift = self._calibrated(scale, shift)
-        factor = self._fan_gain() / self.filter_norms()
-        weight = self._scaled(self.weight, factor if scale is None else factor * scale).to(self.weight.dtype)
-        border = self._border_scale(x, self._scaled(self.weight, factor))
+        factor = self.fan_gain / self.filter_norms()
+        weight = self.scaled(self.weight, factor if scale is None else factor * scale).to(self.weight.dtype)
+        border = self._border_scale(x, self.scaled(self.weight, factor))
         padding = self._padding_shift(x, weight)
         if padding is not None:
             u = self._linear(x, weight, None)
@@ -163,25 +199,54 @@ class NormPropLayer(NormPropUnits):
     # -- inference
 
     @torch.no_grad()
-    def fold(self) -> nn.Module:
-        """Return plain modules for the same function: an ordinary linear map, then at most two elementwise ones.
-
-        For ReLU the result is the linear map followed by one elementwise maximum (:class:`ChannelFloor`), the cost of
-        a plain layer: ``relu(u) - m = max(u - m, -m)``. Others get their activation and a :class:`ChannelAffine`. The
-        parameters are copies, computed in float64.
-
-        Raises:
-            RuntimeError: For ``border="exact"``, whose correction depends on the size of the input.
-        """
-        raise NotImplementedError
-
     def _fold_into(self, linear: nn.Module) -> nn.Module:
         scale, bias, tail = self._folded_units()
         weight, target = self.weight.detach().double(), linear.get_parameter("weight")
-        factor = self._fan_gain() / safe_norm(self._rows(weight))
-        target.copy_(self._scaled(weight, factor if scale is None else factor * scale))
+        factor = self.fan_gain / safe_norm(self.filters(weight))
+        target.copy_(self.scaled(weight, factor if scale is None else factor * scale))
         if bias is not None:
             linear.get_parameter("bias").copy_(bias)
         head: list[nn.Module] = [UnitizeSamples(1 + self.spatial)] if self.unitize else []
         linear.train(self.training)
         return nn.Sequential(*head, linear, *tail) if head or tail else linear
+
+
+def normalize_weights_(model: nn.Module) -> nn.Module:
+    """Scale every filter of every NormProp layer in ``model`` to unit Euclidean norm, in place, and return the model.
+
+    Call it after ``optimizer.step()``, or let :func:`register_unit_norm` do so. The network computes the same
+    function before and after. Zero filters stay zero.
+
+    Examples:
+        >>> from flexnorm.nn.normprop import NormPropLinear
+        >>> layer = NormPropLinear(3, 2)
+        >>> _ = layer.weight.data.mul_(7.0)
+        >>> normalize_weights_(layer).weight.norm(dim=1).allclose(torch.ones(2))
+        True
+    """
+    for module in model.modules():
+        if isinstance(module, NormPropLayer):
+            module.unit_norm_()
+    return model
+
+
+def register_unit_norm(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+    """Make ``optimizer`` end every step with :func:`normalize_weights_` on ``model``.
+
+    Args:
+        optimizer: Any torch optimizer. One that already keeps filters on the sphere (SGD-G, Adam-G) does not need it.
+        model: The model whose NormProp layers are meant.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer``.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it first")
+
+    def after_step(_optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        normalize_weights_(model)
+
+    return optimizer.register_step_post_hook(after_step)
