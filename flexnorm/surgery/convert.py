@@ -114,8 +114,8 @@ def convert(
             for the nearest layer of torch (and back to timm's, where it was one), or ``"torch.batch"``, ``".sync"``,
             ``".group"``, ``".layer"``, ``".instance"``; a class; or a function that gets the old layer and returns
             the new one (``None`` to leave it).
-        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
-            class, a module, a function of (name, module), or a list of these. ``None`` for all.
+        include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         inplace: Change ``model`` itself instead of a deep copy. Optimizers of it keep working, but do not know
             parameters that are new, such as ``alpha``.

@@ -67,8 +67,8 @@ def convert_to_normprop(
         batches: A few batches (tensors, tuples whose first element is the input, or mappings) on which mean and
             variance of every value are measured. Without them the running statistics of the normalizations are taken,
             and residual summands to be independent.
-        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
-            class, a module, a function of (name, module), or a list of these. None for all.
+        include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         constants: ``"exact"`` or ``"paper"``, as of the NormProp layers, like ``eps``, ``unitize`` and ``border``.
         eps: Added to the exact variance.
