@@ -1,20 +1,21 @@
-"""What both manifold optimizers share: param groups, state, the closure, and saving and loading."""
+"""What the optimizers share: param groups, state, the closure, saving and loading, and SGD off the manifold."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import sgd
 
 from flexnorm.optim.manifold import unit
-from flexnorm.optim.rows import RowLayout, Workspace, compute_dtype, from_rows, local_part, to_rows
-
-__all__ = ["ExactState", "Observer", "SphereOptimizer", "StepView"]
+from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, local_part, to_rows
+from flexnorm.optim.step import Observe, Rotation, State, StepOptions, Workspace, take_step
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -27,24 +28,29 @@ class StepView:
         param: The parameter.
         angle: Angle walked by every row, radians, ``(rows,)``.
         tangent_norm: Norm of the Riemannian gradient of every row before clipping, ``(rows,)``.
-        grad_clip: The bound in force, or None.
-        row_dim: Axis of the output units.
-        blocks: Groups of the convolution.
+        options: What its group says about the step.
     """
 
     param: Tensor
     angle: Tensor
     tangent_norm: Tensor
-    grad_clip: float | None
-    row_dim: int
-    blocks: int
+    options: StepOptions
 
 
 Observer = Callable[[StepView], None]
 
 
 class ExactState(Optimizer):
-    """An optimizer whose saved state comes back as it was."""
+    """An optimizer whose saved state comes back as it was, and whose groups are told apart in :meth:`_step_group`.
+
+    Args:
+        params: Parameters, named parameters or param groups.
+        arguments: What the constructor was called with, its ``locals()``: all but ``params`` are keys of the groups.
+    """
+
+    def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
+        others = ("self", "params", "__class__")
+        super().__init__(params, {key: value for key, value in arguments.items() if key not in others})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the tensors are copied, and keep the dtype in which they were saved.
@@ -67,76 +73,6 @@ class ExactState(Optimizer):
                     device = value.device if key == "step" else p.device
                     self.state[p][key] = value.detach().to(device=device, copy=True)
 
-
-class SphereOptimizer(ExactState):
-    """Base of :class:`SGDG` and :class:`AdamG`: groups on the manifold, and ordinary groups beside them.
-
-    Attributes:
-        observer: Called with a :class:`StepView` for every manifold parameter of every step, or None. Not part of the
-            state; :class:`flexnorm.optim.SphereMonitor` sets it.
-    """
-
-    observer: Observer | None = None
-    _group_defaults: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        self._workspace = Workspace()
-        super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, giving keys that an older version did not know their default."""
-        super().__setstate__(state)
-        self._workspace = Workspace()
-        for group in self.param_groups:
-            for key, value in self._group_defaults.items():
-                group.setdefault(key, value)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked in full; the caller's dict is not changed.
-
-        Raises:
-            ValueError: If a value is out of range, or a parameter of a manifold group has no rows.
-            TypeError: If a parameter of a manifold group is complex.
-        """
-        if isinstance(param_group, dict):
-            param_group = dict(param_group)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if lr is None:
-            raise ValueError(f"no learning rate: give {type(self).__name__} an lr, or every param group its own 'lr'")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"a tensor lr must have one element, this one has shape {tuple(lr.shape)}")
-        for key in ("lr", "weight_decay", "ortho"):
-            check_at_least(key, float(group[key]), 0.0)
-        if group["grad_clip"] is not None and not group["grad_clip"] > 0:
-            raise ValueError(f"grad_clip must be positive, or None for no clipping; got {group['grad_clip']}")
-        if not group["manifold"]:
-            return
-        if group["row_dim"] not in (0, 1):
-            raise ValueError(f"row_dim must be 0, or 1 for a transposed convolution; got {group['row_dim']!r}")
-        if group["weight_decay"] != 0:
-            raise ValueError(
-                f"weight_decay={group['weight_decay']} in a manifold group: rows of unit length have nothing to decay; "
-                "set weight_decay=0 there (ortho is the regularizer on the manifold)"
-            )
-        for p in group["params"]:
-            if p.is_complex():
-                raise TypeError(f"a complex parameter of shape {tuple(p.shape)} cannot go on the manifold of real rows")
-            RowLayout.of(p, group["row_dim"], group["row_groups"])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as :meth:`ExactState.load_state_dict`."""
-        self._workspace = Workspace()  # plans hold on to the state as it was
-        super().load_state_dict(state_dict)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -154,42 +90,132 @@ class SphereOptimizer(ExactState):
         self._step_groups()
         return loss
 
-    # Tracing through the packing of tiles buys nothing: the compiled path compiles the arithmetic inside instead.
+    # Tracing through the packing of batches buys nothing: the compiled path compiles the arithmetic inside instead.
     @torch.compiler.disable
     def _step_groups(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if p.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not take sparse gradients; use sparse=False")
-            if group["manifold"]:
-                self._step_manifold(group, params)
-            else:
-                self._step_flat(group, params)
+            if params:
+                self._step_group(group, params)
 
-    def _step_manifold(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _fresh(self, params: list[Tensor], key: str) -> list[Tensor]:
+        """Return a kind of state; it starts as zeros in the shape and memory format of a parameter."""
+        for p in params:
+            if key not in self.state[p]:
+                self.state[p][key] = torch.zeros_like(p, dtype=compute_dtype(p), memory_format=torch.preserve_format)
+        return [self.state[p][key] for p in params]
+
+
+class SphereOptimizer(ExactState):
+    """Base of :class:`SGDG` and :class:`AdamG`: groups on the manifold, and ordinary groups beside them.
+
+    Attributes:
+        observer: Called with a :class:`StepView` for every manifold parameter of every step, or None. Not part of the
+            state; :class:`flexnorm.optim.SphereMonitor` sets it.
+    """
+
+    observer: Observer | None = None
+
+    def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
+        self._workspace = Workspace()
+        super().__init__(params, arguments)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, giving keys that an older version did not know their default."""
+        super().__setstate__(state)
+        self._workspace = Workspace()  # plans hold on to the state as it was
+        named = next(cls for cls in type(self).__mro__ if SphereOptimizer in cls.__bases__)
+        for key, parameter in inspect.signature(named).parameters.items():
+            for group in self.param_groups:
+                group.setdefault(key, parameter.default)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked in full; the caller's dict is not changed.
+
+        Raises:
+            ValueError: If a value is out of range, or a parameter of a manifold group has no rows.
+            TypeError: If a parameter of a manifold group is complex.
+        """
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if lr is None:
+            raise ValueError(f"no learning rate: give {type(self).__name__} an lr, or every param group its own 'lr'")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"a tensor lr must have one element, this one has shape {tuple(lr.shape)}")
+        check_at_least_zero(group, "lr", "weight_decay", "ortho")
+        if group["grad_clip"] is not None and not group["grad_clip"] > 0:
+            raise ValueError(f"grad_clip must be positive, or None for no clipping; got {group['grad_clip']}")
+        if not group["manifold"]:
+            return
+        if group["row_dim"] not in (0, 1):
+            raise ValueError(f"row_dim must be 0, or 1 for a transposed convolution; got {group['row_dim']!r}")
+        if group["weight_decay"] != 0:
+            raise ValueError(
+                f"weight_decay={group['weight_decay']} in a manifold group: rows of unit length have nothing to decay; "
+                "set weight_decay=0 there (ortho is the regularizer on the manifold)"
+            )
+        for p in group["params"]:
+            if p.is_complex():
+                raise TypeError(f"a complex parameter of shape {tuple(p.shape)} cannot go on the manifold of real rows")
+            RowLayout.of(p, group["row_dim"], group["row_groups"])
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if any(p.grad is not None and p.grad.is_sparse for p in params):
+            raise RuntimeError(f"{type(self).__name__} does not take sparse gradients; use sparse=False")
+        if not group["manifold"]:
+            self._step_flat(group, params)
+            return
+        grads, options, observer = [cast(Tensor, p.grad) for p in params], StepOptions.of(group), self.observer
+        state, rotation = self._prepare(group, params, options)
+
+        def tell(index: int, angle: Tensor, norm: Tensor) -> None:
+            cast(Observer, observer)(StepView(params[index], angle, norm, options))
+
+        observe: Observe | None = None if observer is None else tell
+        take_step(params, grads, state, rotation, options, self._workspace, observe)
+
+    def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
+        """Bring weights that are new to the sphere; return the state of all and the numbers of the step."""
         raise NotImplementedError
 
     def _step_flat(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _observe(self, group: dict[str, Any], params: list[Tensor]) -> Callable[[int, Tensor, Tensor], None] | None:
-        observer = self.observer
-        if observer is None:
-            return None
+    def _step_sgd(self, group: dict[str, Any], params: list[Tensor], momentum: float) -> None:
+        """Take a step of torch's SGD, off the manifold."""
+        buffers = self._fresh(params, "momentum_buffer") if momentum else [None] * len(params)
+        grads = [cast(Tensor, p.grad) for p in params]
+        fused = group["foreach"] is not False and fused_takes(params, grads, buffers)
+        sgd(
+            params,
+            grads,
+            cast(list[Tensor | None], buffers),
+            foreach=False if fused else group["foreach"],
+            fused=fused,
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"] and momentum > 0,
+            maximize=group["maximize"],
+        )
 
-        def tell(index: int, angle: Tensor, norm: Tensor) -> None:
-            observer(StepView(params[index], angle, norm, group["grad_clip"], group["row_dim"], group["row_groups"]))
 
-        return tell
-
-
-def check_at_least(name: str, value: float, low: float) -> None:
-    """Raise ValueError if ``value`` is below ``low`` or no number."""
-    if not value >= low or math.isinf(value):
-        raise ValueError(f"{name} must be a finite number of at least {low:g}; got {value}")
+def check_at_least_zero(values: dict[str, Any], *names: str) -> None:
+    """Raise ValueError if a value is below zero or no finite number."""
+    for name in names:
+        if not values[name] >= 0 or math.isinf(values[name]):
+            raise ValueError(f"{name} must be a finite number of at least 0; got {float(values[name])}")
 
 
 def check_below_one(name: str, value: float) -> None:
@@ -210,15 +236,10 @@ def fused_takes(*tensors: Sequence[Tensor | None]) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype and t.is_contiguous() for t in present)
 
 
-def fresh_state(p: Tensor) -> Tensor:
-    """Return zeros of the shape and memory format of ``p``, in the dtype of the state (float32 or float64)."""
-    return torch.zeros_like(p, dtype=compute_dtype(p), memory_format=torch.preserve_format)
-
-
 @torch.no_grad()
-def put_on_sphere(p: Tensor, row_dim: int, blocks: int) -> None:
+def put_on_sphere(p: Tensor, options: StepOptions) -> None:
     """Bring the rows of a weight to unit length, in place, whatever their length is."""
-    p = local_part(p, row_dim, needs_whole=False)
+    p = local_part(p, options.row_dim, needs_whole=False)
     if p.numel():
-        layout = RowLayout.of(p, row_dim, blocks)
+        layout = RowLayout.of(p, options.row_dim, options.row_groups)
         from_rows(unit(to_rows(p, layout).to(compute_dtype(p))), p, layout)

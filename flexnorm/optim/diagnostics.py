@@ -12,8 +12,6 @@ from flexnorm.optim.base import SphereOptimizer, StepView
 from flexnorm.optim.manifold import coherence
 from flexnorm.optim.rows import RowLayout, local_part, to_rows
 
-__all__ = ["SphereMonitor", "StepStats"]
-
 
 @dataclass(frozen=True)
 class StepStats:
@@ -99,10 +97,9 @@ class SphereMonitor:
 
 
 def _stats(view: StepView) -> StepStats:
-    weight = local_part(view.param.detach(), view.row_dim, needs_whole=False)
-    rows = to_rows(weight, RowLayout.of(weight, view.row_dim, view.blocks))
-    mean, largest = coherence(rows, view.blocks)
-    clipped = 0.0 if view.grad_clip is None else float((view.tangent_norm > view.grad_clip).float().mean())
-    return StepStats(
-        float(view.angle.mean()), float(view.angle.max()), float(view.tangent_norm.mean()), clipped, mean, largest
-    )
+    options = view.options
+    weight = local_part(view.param.detach(), options.row_dim, needs_whole=False)
+    rows = to_rows(weight, RowLayout.of(weight, options.row_dim, options.row_groups))
+    clipped = 0.0 if options.grad_clip is None else float((view.tangent_norm > options.grad_clip).float().mean())
+    angles = float(view.angle.mean()), float(view.angle.max())
+    return StepStats(*angles, float(view.tangent_norm.mean()), clipped, *coherence(rows, options.row_groups))

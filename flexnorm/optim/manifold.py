@@ -3,7 +3,8 @@ r"""Geometry of the manifold that normalization creates: rows up to scale.
 Batch normalization makes a network blind to the length of each weight vector that feeds it,
 :math:`\mathrm{BN}(w^\top x) = \mathrm{BN}(u^\top x)` with :math:`u = w / \lVert w \rVert`. So a weight vector is
 really a point of the Grassmann manifold :math:`G(1, n)`, and with unit representatives its operators are those of the
-unit sphere. Every function here works on rows, the last axis of a tensor ``(*, n)``, all leading axes being a batch.
+unit sphere. Every function here works on rows, the last axis of a tensor ``(*, n)``, all leading axes being a batch:
+``y`` are points (unit rows), ``d`` and ``v`` tangent vectors at ``y``, and the result has their shape.
 
 Paper: Cho and Lee, "Riemannian approach to batch normalization", NeurIPS 2017 (arXiv 1709.09603), Eq. 6-9.
 
@@ -24,19 +25,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "angle",
-    "coherence",
-    "exp_map",
-    "norm_clip",
-    "orthogonality_gradient",
-    "orthogonality_penalty",
-    "parallel_transport",
-    "project",
-    "row_norm",
-    "transport_along",
-    "unit",
-]
+# A norm below this is the norm of no weight (its cube, which a kernel needs, underflows in float32).
+TINY = 1e-12
+_LARGE = 256  # rows from which on half of a Gram matrix is worth the copying
 
 
 def row_norm(x: Tensor) -> Tensor:
@@ -61,31 +52,22 @@ def row_norm(x: Tensor) -> Tensor:
     return norm * largest
 
 
+def in_range(norm: Tensor) -> bool:
+    """Tell whether norms are those of rows whose squares neither vanish nor overflow; waits for the device."""
+    return bool(((norm > TINY) & norm.isfinite()).all())
+
+
 def unit(x: Tensor) -> Tensor:
-    r"""Rows of unit length, :math:`x / \lVert x \rVert`; a zero row stays zero.
-
-    Args:
-        x: Rows, ``(*, n)``, of any finite length.
-
-    Returns:
-        Rows of the same shape and dtype, of norm one or zero.
-    """
+    r"""Rows ``(*, n)`` of unit length, :math:`x / \lVert x \rVert`; a zero row stays zero."""
     scaled = x / _largest(x)
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return scaled / torch.where(norm > 0, norm, 1.0)
 
 
 def project(y: Tensor, g: Tensor) -> Tensor:
-    r"""Riemannian gradient: the part of ``g`` that is tangent to the sphere at ``y`` (Eq. 6).
+    r"""Riemannian gradient: the part of the Euclidean gradient ``g`` that is tangent to the sphere at ``y`` (Eq. 6).
 
     .. math:: h = g - (y^\top g)\, y
-
-    Args:
-        y: Points, unit rows ``(*, n)``.
-        g: Euclidean gradients, ``(*, n)``.
-
-    Returns:
-        Tangent vectors ``(*, n)`` with :math:`y^\top h = 0`.
     """
     h = g - (y * g).sum(-1, keepdim=True) * y
     # Once more: of a gradient that is nearly parallel to y, the first pass leaves little but its own rounding errors.
@@ -93,41 +75,24 @@ def project(y: Tensor, g: Tensor) -> Tensor:
 
 
 def norm_clip(h: Tensor, max_norm: float | None) -> Tensor:
-    r"""Shorten every row that is longer than ``max_norm`` to that length (Section 3 of the paper).
+    r"""Shorten every row that is longer than ``max_norm`` to that length, if any is given (Section 3 of the paper).
 
     .. math:: \hat h = h \min(1, \nu / \lVert h \rVert)
 
     The exponential map is periodic, so a long step is no better than a short one: hence the bound, per weight vector.
-
-    Args:
-        h: Rows, ``(*, n)``.
-        max_norm: The bound :math:`\nu`, or None for no bound.
-
-    Returns:
-        Rows of the same shape.
     """
     if max_norm is None:
         return h
-    norm = row_norm(h)
-    return torch.where(norm > max_norm, unit(h) * max_norm, h)
+    return torch.where(row_norm(h) > max_norm, unit(h) * max_norm, h)
 
 
 def exp_map(y: Tensor, d: Tensor) -> Tensor:
-    r"""Walk from ``y`` along the great circle in direction ``d``, by the length of ``d`` (Eq. 7).
+    r"""Walk from ``y`` along the great circle in direction ``d``, by the length of ``d`` in radians (Eq. 7).
 
     .. math:: \exp_y(d) = y \cos\lVert d \rVert + \frac{d}{\lVert d \rVert} \sin\lVert d \rVert
-
-    The arc from ``y`` to the result is :math:`\lVert d \rVert` radians (modulo a full circle).
-
-    Args:
-        y: Points, unit rows ``(*, n)``.
-        d: Tangent vectors at ``y``, ``(*, n)``; zero is allowed and stays where it is.
-
-    Returns:
-        Unit rows ``(*, n)``.
     """
     t = row_norm(d)
-    return unit(y * t.cos() + d * _sinc(t))
+    return unit(y * t.cos() + d * torch.sinc(t / math.pi))  # torch.sinc has pi in it
 
 
 def parallel_transport(y: Tensor, d: Tensor, v: Tensor) -> Tensor:
@@ -136,15 +101,7 @@ def parallel_transport(y: Tensor, d: Tensor, v: Tensor) -> Tensor:
     .. math:: \mathrm{pt}_y(v; d) = v - (u^\top v)\,
               \bigl(y \sin\lVert d \rVert + u\,(1 - \cos\lVert d \rVert)\bigr), \qquad u = d / \lVert d \rVert
 
-    Lengths and angles between transported vectors are kept.
-
-    Args:
-        y: Points, unit rows ``(*, n)``.
-        d: Directions of the walk, tangent at ``y``, ``(*, n)``; a zero direction leaves ``v`` as it is.
-        v: Vectors to carry, tangent at ``y``, ``(*, n)``.
-
-    Returns:
-        Vectors ``(*, n)`` tangent at ``exp_map(y, d)``.
+    The result is tangent at ``exp_map(y, d)``; lengths and angles between transported vectors are kept.
     """
     t, u = row_norm(d), unit(d)
     along = (u * v).sum(-1, keepdim=True)
@@ -155,13 +112,6 @@ def transport_along(y: Tensor, d: Tensor) -> Tensor:
     r"""Carry a tangent vector along its own geodesic (Eq. 9), the special case that momentum needs.
 
     .. math:: \mathrm{pt}_y(d; d) = d \cos\lVert d \rVert - y\,\lVert d \rVert \sin\lVert d \rVert
-
-    Args:
-        y: Points, unit rows ``(*, n)``.
-        d: Tangent vectors at ``y``, ``(*, n)``.
-
-    Returns:
-        Vectors ``(*, n)`` tangent at ``exp_map(y, d)``, as long as ``d``.
     """
     t = row_norm(d)
     return d * t.cos() - y * (t * t.sin())
@@ -173,8 +123,8 @@ def angle(y: Tensor, z: Tensor) -> Tensor:
     .. math:: \angle(y, z) = 2 \arctan\frac{\lVert y - z \rVert}{\lVert y + z \rVert}
 
     Args:
-        y: Rows, ``(*, n)``; they are brought to unit length.
-        z: Rows, ``(*, n)``; likewise.
+        y: Rows, ``(*, n)``, of any length.
+        z: Rows, ``(*, n)``, likewise.
 
     Returns:
         Angles in radians, ``(*)``, between 0 and pi.
@@ -202,23 +152,48 @@ def orthogonality_penalty(y: Tensor, alpha: float, blocks: int = 1) -> Tensor:
     return alpha / 2 * (y @ y.mT - eye).square().sum()
 
 
-def orthogonality_gradient(y: Tensor, alpha: float, blocks: int = 1) -> Tensor:
+def orthogonality_gradient(
+    y: Tensor, alpha: float, blocks: int = 1, *, plus: Tensor | None = None, sign: int = 1, out: Tensor | None = None
+) -> Tensor:
     r"""Gradient of :func:`orthogonality_penalty`, :math:`2 \alpha (Y Y^\top - I) Y`.
 
-    The product is taken in the cheaper order: through the Gram matrix of rows when there are fewer rows than columns,
-    else as :math:`2 \alpha\,(Y (Y^\top Y) - Y)`.
+    The product is taken in the cheaper order: through the Gram matrix of rows when there are no more rows than columns,
+    else through that of the columns.
 
     Args:
-        y: Unit rows of one weight, ``(rows, n)``.
+        y: Rows of one weight, ``(rows, n)``, of any length: they are taken as directions.
         alpha: Weight of the penalty.
         blocks: As in :func:`orthogonality_penalty`.
+        plus: What to add to it, ``(rows, n)``: the gradient of the loss.
+        sign: Factor of ``plus``.
+        out: Where to write the result.
 
     Returns:
         Gradient, ``(rows, n)``.
     """
-    y = _in_blocks(y, blocks)
-    product = (y @ y.mT) @ y if y.shape[1] <= y.shape[2] else y @ (y.mT @ y)
-    return ((2 * alpha) * (product - y)).flatten(0, 1)
+    p = _in_blocks(y, blocks)
+    added = p if plus is None else _in_blocks(plus, blocks)
+    norm: Tensor = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    if p.device.type == "cpu" and not in_range(norm):
+        p = unit(p)
+        norm = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    inv = norm.clamp_(min=TINY).reciprocal_()
+    if p.shape[1] <= p.shape[2]:
+        # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
+        left = _gram(p).mul_(inv).mul_(inv.mT)
+        left.diagonal(dim1=-2, dim2=-1).sub_(1)
+        left, right = left.mul_(inv.mT), p
+    else:
+        left = p * inv
+        right = _gram(left.mT)
+        right.diagonal(dim1=-2, dim2=-1).sub_(1)
+    result = torch.empty_like(y, memory_format=torch.contiguous_format) if out is None else out
+    beta = 0 if plus is None else sign
+    if blocks == 1:  # the faster call where the products are taken in bfloat16
+        torch.addmm(added[0], left[0], right[0], beta=beta, alpha=2 * alpha, out=result)
+    else:
+        torch.baddbmm(added, left, right, beta=beta, alpha=2 * alpha, out=result.view_as(p))
+    return result
 
 
 def coherence(y: Tensor, blocks: int = 1) -> tuple[float, float]:
@@ -253,6 +228,23 @@ def _largest(x: Tensor) -> Tensor:
     return torch.where(largest > 0, largest, 1.0)
 
 
-def _sinc(t: Tensor) -> Tensor:
-    """Return sin(t) / t, smooth at zero (torch.sinc has pi in it)."""
-    return torch.sinc(t / math.pi)
+def _gram(p: Tensor) -> Tensor:
+    """Return ``p @ p.mT`` for a batch of matrices; large ones by halves, for the result is symmetric."""
+    batch, height, _ = p.shape
+    if height < _LARGE or p.device.type != "cpu":
+        return torch.bmm(p, p.mT)
+    gram = p.new_empty((batch, height, height))
+    for matrix, square in zip(p, gram, strict=True):
+        _symmetric(matrix, square)
+    return gram
+
+
+def _symmetric(p: Tensor, out: Tensor) -> None:
+    half = len(p) // 2
+    if len(p) < _LARGE:
+        torch.mm(p, p.T, out=out)
+        return
+    _symmetric(p[:half], out[:half, :half])
+    _symmetric(p[half:], out[half:, half:])
+    torch.mm(p[:half], p[half:].T, out=out[:half, half:])
+    out[half:, :half].copy_(out[:half, half:].T)

@@ -12,17 +12,14 @@ Deviation: the test of the angle is evaluated on the device, without waiting for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from flexnorm.optim.base import ExactState, Params, check_at_least, check_below_one, fresh_state
+from flexnorm.optim.base import ExactState, Params, check_at_least_zero, check_below_one
 from flexnorm.optim.manifold import project, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
-
-__all__ = ["SGDP", "AdamP", "projected_update"]
 
 
 def projected_update(weight: Tensor, grad: Tensor, update: Tensor, delta: float) -> tuple[Tensor, Tensor]:
@@ -54,18 +51,14 @@ def projected_update(weight: Tensor, grad: Tensor, update: Tensor, delta: float)
 
 
 class _Projected(ExactState):
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; returns what the closure returned, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.numel():
-                    self._update(group, p, p.grad)
-        return loss
+    def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
+        check_at_least_zero(arguments, "lr", "weight_decay", "delta", "wd_ratio")
+        super().__init__(params, arguments)
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if p.numel():
+                self._update(group, p, cast(Tensor, p.grad))
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         raise NotImplementedError
@@ -85,13 +78,6 @@ class _Projected(ExactState):
         if decay:
             p.mul_(1 - decay * ratio)
         p.sub_(size * update)
-
-
-def _check(defaults: dict[str, Any]) -> None:
-    check_at_least("lr", float(defaults["lr"]), 0.0)
-    check_at_least("weight_decay", defaults["weight_decay"], 0.0)
-    check_at_least("delta", defaults["delta"], 0.0)
-    check_at_least("wd_ratio", defaults["wd_ratio"], 0.0)
 
 
 class SGDP(_Projected):
@@ -125,25 +111,12 @@ class SGDP(_Projected):
         row_dim: int = 0,
         row_groups: int = 1,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "nesterov": nesterov,
-            "row_dim": row_dim,
-            "row_groups": row_groups,
-        }
-        _check(defaults)
         check_below_one("momentum", momentum)
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
-        state, momentum = self.state[p], group["momentum"]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = fresh_state(p)
-        buffer = cast(Tensor, state["momentum_buffer"])
+        momentum = group["momentum"]
+        (buffer,) = self._fresh([p], "momentum_buffer")
         buffer.mul_(momentum).add_(grad)
         update = buffer * momentum + grad if group["nesterov"] else buffer
         decay = group["lr"] * group["weight_decay"] / (1 - momentum)
@@ -159,10 +132,7 @@ class AdamP(_Projected):
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay rate.
-        delta: Threshold :math:`\delta` of the test for scale invariance.
-        wd_ratio: Factor on the decay of weights that were projected.
-        row_dim: As in :class:`flexnorm.optim.SGDG`.
-        row_groups: As in :class:`flexnorm.optim.SGDG`.
+        delta: As in :class:`SGDP`, like all that follow.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -181,30 +151,17 @@ class AdamP(_Projected):
         row_dim: int = 0,
         row_groups: int = 1,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "row_dim": row_dim,
-            "row_groups": row_groups,
-        }
-        _check(defaults)
         check_below_one("betas[0]", betas[0])
         check_below_one("betas[1]", betas[1])
-        super().__init__(params, defaults)
+        super().__init__(params, locals())
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
-        if "step" not in state:
-            state.update(step=torch.tensor(0.0), exp_avg=fresh_state(p), exp_avg_sq=fresh_state(p))
-        state["step"] += 1
-        step = float(state["step"])
+        beta1, beta2 = group["betas"]
+        (exp_avg,), (exp_avg_sq,) = self._fresh([p], "exp_avg"), self._fresh([p], "exp_avg_sq")
+        step = self.state[p].setdefault("step", torch.tensor(0.0)).add_(1).item()
         g = grad.to(compute_dtype(p))
-        state["exp_avg"].lerp_(g, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        exp_avg.lerp_(g, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(group["eps"])
         size = group["lr"] / (1 - beta1**step)
-        self._apply(group, p, grad, state["exp_avg"] / root, size, group["lr"] * group["weight_decay"])
+        self._apply(group, p, grad, exp_avg / root, size, group["lr"] * group["weight_decay"])

@@ -7,19 +7,26 @@ import torch
 from sphere_cases import PAIRS, drive, gradients, parameters
 from torch import nn
 
-from flexnorm.kernels import build as _compile
-from flexnorm.kernels import sphere as _native
-from flexnorm.optim import AdamG, kernels, strips
+from flexnorm.kernels import build, sphere
+from flexnorm.optim import AdamG
+from flexnorm.optim import step as one_step
 
 CLASSES = [cls for cls, _ in PAIRS.values()]
 both = pytest.mark.parametrize("cls", CLASSES)
-needs_compiler = pytest.mark.skipif(_compile._compiler() is None, reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C compiler on this machine")
 
 
 @pytest.fixture
-def no_tiles(monkeypatch):
-    """Any weight that does not go the compiled way is an error."""
-    monkeypatch.setattr(kernels, "_walk_chunk_", lambda *_: pytest.fail("left to torch's kernels"))
+def only_c(monkeypatch):
+    """Any weight that does not go the compiled way is an error, unless it is to go one by one."""
+    make = one_step._plan
+
+    def checked(params, state, options):
+        plan = make(params, state, options)
+        assert options.foreach is False or all(batch._in_c is not None for batch in plan.batches)
+        return plan
+
+    monkeypatch.setattr(one_step, "_plan", checked)
 
 
 def compare(cls, shapes, dtype=torch.float64, steps=5, atol=1e-12, change=lambda t: t, prepare=lambda p: p, **kwargs):
@@ -47,7 +54,7 @@ def compare(cls, shapes, dtype=torch.float64, steps=5, atol=1e-12, change=lambda
 @pytest.mark.parametrize("ortho", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_all_of_a_network_goes_the_compiled_way(cls, ortho, maximize, dtype, no_tiles):
+def test_all_of_a_network_goes_the_compiled_way(cls, ortho, maximize, dtype, only_c):
     shapes = [(4, 9), (4, 9), (6, 2, 3), (1, 7), (5, 1), (8, 3, 3, 3), (3, 2, 2, 2, 2), (9, 4)]
     atol = 1e-12 if dtype == torch.float64 else 1e-5
     compare(cls, shapes, dtype, ortho=ortho, maximize=maximize, atol=atol)
@@ -55,7 +62,7 @@ def test_all_of_a_network_goes_the_compiled_way(cls, ortho, maximize, dtype, no_
 
 @needs_compiler
 @both
-def test_tensor_lr_and_no_momentum(cls, no_tiles):
+def test_tensor_lr_and_no_momentum(cls, only_c):
     compare(cls, [(4, 9), (3, 5)], **({"betas": (0.0, 0.9)} if cls is AdamG else {"momentum": 0.0}))
     a, b = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
     drive(cls(a, lr=torch.tensor(0.05, dtype=torch.float64)), a, 3)
@@ -66,7 +73,7 @@ def test_tensor_lr_and_no_momentum(cls, no_tiles):
 @needs_compiler
 @both
 @pytest.mark.parametrize("ortho", [0.0, 0.1])
-def test_rows_in_any_order_of_memory_and_gradients_in_another(cls, ortho, no_tiles):
+def test_rows_in_any_order_of_memory_and_gradients_in_another(cls, ortho, only_c):
     last = {"memory_format": torch.channels_last}
     shapes = [(6, 4, 3, 3), (5, 8, 1, 1)]
     compare(cls, shapes, prepare=lambda p: p.to(**last), ortho=ortho)  # contiguous gradients
@@ -77,7 +84,7 @@ def test_rows_in_any_order_of_memory_and_gradients_in_another(cls, ortho, no_til
 
 @needs_compiler
 @both
-def test_what_it_does_not_take_is_left_to_the_tiles(cls):
+def test_what_it_does_not_take_is_left_to_torch(cls):
     def outer(p):
         return p.transpose(0, 1).contiguous().transpose(0, 1)
 
@@ -88,8 +95,10 @@ def test_what_it_does_not_take_is_left_to_the_tiles(cls):
     optimizer.observer = seen.append
     drive(optimizer, params, 2)
     assert {id(view.param) for view in seen} == {id(p) for p in params[:3]}
-    divisions = [plan for plan in optimizer._workspace._plans.values() if isinstance(plan, strips.Division)]
-    assert [division.others for division in divisions] == [[1, 2, 3]]
+    (plan,) = optimizer._workspace._plans.values()
+    in_c = {job.index for batch in plan.batches if batch._in_c is not None for job in batch.jobs}
+    others = {job.index for batch in plan.batches if batch._in_c is None for job in batch.jobs}
+    assert (in_c, others) == ({0}, {1, 2})  # the last is empty
     assert all(float(optimizer.state[p]["step"]) == 2 for p in params if cls is AdamG)
 
 
@@ -180,7 +189,7 @@ def test_autograd_notices_that_weights_changed(cls):
 
 
 @needs_compiler
-def test_weights_of_different_age_in_one_call(no_tiles):
+def test_weights_of_different_age_in_one_call(only_c):
     ages = {}
     for foreach in (None, False):
         params = parameters([(4, 9), (4, 9), (3, 5)], torch.float64)
@@ -200,15 +209,15 @@ def fresh(monkeypatch, tmp_path):
     """A machine that has compiled nothing yet."""
     monkeypatch.setenv("FLEXNORM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FLEXNORM_KERNELS", raising=False)
-    _native.load.cache_clear()
+    sphere.load.cache_clear()
     yield tmp_path / "cache"
-    _native.load.cache_clear()
+    sphere.load.cache_clear()
 
 
 @needs_compiler
 def test_it_is_built_once_with_a_line_in_the_log(fresh, caplog):
     with caplog.at_level(logging.INFO, "flexnorm"):
-        assert _native.load() is not None
+        assert sphere.load() is not None
     assert "compiling the optimizer kernels once" in caplog.text
     (library,) = fresh.iterdir()
     assert library.name.startswith("sphere-")
@@ -217,7 +226,7 @@ def test_it_is_built_once_with_a_line_in_the_log(fresh, caplog):
 @both
 def test_without_it_steps_are_taken_by_torch(cls, fresh, monkeypatch):
     monkeypatch.setenv("FLEXNORM_KERNELS", "0")
-    assert _native.load() is None
+    assert sphere.load() is None
     params, expected = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
     drive(cls(params, lr=0.1), params, 3)
     drive(cls(expected, lr=0.1, foreach=False), expected, 3)

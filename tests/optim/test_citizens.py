@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from flexnorm.optim import SGDG, AdamG
 
+DATA = Path(__file__).parent / "data"
 CLASSES = [cls for cls, _ in PAIRS.values()]
 both = pytest.mark.parametrize("cls", CLASSES)
 
@@ -483,6 +485,22 @@ def test_states_from_before_an_option_existed_can_be_loaded(cls):
     fresh.load_state_dict(old)
     assert fresh.param_groups[0]["row_groups"] == 1
     drive(fresh, params, 1)
+
+
+@pytest.mark.parametrize("name", ["SGDG", "AdamG", "AdamG, adamw"])
+def test_a_state_saved_by_version_0_1_continues(name, foreach):
+    """Saved by the code before the step was written once, after 5 of 10 steps."""
+    saved = torch.load(DATA / "state-0.1.pt", weights_only=True)[name]
+    params = [nn.Parameter(p) for p in saved["before"]]
+    groups = [{"params": params[:2]}, {"params": params[2:], "manifold": False}]
+    optimizer = {"SGDG": SGDG, "AdamG": AdamG}[name.split(",")[0]](groups, lr=9.0)
+    optimizer.load_state_dict(saved["state"])
+    assert_same(optimizer.state_dict(), saved["state"])
+    for group in optimizer.param_groups:
+        group["foreach"] = foreach
+    drive(optimizer, params, 5, start=5)
+    for p, after in zip(params, saved["after"], strict=True):
+        torch.testing.assert_close(p.detach(), after, rtol=0, atol=1e-13)
 
 
 @both

@@ -75,19 +75,19 @@ def test_compiled_by_inductor_equals_reference():
 
 
 def test_a_failing_compiler_costs_a_warning_and_no_step(monkeypatch, torch_only):
-    from flexnorm.optim import kernels
+    from flexnorm.optim import step
 
     def fail(*args):
         raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no compiler"), None)
 
     monkeypatch.setattr(torch, "compile", lambda f: fail)
-    kernels._compiled.cache_clear()
+    step.compiled_rotation.cache_clear()
     params, expected = parameters(), parameters()
     try:
         with pytest.warns(RuntimeWarning, match="compiled step is not available"):
             drive(PAIRS["sgdg"][0](params, lr=0.2, compile=True), params, 1)
     finally:
-        kernels._compiled.cache_clear()
+        step.compiled_rotation.cache_clear()
     drive(PAIRS["sgdg"][0](expected, lr=0.2), expected, 1)
     for a, b in zip(params, expected, strict=True):
         assert torch.equal(a, b)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexnorm.theory import dynamics
+from flexnorm.theory.dynamics import Student
 
 STUDENTS = [("bn", 0.125), ("wn", 0.0), ("sgd", 0.0)]
 gammas = st.floats(0.1, 2.0)
@@ -57,9 +58,10 @@ def test_a_custom_function_equals_its_name():
 @pytest.mark.parametrize("activation", ["identity", "relu", "erf", "softplus"])
 @pytest.mark.parametrize(("method", "zeta"), STUDENTS)
 def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, activation):
-    setting = {"lr": 0.5, "zeta": zeta, "gamma0": 0.5, "R0": 0.2, "times": [0, 1, 2, 4, 8]}
-    theory = dynamics.solve(method, activation, **setting)
-    runs = dynamics.simulate(method, activation, **setting, N=500, runs=16, seed=3)
+    student = Student(method, activation, lr=0.5, zeta=zeta)
+    setting = {"gamma0": 0.5, "R0": 0.2, "times": [0, 1, 2, 4, 8]}
+    theory = dynamics.solve(student, **setting)
+    runs = dynamics.simulate(student, **setting, N=500, runs=16, seed=3)
     assert not theory.diverged
     assert not runs.diverged
     for name in ("gamma", "R", "L", "error"):
@@ -69,8 +71,8 @@ def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, act
 
 def test_the_comparison_can_fail():
     setting = {"gamma0": 0.5, "R0": 0.2, "times": [0, 1, 2, 4, 8]}
-    theory = dynamics.solve("bn", "relu", 0.5, 0.125, **setting)
-    runs = dynamics.simulate("bn", "relu", 0.5, 0.25, **setting, N=500, runs=16)
+    theory = dynamics.solve(Student("bn", "relu", 0.5, 0.125), **setting)
+    runs = dynamics.simulate(Student("bn", "relu", 0.5, 0.25), **setting, N=500, runs=16)
     assert np.max(np.abs(theory.gamma - runs.gamma)[1:] / runs.standard_error["gamma"][1:]) > 3
 
 
@@ -79,34 +81,32 @@ def test_the_comparison_can_fail():
     ("activation", "expected"), [("relu", lambda z: 1 / (2 * z + 1)), ("identity", lambda z: 1 / (z + 1))]
 )
 def test_fixed_point_of_gamma(zeta, activation, expected):
-    point = dynamics.fixed_point("bn", activation, zeta)
+    student = Student("bn", activation, 0.3, zeta)
+    point = student.fixed_point()
     assert point.gamma == pytest.approx(expected(zeta), abs=1e-14)
-    assert dynamics.rates([point.gamma, 1.0, 1.0], "bn", activation, 0.3, zeta)[0] == pytest.approx(0, abs=1e-14)
+    assert student.rates([point.gamma, 1.0, 1.0])[0] == pytest.approx(0, abs=1e-14)
     assert (point.drift > 0) == (zeta > 0)
-    path = dynamics.solve("bn", activation, 0.3, zeta, R0=0.5, times=600.0)
+    path = dynamics.solve(student, R0=0.5, times=600.0)
     assert path.gamma[-1] == pytest.approx(expected(zeta), abs=0.01)
     assert path.R[-1] > 0.99
 
 
 def test_fixed_point_without_closed_form():
-    point = dynamics.fixed_point("bn", "tanh", 0.1)
-    assert dynamics.rates([point.gamma, 1.0, 1.0], "bn", "tanh", 0.3, 0.1)[0] == pytest.approx(0, abs=1e-12)
-    assert dynamics.fixed_point("sgd", "tanh", L=3.0) == dynamics.FixedPoint(1.0, 1.0, 1.0, 0.0)
-    assert dynamics.fixed_point("bn", lambda x: x**2, 1.5).gamma == pytest.approx(0.75**0.5)
+    student = Student("bn", "tanh", 0.3, 0.1)
+    assert student.rates([student.fixed_point().gamma, 1.0, 1.0])[0] == pytest.approx(0, abs=1e-12)
+    assert Student("sgd", "tanh").fixed_point(L=3.0) == dynamics.FixedPoint(1.0, 1.0, 1.0, 0.0)
+    assert Student("bn", lambda x: x**2, zeta=1.5).fixed_point().gamma == pytest.approx(0.75**0.5)
     with pytest.raises(ValueError, match="decays to zero"):
-        dynamics.fixed_point("bn", lambda x: x**2, 6.5)  # pull 6 gamma (1 - gamma^2), decay 6.5 gamma
+        Student("bn", lambda x: x**2, zeta=6.5).fixed_point()  # pull 6 gamma (1 - gamma^2), decay 6.5 gamma
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "erf"])
 @pytest.mark.parametrize(("method", "zeta"), STUDENTS)
 def test_jacobian_against_finite_differences(method, zeta, activation):
-    lr, L, h = 0.5, 1.3, 1e-6
-    point = dynamics.fixed_point(method, activation, zeta, L, lr)
+    L, h = 1.3, 1e-6
+    student = Student(method, activation, 0.5, zeta)
+    point, f = student.fixed_point(L), student.rates
     x = np.array([point.gamma, 1.0, point.L])
-
-    def f(state):
-        return dynamics.rates(state, method, activation, lr, zeta)
-
     columns = [(f(x + h * e) - f(x - h * e)) / (2 * h) for e in np.eye(3)]
     columns[1] = (3 * f(x) - 4 * f(x - h * np.eye(3)[1]) + f(x - 2 * h * np.eye(3)[1])) / (2 * h)
     numeric = np.stack(columns, axis=1)
@@ -114,8 +114,8 @@ def test_jacobian_against_finite_differences(method, zeta, activation):
         numeric = numeric[1:, 1:]
     # The ReLU kernels are not smooth at R = 1: the difference quotient errs by sqrt(h) there.
     tolerance = 3e-4 if activation == "relu" else 1e-7
-    np.testing.assert_allclose(dynamics.jacobian(method, activation, lr, zeta, L), numeric, atol=tolerance)
-    values = dynamics.eigenvalues(method, activation, lr, zeta, L)
+    np.testing.assert_allclose(student.jacobian(L), numeric, atol=tolerance)
+    values = student.eigenvalues(L)
     assert np.all(np.diff(values.real) >= 0)
     assert np.sum(values) == pytest.approx(np.trace(numeric), abs=3 * tolerance)
 
@@ -123,65 +123,67 @@ def test_jacobian_against_finite_differences(method, zeta, activation):
 @pytest.mark.parametrize("activation", ["identity", "relu", "erf"])
 @pytest.mark.parametrize("method", ["bn", "wn", "sgd"])
 def test_printed_eigenvalue_is_exact_without_decay(method, activation):
-    values = dynamics.eigenvalues(method, activation, 0.7, 0.0, 1.0)
-    printed = dynamics.printed_eigenvalue(method, activation, 0.7, 0.0, 1.0)
+    student = Student(method, activation, 0.7)
+    values, printed = student.eigenvalues(), student.printed_eigenvalue()
     assert np.min(np.abs(values - printed)) < 1e-6
 
 
 @pytest.mark.parametrize("zeta", [0.01, 0.1])
 def test_printed_eigenvalue_lacks_a_term_of_second_order(zeta):
     lr, L = 0.7, 1.2
-    entry = dynamics.jacobian("bn", "relu", lr, zeta, L)[1, 1]
+    student = Student("bn", "relu", lr, zeta)
+    entry = student.jacobian(L)[1, 1]
     gamma = 1 / (1 + 2 * zeta)
     missing = lr**2 * gamma**2 / (2 * L**4) * (1 - gamma) ** 2 / 2
-    assert dynamics.printed_eigenvalue("bn", "relu", lr, zeta, L) - missing == pytest.approx(entry, rel=1e-12)
+    assert student.printed_eigenvalue(L) - missing == pytest.approx(entry, rel=1e-12)
 
 
 @pytest.mark.parametrize("zeta", [0.0, 1 / 128, 1 / 64, 0.25])
 def test_max_learning_rates(zeta):
-    assert dynamics.max_learning_rate("wn", "relu") == pytest.approx(2)
-    assert dynamics.max_learning_rate("sgd", "relu") == pytest.approx(2)
-    bn = dynamics.max_learning_rate("bn", "relu", zeta)
+    assert Student("wn", "relu").max_learning_rate() == pytest.approx(2)
+    assert Student("sgd", "relu").max_learning_rate() == pytest.approx(2)
+    bn = Student("bn", "relu", zeta=zeta).max_learning_rate()
     assert bn == pytest.approx(2 + 4 * zeta)
-    assert bn >= dynamics.max_learning_rate("wn", "relu") + 2 * zeta  # Prop. 4
-    assert dynamics.max_learning_rate("bn", "identity", zeta) == pytest.approx(2 + 2 * zeta)
+    assert bn >= Student("wn", "relu").max_learning_rate() + 2 * zeta  # Prop. 4
+    assert Student("bn", "identity", zeta=zeta).max_learning_rate() == pytest.approx(2 + 2 * zeta)
 
 
 def test_effective_learning_rates():
-    assert dynamics.effective_learning_rate("bn", 0.6, 0.5, 2.0) == pytest.approx(0.6 * 0.5 / 4)
-    assert dynamics.effective_learning_rate("wn", 0.6, 0.5, 2.0) == pytest.approx(0.15)
-    assert dynamics.effective_learning_rate("sgd", 0.6, 0.5, 2.0) == pytest.approx(0.6)
-    path = dynamics.solve("bn", lr=0.6, zeta=0.1, gamma0=0.5, L0=2.0)
+    assert Student("bn", lr=0.6).effective_learning_rate(0.5, 2.0) == pytest.approx(0.6 * 0.5 / 4)
+    assert Student("wn", lr=0.6).effective_learning_rate(0.5, 2.0) == pytest.approx(0.15)
+    assert Student("sgd", lr=0.6).effective_learning_rate(0.5, 2.0) == pytest.approx(0.6)
+    path = dynamics.solve(Student("bn", lr=0.6, zeta=0.1), gamma0=0.5, L0=2.0)
     assert path.effective_lr[0] == pytest.approx(0.075)
     assert np.all(np.diff(path.L) > 0)  # decay keeps the noise of the steps alive, so L grows and the rate tunes itself
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_sgd_diverges_above_the_bound_and_not_below_it(activation):
-    bound = dynamics.max_learning_rate("sgd", activation)
+    bound = Student("sgd", activation).max_learning_rate()
+    slow, fast = (Student("sgd", activation, factor * bound) for factor in (0.75, 1.5))
     setting = {"R0": 0.9, "times": np.linspace(0, 60, 7)}
-    below = dynamics.simulate("sgd", activation, 0.75 * bound, N=200, runs=4, **setting)
-    above = dynamics.simulate("sgd", activation, 1.5 * bound, N=200, runs=4, **setting)
+    below = dynamics.simulate(slow, N=200, runs=4, **setting)
+    above = dynamics.simulate(fast, N=200, runs=4, **setting)
     assert not below.diverged
     assert below.error[-1] < 1e-3
     assert above.diverged
     assert np.isnan(above.error[-1])
-    assert not dynamics.solve("sgd", activation, 0.75 * bound, **setting).diverged
-    assert dynamics.solve("sgd", activation, 1.5 * bound, **setting).diverged
+    assert not dynamics.solve(slow, **setting).diverged
+    assert dynamics.solve(fast, **setting).diverged
 
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(("method", "zeta"), [("wn", 0.0), ("bn", 0.125)])
 def test_normalized_students_leave_above_the_bound_and_return_by_themselves(method, zeta):
-    gamma = dynamics.fixed_point(method, "relu", zeta).gamma
-    bound = dynamics.max_learning_rate(method, "relu", zeta)
+    student = Student(method, "relu", zeta=zeta)
+    gamma, bound = student.fixed_point().gamma, student.max_learning_rate()
     lr = 1.6 * bound / (gamma if method == "bn" else 1)  # at L = 1 the effective rate is 1.6 times the bound
     setting = {"gamma0": gamma, "R0": 0.95, "times": [0, 0.25, 20.0]}
-    runs = dynamics.simulate(method, "relu", lr, zeta, N=500, runs=8, **setting)
+    runs = dynamics.simulate(Student(method, "relu", lr, zeta), N=500, runs=8, **setting)
     assert runs.R[1] < 0.95 - 3 * runs.standard_error["R"][1]
     assert runs.effective_lr[2] < bound
     assert runs.R[2] > 0.95
-    slow = dynamics.simulate(method, "relu", 0.3 * lr, zeta, N=500, runs=8, **setting)
+    slow = dynamics.simulate(Student(method, "relu", 0.3 * lr, zeta), N=500, runs=8, **setting)
     assert slow.R[1] > 0.95 + 3 * slow.standard_error["R"][1]
 
 
@@ -201,13 +203,15 @@ def test_normalized_students_leave_above_the_bound_and_return_by_themselves(meth
 )
 @pytest.mark.parametrize("function", [dynamics.solve, dynamics.simulate])
 def test_errors_name_the_value(function, arguments, message):
+    who = {name: value for name, value in arguments.items() if name in ("method", "activation", "lr", "zeta")}
+    start = {name: value for name, value in arguments.items() if name not in who}
     with pytest.raises(ValueError, match=message):
-        function(**arguments)
+        function(Student(**who), **start)
 
 
 def test_other_errors():
     with pytest.raises(ValueError, match="runs=1"):
-        dynamics.simulate(runs=1)
+        dynamics.simulate(Student(), runs=1)
     with pytest.raises(TypeError, match="got int"):
         dynamics.averages(1.0, 1.0, 3)
     assert "relu" in dynamics.ACTIVATIONS

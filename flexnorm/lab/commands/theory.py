@@ -49,10 +49,10 @@ def dynamics(
         rows = []
         for method in room.METHODS:
             decay = zeta if method == "bn" else 0.0
-            point = room.fixed_point(method, activation, decay, lr=lr)
-            fastest = room.max_learning_rate(method, activation, decay)
-            effective = room.effective_learning_rate(method, lr, point.gamma, point.L)
-            rows.append([method.upper(), point.gamma, point.R, fastest, effective])
+            student = room.Student(method, activation, lr, decay)
+            point = student.fixed_point()
+            effective = student.effective_learning_rate(point.gamma, point.L)
+            rows.append([method.upper(), point.gamma, point.R, student.max_learning_rate(), effective])
         _table("Fixed points", ["", "gamma", "R", "largest learning rate", "effective learning rate"], rows)
         _show(figure, plot, as_json)
 

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 from flexnorm.nn.normprop import ACTIVATION_MODULES, Activation, NormPropAdd, resolve_activation
 from flexnorm.probe import arguments, batch_inputs, isolated, map_tensors
 from flexnorm.statistics import Pool
-from flexnorm.surgery._edges import LINEAR, _Tracer
-from flexnorm.surgery._kinds import RefusedError
+from flexnorm.surgery._producers import LINEAR, _Tracer
+from flexnorm.surgery._reading import RefusedError
 
 __all__ = ["Network", "Stats", "activation_of", "dropout_of", "in_place", "is_activation", "is_cat", "summands"]
 

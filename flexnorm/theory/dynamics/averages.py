@@ -11,16 +11,14 @@ Closed forms for the identity and for ReLU (the arc-cosine kernels); any smooth 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flexnorm._messages import unknown_name
-
-__all__ = ["ACTIVATIONS", "Activation", "Averages", "activation_function", "averages"]
 
 Activation = str | Callable[[torch.Tensor], torch.Tensor]
 """A name of `ACTIVATIONS`, or any differentiable function of a float64 tensor."""
@@ -43,8 +41,7 @@ NODES = 80  # exact for polynomials of degree 159; smooth activations at gamma <
 _STEP = 1e-4  # of the finite differences used where no closed form is known; their error is of order _STEP^2
 
 
-@dataclass(frozen=True)
-class Averages:
+class Averages(NamedTuple):
     """Gaussian averages at one point (gamma, R) of the dynamics.
 
     Attributes:
@@ -117,43 +114,31 @@ def derivatives(gamma: float, R: float, activation: Activation) -> tuple[Average
     """Return the derivatives of the averages with respect to gamma and to R (one-sided at R = 1)."""
     R = min(1.0, max(-1.0, float(R)))
     if activation == "identity":
-        return (
-            Averages(R - 2 * gamma, 2 * (gamma - R), -R, 2 * (gamma - R)),
-            Averages(gamma, -2 * gamma, -gamma, -2 * gamma),
-        )
+        by_gamma = Averages(R - 2 * gamma, 2 * (gamma - R), -R, 2 * (gamma - R))
+        return by_gamma, Averages(gamma, -2 * gamma, -gamma, -2 * gamma)
     if activation == "relu":
         _, b = _relu_kernels(R)
         theta = np.arccos(R)
         da, db = float(np.sin(theta) / np.pi), float((np.pi - theta) / (2 * np.pi))
-        return (
-            Averages(b - gamma, gamma - 2 * b, -R / 2, gamma - 2 * b),
-            Averages(gamma * db, da - 2 * gamma * db, da - gamma / 2, -2 * gamma * db),
-        )
-    up, down = averages(gamma + _STEP, R, activation), averages(gamma - _STEP, R, activation)
-    by_gamma = _combine((up, 0.5 / _STEP), (down, -0.5 / _STEP))
+        by_gamma = Averages(b - gamma, gamma - 2 * b, -R / 2, gamma - 2 * b)
+        return by_gamma, Averages(gamma * db, da - 2 * gamma * db, da - gamma / 2, -2 * gamma * db)
+
+    def difference(weights: tuple[float, ...], points: list[Averages]) -> Averages:
+        return Averages(*(float(np.dot(weights, values)) for values in zip(*points, strict=True)))
+
+    step = 0.5 / _STEP
+    by_gamma = difference((step, -step), [averages(gamma + sign * _STEP, R, activation) for sign in (1, -1)])
     # Second order from one side, so that it works at R = 1 (and, mirrored, at R = -1) where the other side does not
     # exist.
     h = -_STEP if R > 0 else _STEP
-    points = [averages(gamma, R + k * h, activation) for k in range(3)]
-    by_overlap = _combine((points[0], -1.5 / h), (points[1], 2.0 / h), (points[2], -0.5 / h))
-    return by_gamma, by_overlap
-
-
-def _combine(*terms: tuple[Averages, float]) -> Averages:
-    def total(name: str) -> float:
-        return float(sum(weight * getattr(point, name) for point, weight in terms))
-
-    return Averages(total("i1"), total("i2"), total("i3"), total("error"))
+    sides = [averages(gamma, R + k * h, activation) for k in range(3)]
+    return by_gamma, difference((-1.5 / h, 2.0 / h, -0.5 / h), sides)
 
 
 def _relu_kernels(R: float) -> tuple[float, float]:
     """A = E[1(u > 0) relu(v)^2] and B = E[relu(u) relu(v)] for unit Gaussians of correlation R = cos(theta)."""
-    theta = np.arccos(R)
-    sin = np.sqrt(1 - R**2)
-    return (
-        float((np.pi - theta + sin * R) / (2 * np.pi)),
-        float((sin + (np.pi - theta) * R) / (2 * np.pi)),
-    )
+    theta, sin = np.arccos(R), np.sqrt(1 - R**2)
+    return float((np.pi - theta + sin * R) / (2 * np.pi)), float((sin + (np.pi - theta) * R) / (2 * np.pi))
 
 
 @lru_cache(maxsize=1)

@@ -30,7 +30,7 @@ def test_dynamics_prints_fixed_points_and_writes_the_figure(tmp_path: Path) -> N
     figure = json.loads((tmp_path / "d.json").read_text())
     curves = {curve["label"]: curve for curve in figure["curves"]}
     assert set(curves) == {"BN", "WN", "SGD", "BN, simulated", "WN, simulated", "SGD, simulated"}
-    path = dynamics.solve("wn", "relu", 0.5, 0.0, times=2.0)
+    path = dynamics.solve(dynamics.Student("wn", "relu", 0.5), times=2.0)
     assert curves["WN"]["y"][-1] == pytest.approx(float(path.error[-1]))
 
 

@@ -213,6 +213,14 @@ def test_options_of_a_norm_may_be_called_like_those_of_the_network() -> None:
     assert {(m.eps, m.momentum) for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {(0.1, 0.2)}
 
 
+@pytest.mark.parametrize("option", ["unit_norm", "norm"])
+def test_the_norm_of_a_unitized_network_is_one_of_its_options(option: str) -> None:
+    net = models.build("resnet8", norm="unitized", norm_args={option: "rms"})
+    assert {m.unit_norm for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {"rms"}
+    net = models.build("convnet", norm="unitized", unit_norm="rms")
+    assert net.layer1.norm.unit_norm == "rms"
+
+
 def test_equal_seeds_give_equal_weights_under_every_normalization() -> None:
     nets = {}
     for norm in ("none", "batch", "group", "unitized"):
