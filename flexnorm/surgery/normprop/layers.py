@@ -31,13 +31,8 @@ from flexnorm.nn.normprop import (
     NormPropUnits,
     safe_norm,
 )
-<<<<<<< HEAD
 from flexnorm.surgery._reading import RefusedError
 from flexnorm.surgery.normprop.scaling import ScaleShift
-=======
-from flexnorm.surgery._reading import RefusedError
-from flexnorm.surgery.normprop.carry import Carry
->>>>>>> main
 
 __all__ = ["Moments", "Tail", "activation_layer", "add_layer", "linear_layer", "plain_linear", "through"]
 
