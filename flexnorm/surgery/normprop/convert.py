@@ -15,8 +15,8 @@ from flexnorm._messages import unknown_name
 from flexnorm.nn.normprop import DEFAULT_EPS, NormPropConv2d
 from flexnorm.probe import Selection, find_places, select_places, unwrap
 from flexnorm.surgery._compare import Difference, difference, outputs
-from flexnorm.surgery._edges import LINEAR
-from flexnorm.surgery._kinds import RefusedError, is_candidate
+from flexnorm.surgery._producers import LINEAR
+from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery.normprop.rewrite import Options, Rewriter
 from flexnorm.surgery.normprop.trace import Stats, measure, shapes, trace
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
