@@ -15,8 +15,8 @@ from flexnorm._messages import unknown_name
 from flexnorm.nn.normprop import DEFAULT_EPS, NormPropConv2d
 from flexnorm.probe import Selection, find_places, select_places, unwrap
 from flexnorm.surgery._compare import Difference, difference, outputs
-from flexnorm.surgery._edges import LINEAR
-from flexnorm.surgery._kinds import RefusedError, is_candidate
+from flexnorm.surgery._producers import LINEAR
+from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery.normprop.rewrite import Options, Rewriter
 from flexnorm.surgery.normprop.trace import Stats, measure, shapes, trace
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
@@ -67,8 +67,8 @@ def convert_to_normprop(
         batches: A few batches (tensors, tuples whose first element is the input, or mappings) on which mean and
             variance of every value are measured. Without them the running statistics of the normalizations are taken,
             and residual summands to be independent.
-        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
-            class, a module, a function of (name, module), or a list of these. None for all.
+        include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         constants: ``"exact"`` or ``"paper"``, as of the NormProp layers, like ``eps``, ``unitize`` and ``border``.
         eps: Added to the exact variance.

@@ -30,7 +30,7 @@ from flexnorm.nn.normprop import (
     NormPropUnits,
     safe_norm,
 )
-from flexnorm.surgery._kinds import RefusedError
+from flexnorm.surgery._reading import RefusedError
 from flexnorm.surgery.normprop.carry import Carry
 
 __all__ = ["Moments", "activation_layer", "add_layer", "linear_layer", "plain_linear", "through"]

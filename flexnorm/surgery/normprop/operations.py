@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from flexnorm.nn.normprop import Activation
 from flexnorm.nn.normprop.elementwise import resolve_activation
-from flexnorm.surgery._edges import LINEAR
-from flexnorm.surgery._kinds import RefusedError
+from flexnorm.surgery._producers import LINEAR
+from flexnorm.surgery._reading import RefusedError
 
 __all__ = ["Modules", "activation_of", "is_cat", "is_shape_query", "summands"]
 

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 
 from flexnorm.nn.normprop import ChannelAffine
 from flexnorm.surgery._affine import as_affine
-from flexnorm.surgery._edges import LINEAR
-from flexnorm.surgery._kinds import RefusedError, is_candidate
+from flexnorm.surgery._producers import LINEAR
+from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery.normprop import operations as ops
 from flexnorm.surgery.normprop.carry import HANDS_ON, Carry, joined, passed
 from flexnorm.surgery.normprop.layers import (

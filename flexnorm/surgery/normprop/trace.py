@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from flexnorm.nn.normprop import NormPropActivation, NormPropAdd
 from flexnorm.probe import arguments, batch_inputs, isolated, map_tensors
 from flexnorm.statistics import Pool
-from flexnorm.surgery._edges import _Tracer
-from flexnorm.surgery._kinds import RefusedError
+from flexnorm.surgery._producers import _Tracer
+from flexnorm.surgery._reading import RefusedError
 
 __all__ = ["Stats", "dropout_module", "functional_dropout", "measure", "shapes", "trace"]
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NormPropUnits
 from flexnorm.probe import call, isolated, tensors
-from flexnorm.surgery._kinds import is_candidate
+from flexnorm.surgery._reading import is_candidate
 
 __all__ = ["LINEAR", "Edges", "executed", "traced"]
 
