@@ -4,7 +4,7 @@ from flexnorm.probe.capture import CURVED_LOSSES, ImageTables, Loss, batch_norm_
 from flexnorm.probe.forward import Look, Mode, side_forward
 from flexnorm.probe.isolate import isolated, private_randomness
 from flexnorm.probe.nested import arguments, batch_inputs, call, detached, first_tensor, map_tensors, tensors
-from flexnorm.probe.points import Samples, channel_axis, choose_rows, count_points, take_points
+from flexnorm.probe.points import Samples, channel_axis, take_points
 from flexnorm.probe.select import (
     Place,
     Selection,
@@ -33,8 +33,6 @@ __all__ = [
     "capture",
     "channel_axis",
     "check_watchable",
-    "choose_rows",
-    "count_points",
     "detached",
     "find_places",
     "first_tensor",
