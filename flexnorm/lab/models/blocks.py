@@ -26,6 +26,14 @@ def norm_names() -> tuple[str, ...]:
     return (*norms.NORMS, "normprop")
 
 
+def initialized(head: nn.Linear | nn.Conv2d, channels: int) -> nn.Module:
+    """Return the last layer, a linear map of so many channels to the classes, with small weights."""
+    nn.init.normal_(head.weight, std=channels**-0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return head
+
+
 class Blocks:
     """Makes the layers of a network for one choice of normalization, and puts them together.
 
@@ -105,14 +113,6 @@ class Blocks:
         branch["conv2"] = self.conv(cout, cout, 3)
         return norms.NormPropResidual(nn.Sequential(branch), shortcut)
 
-    def head(self, layer: type[nn.Linear | nn.Conv2d], channels: int, *kernel: int) -> nn.Module:
-        """The last layer, a linear map or a 1x1 convolution to the classes."""
-        head = layer(channels, self.num_classes, *kernel)
-        nn.init.normal_(head.weight, std=channels**-0.5)
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
-        return head
-
     def network(self, layers: Layers, channels: int, watched: Iterable[str], head: Layers = ()) -> nn.Sequential:
         """Put together the layers by name, the mean over positions and a linear head; note which layers to watch.
 
@@ -122,7 +122,7 @@ class Blocks:
             watched: For :func:`flexnorm.lab.models.watched_layers`.
             head: What stands before the mean in place of the linear layer behind it.
         """
-        last = () if head else (("head", self.head(nn.Linear, channels)),)
+        last = () if head else (("head", initialized(nn.Linear(channels, self.num_classes), channels)),)
         mean = (("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()))
         net = nn.Sequential(OrderedDict([*layers, *head, *mean, *last]))
         net.watched = tuple(watched)  # type: ignore[assignment]

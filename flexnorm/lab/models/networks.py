@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from flexnorm.lab.models.blocks import Blocks
+from flexnorm.lab.models.blocks import Blocks, initialized
 
 
 def watched_layers(model: nn.Module) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def nin(blocks: Blocks, *, width: int = 192) -> nn.Sequential:
         blocks: Normalization, channels of the images and number of classes.
         width: 192 in the paper; the other widths scale with it.
     """
-    head = [("head", blocks.head(nn.Conv2d, width, 1))]
+    head = [("head", initialized(nn.Conv2d(width, blocks.num_classes, 1), width))]
     outs = (width, max(1, width * 160 // 192), max(1, width // 2), *[width] * 5)
     kernels = (5, 1, 1, 5, 1, 1, 5, 1)
     pools = {2: ("pool1", nn.MaxPool2d(3, 2, 1)), 5: ("pool2", nn.AvgPool2d(3, 2, 1))}
