@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels import sphere
-from flexnorm.optim.manifold import TINY, in_range, orthogonality_gradient, row_norm, unit
+from flexnorm.optim.manifold import TINY, orthogonality_gradient, row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, local_parts
 
 Observe = Callable[[int, Tensor, Tensor], None]
@@ -282,6 +282,8 @@ class Batch:
         weight = self._gather("weight", self._weights, workspace, back)
         grad = self._gather("grad", [job.layout.view(g) for job, g in zip(self.jobs, mine, strict=True)], workspace, [])
         if options.ortho:
+            if self._in_c is None:
+                _lengths(weight, weight.device.type == "cpu")
             blocks = sum(job.layout.blocks for job in self.jobs)
             out = workspace.take("total", self._shape, grad.device, self._dtype)
             sign = -1 if options.maximize else 1
@@ -393,14 +395,12 @@ def rotate_(
         Angle walked (signed) and tangent norm of every row, ``(rows, 1)`` each.
     """
     looks = p.device.type == "cpu" and not traced  # elsewhere a look at the numbers would mean to wait for the device
-    length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-    if looks and not in_range(length):
-        length = torch.linalg.vector_norm(p.copy_(unit(p)), dim=1, keepdim=True)
+    length = _lengths(p, looks)
     alive = (length > TINY).to(p.dtype)
     length.clamp_(min=TINY)
     h = _tangent(g, p, length, traced)
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-    if traced or (looks and not bool(((norm >= 1e-3 * row_norm(g)) & norm.isfinite()).all())):
+    if traced or (looks and not (bool((norm >= 1e-3 * row_norm(g)).all()) and float(norm.max()) < math.inf)):
         # Nearly all of a gradient along its row leaves little but rounding errors: project once more. The norm is that
         # which has no squares in it, for those of a huge gradient leave the range of the numbers.
         h = _tangent(h, p, length, traced)
@@ -416,14 +416,14 @@ def rotate_(
         cos, sin = theta.cos(), theta.sin()
         p.mul_(cos.div_(length)).addcmul_(h, sin.div_(_nonzero(norm)))
         return theta, norm
-    e = moment.addcmul_(h, clip.mul_(rotation.push))
+    e, keep = moment.addcmul_(h, clip.mul_(rotation.push)), rotation.keep
     speed = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-    if looks and not bool(speed.isfinite().all()):
+    if looks and not float(speed.max()) < math.inf:
         speed = row_norm(e)
     speed.mul_(alive)  # a row that was pruned stays zero, whatever momentum it had
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
-    along, keep = sin / _nonzero(speed), rotation.keep
+    along = sin / _nonzero(speed)
     if looks and bool(cos.amin() > 0.5):
         # Through the new point, e cos - y |e| sin = e / cos - y' |e| tan: all in place. Not near a quarter circle.
         p.mul_(cos / length).addcmul_(e, along)
@@ -434,6 +434,16 @@ def rotate_(
         e.mul_(cos.mul_(keep).mul_(alive)).addcmul_(p, sin.mul_(speed).div_(length).mul_(-keep))
         p.mul_(cos_p).add_(h)
     return theta, norm
+
+
+def _lengths(p: Tensor, looks: bool) -> Tensor:
+    """Return the norms of rows; those whose squares leave the range of the numbers are brought to unit length first."""
+    length: Tensor = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+    if looks:
+        least, most = torch.aminmax(length)
+        if not (float(least) > TINY and float(most) < math.inf):
+            length = torch.linalg.vector_norm(p.copy_(unit(p)), dim=1, keepdim=True)
+    return length
 
 
 def _tangent(g: Tensor, p: Tensor, length: Tensor, traced: bool) -> Tensor:
