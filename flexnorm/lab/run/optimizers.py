@@ -67,7 +67,6 @@ def make_optimizer(
         example_input=example_input,
         grad_clip=s["grad_clip"],
         ortho=s["ortho"],
-        verbose=False,
     )
     notes = list(groups.notes)
     if not any(group["manifold"] for group in groups):
