@@ -49,7 +49,7 @@ SEEDS = (0, 1, 2)
 
 def unitized(width: int, norm: str) -> nn.Module:
     """A unitized layer that is fully unitized from the start (alpha = 1), and free to change that."""
-    layer = make_norm("unitized", width, ndim=0, norm=norm)
+    layer = make_norm("unitized", width, ndim=0, unit_norm=norm)
     nn.init.ones_(layer.alpha)
     return layer
 

@@ -3,7 +3,7 @@
     python -m benchmarks.luo_figures 2e --data cifar10.npz --scale small
     python -m benchmarks.luo_figures 2a 2b 2c 2d 2e 2f --data cifar10.npz
 
-Writes ``results/luo_2e.json`` (``--out``) and ``docs/theory/figure-2e.png`` (``--plot``). The trainings are those of
+Writes ``results/luo_2e.json`` (``--out``) and ``docs/theory/figure-2e.svg`` (``--plot``). The trainings are those of
 `benchmarks.luo_runs`, kept in ``runs/luo``; figures share them, what is complete is not repeated, and an interrupted
 command goes on where it was. Fig. 1 needs no training: ``flexnorm theory generalization``.
 
@@ -177,17 +177,6 @@ def table(found: dict[str, Result]) -> list[Result]:
     return rows
 
 
-def draw(panels: list[Figure], path: Path) -> None:
-    """Draw the panels side by side."""
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(6.4 * len(panels), 4.4), layout="constrained")
-    for axis, panel in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        plot(panel, ax=axis)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=90)
-
-
 def make(
     name: str, scale: str, spec: str, runs: Path, out: Path, picture: Path, data: Callable[[int | None], ImageData]
 ) -> None:
@@ -216,7 +205,8 @@ def make(
     part = out.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     part.replace(out)
-    draw(panels, picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plot(panels, picture)
     print(f"written: {out}, {picture}")
 
 
@@ -232,7 +222,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=tuple(POOLING), default="small")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "luo", help="where the trainings are kept")
     parser.add_argument("--out", type=Path, help="numbers; results/luo_NAME.json (with the scale, if it is not small)")
-    parser.add_argument("--plot", type=Path, help="picture; docs/theory/figure-NAME.png (likewise)")
+    parser.add_argument("--plot", type=Path, help="picture; docs/theory/figure-NAME.svg (likewise)")
     options = parser.parse_args()
     if len(options.figures) > 1 and (options.out or options.plot):
         parser.error("--out and --plot name the files of one figure; give one figure, or neither")
@@ -246,7 +236,7 @@ def main() -> None:
     suffix = "" if options.scale == "small" else f"_{options.scale}"
     for name in options.figures:
         out = options.out or ROOT / "results" / f"luo_{name}{suffix}.json"
-        picture = options.plot or ROOT / "docs" / "theory" / f"figure-{name}{suffix}.png"
+        picture = options.plot or ROOT / "docs" / "theory" / f"figure-{name}{suffix}.svg"
         make(name, options.scale, options.data, options.runs, out, picture, data)
 
 

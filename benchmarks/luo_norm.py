@@ -4,7 +4,7 @@
 
 The trained BN networks of Fig. 2(c, d) are folded into plain convolutions, w = gamma w_bn / sigma, and trained on
 without BN by SGD at the learning rate 1e-3 (the paper's); as a control the same networks are trained on with their BN.
-Writes ``results/luo_norm.json`` and ``docs/theory/parameter-norm.png``.
+Writes ``results/luo_norm.json`` and ``docs/theory/parameter-norm.svg``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.luo_figures import ROOT, draw, images, measure, over_seeds, slug
+from benchmarks.luo_figures import ROOT, images, measure, over_seeds, slug
 from benchmarks.luo_runs import POOLING, configs
 from flexnorm.lab import models
 from flexnorm.lab.data import ImageData
-from flexnorm.lab.figures import Curve, Figure
+from flexnorm.lab.figures import Curve, Figure, plot
 from flexnorm.surgery import fold
 
 LR, MOMENTUM, BATCH = 1e-3, 0.9, 128
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "luo", help="where the trainings are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "luo_norm.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "theory" / "parameter-norm.png")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "theory" / "parameter-norm.svg")
     options = parser.parse_args()
     config = configs("parts", options.scale, options.data)["BN"]
     torch.set_num_threads(config.threads or torch.get_num_threads())
@@ -117,7 +117,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(drawn, options.plot)
+    plot(drawn, options.plot)
     print(f"written: {options.out}, {options.plot}")
 
 

@@ -16,7 +16,7 @@ import flexnorm
 from flexnorm._messages import optional, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("scipy", "ot", "sklearn", "rich", "typer", "lightning_fabric", "matplotlib", "yaml", "safetensors", "pydantic")
+HEAVY = ("scipy", "ot", "sklearn", "rich", "typer", "lightning_fabric", "vl_convert", "yaml", "safetensors", "pydantic")
 
 
 def _run(code: str, cwd: Path = ROOT) -> str:

@@ -1,4 +1,4 @@
-"""Callbacks for other training frameworks, none of which is needed to import this room.
+"""Callbacks for other training frameworks, none of which is needed to import this.
 
 For Lightning's ``Trainer`` (``lightning`` or ``pytorch_lightning``) and for that of Hugging Face Transformers:
 
@@ -15,10 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexnorm.integrations.lightning_population import LightningPopulationCallback
-    from flexnorm.integrations.lightning_trainer import LightningShiftCallback
-    from flexnorm.integrations.transformers_population import TransformersPopulationCallback
-    from flexnorm.integrations.transformers_trainer import TransformersShiftCallback
+    from flexnorm.integrations.lightning import LightningPopulationCallback, LightningShiftCallback
+    from flexnorm.integrations.transformers import TransformersPopulationCallback, TransformersShiftCallback
 
 __all__ = [
     "LightningPopulationCallback",
@@ -27,18 +25,12 @@ __all__ = [
     "TransformersShiftCallback",
 ]
 
-_HOMES = {
-    "LightningPopulationCallback": "flexnorm.integrations.lightning_population",
-    "LightningShiftCallback": "flexnorm.integrations.lightning_trainer",
-    "TransformersPopulationCallback": "flexnorm.integrations.transformers_population",
-    "TransformersShiftCallback": "flexnorm.integrations.transformers_trainer",
-}
-
 
 def __getattr__(name: str) -> Any:
     # Later, not now: which framework a callback belongs to is known when the callback is asked for.
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:
+        framework = "lightning" if name.startswith("Lightning") else "transformers"
+        return getattr(importlib.import_module(f"flexnorm.integrations.{framework}"), name)
     raise AttributeError(f"module 'flexnorm.integrations' has no attribute {name!r}")
 
 

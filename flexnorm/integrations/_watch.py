@@ -1,4 +1,4 @@
-"""What the callbacks share: a monitor that begins when model and probe are known, and a state that outlives it."""
+"""What the callbacks share: a monitor or an estimator that begins with the training, and a state that outlives it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexnorm.probe import map_tensors
 from flexnorm.shift import ShiftMonitor, ShiftRecord
+from flexnorm.statistics import PopulationEstimator
 
 
 class ShiftWatch:
@@ -23,9 +24,9 @@ class ShiftWatch:
     """
 
     def __init__(self, probe: Any, options: Mapping[str, Any]) -> None:
-        self.probe = probe
-        self.options = dict(options)
+        super().__init__()
         self.monitor: ShiftMonitor | None = None
+        self._probe, self._options = probe, dict(options)
         self._state: Mapping[str, Any] | None = None
 
     @property
@@ -33,36 +34,61 @@ class ShiftWatch:
         """All measurements so far."""
         return [] if self.monitor is None else self.monitor.records
 
-    def begin(self, model: nn.Module, inputs: Any) -> None:
+    def _begin(self, model: nn.Module, inputs: Any) -> None:
         """Make the monitor, or take up the state of the one before, and look for the first time."""
-        if self.probe is None:
-            self.probe = inputs
+        if self._probe is None:
+            self._probe = inputs
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        monitor = ShiftMonitor(model, to_device(self.probe, device), **self.options)
+        monitor = ShiftMonitor(model, to_device(self._probe, device), **self._options)
         if self._state is not None:
             monitor.load_state_dict(self._state)
             self._state = None
         monitor.start()
         self.monitor = monitor
 
-    def step(self) -> list[ShiftRecord]:
-        """Count an update; return what was measured."""
-        return [] if self.monitor is None else self.monitor.step()
-
-    def end(self) -> None:
+    def _end(self) -> None:
         """Close the sinks."""
         if self.monitor is not None:
             self.monitor.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The probe and the state of the monitor: tensors, numbers and strings."""
+        """What a resumed training needs to go on exactly: the probe and the state of the monitor."""
         state = self._state if self.monitor is None else self.monitor.state_dict()
-        return {} if state is None else {"probe": to_device(self.probe, torch.device("cpu")), "monitor": dict(state)}
+        return {} if state is None else {"probe": to_device(self._probe, torch.device("cpu")), "monitor": dict(state)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a state until the training begins."""
-        if state:
-            self.probe, self._state = state["probe"], state["monitor"]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state when the training begins."""
+        if state_dict:
+            self._probe, self._state = state_dict["probe"], state_dict["monitor"]
+
+
+class PopulationRenewal:
+    """A :class:`flexnorm.statistics.PopulationEstimator` that is made when the training begins.
+
+    Args:
+        samples: (N, *), training inputs of the model to draw from.
+        **options: All other arguments of the estimator.
+    """
+
+    def __init__(self, samples: Tensor, **options: Any) -> None:
+        super().__init__()
+        self.estimator: PopulationEstimator | None = None
+        self._samples, self._options = samples, options
+        self._state: Mapping[str, Any] = {}
+
+    def _begin(self, model: nn.Module) -> PopulationEstimator:
+        self.estimator = PopulationEstimator(model, self._samples, **self._options)
+        if self._state:
+            self.estimator.load_state_dict(dict(self._state))
+        return self.estimator
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters of the estimator."""
+        return dict(self._state) if self.estimator is None else dict(self.estimator.state_dict())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state when the training begins."""
+        self._state = dict(state_dict)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -15,7 +15,6 @@ from flexnorm.lab.replicates import Replicates
 
 COMPLETE, DIVERGED, REFUSED, UNFINISHED, MISSING_RUN = "complete", "diverged", "refused", "unfinished", "missing"
 
-METRICS_COLUMNS = ("epoch", "step", "train_loss", "test_loss", "test_accuracy", "lr", "step_ms", "seconds")
 SHIFT_NUMBERS = ("lower", "w1", "upper", "spread", "relative_lower", "relative", "relative_upper")
 SHIFT_COLUMNS = ("epoch", "step", "layer", *SHIFT_NUMBERS)
 SHIFT_MEANS = tuple(name for name in SHIFT_NUMBERS if name != "spread")
@@ -31,8 +30,8 @@ class EpochRow:
         train_loss: Mean loss over the batches of this epoch (with label smoothing and augmentation), in nats.
         test_loss: Mean cross entropy on the test images, in nats.
         test_accuracy: Share of the test images classified correctly, 0 to 1.
-        step_ms: Median time of an update in milliseconds.
         lr: Learning rate of the last update (of the first parameter group).
+        step_ms: Median time of an update in milliseconds.
         seconds: Time spent on this run so far.
     """
 
@@ -41,14 +40,17 @@ class EpochRow:
     train_loss: float
     test_loss: float
     test_accuracy: float
-    step_ms: float = math.nan
     lr: float = math.nan
+    step_ms: float = math.nan
     seconds: float = math.nan
 
     @classmethod
     def read(cls, row: Mapping[str, str]) -> EpochRow:
         """Return the row of a CSV file."""
-        return cls(**{name: number(row.get(name)) for name in METRICS_COLUMNS})
+        return cls(*(number(row.get(name)) for name in METRICS_COLUMNS))
+
+
+METRICS_COLUMNS = tuple(f.name for f in dataclasses.fields(EpochRow))
 
 
 @dataclass(frozen=True)

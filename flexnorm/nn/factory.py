@@ -37,12 +37,13 @@ class NoNorm(Norm):
         return str(self.num_features)
 
 
-def norm_class(name: str, ndim: int = 2) -> type[Norm]:
+def norm_class(name: str, ndim: int | None = None) -> type[Norm]:
     """Return the layer class of a norm, whose attributes say what the norm is: see :class:`flexnorm.engine.Norm`.
 
     Args:
         name: One of :data:`NORMS`.
-        ndim: Number of spatial axes of the input, 0 to 3 (0 and 1 give the 1d layers).
+        ndim: Number of spatial axes of the input, 0 to 3 (0 and 1 give the 1d layers); ``None`` for any class of the
+            norm, all of which declare the same.
 
     Raises:
         ValueError: For an unknown name or a wrong ``ndim``.
@@ -53,9 +54,11 @@ def norm_class(name: str, ndim: int = 2) -> type[Norm]:
     """
     if name not in NORMS:
         raise ValueError(unknown_name("norm", name, NORMS))
+    layers = NORMS[name]
+    if ndim is None:
+        return next(iter(layers.values()))
     if not 0 <= ndim <= 3:
         raise ValueError(f"ndim is the number of spatial axes, 0 to 3, got {ndim}")
-    layers = NORMS[name]
     if max(ndim, 1) not in layers:
         raise ValueError(f"the norm {name!r} has no layer for {ndim} spatial axes, only for {[*layers]}")
     return layers[max(ndim, 1)]
@@ -118,7 +121,7 @@ def norm_of(module: nn.Module) -> type[Norm] | None:
     if isinstance(module, Norm):
         return type(module)
     name = next((_BASES[base] for base in type(module).__mro__ if base in _BASES), None)
-    return None if name is None else next(iter(NORMS[name].values()))
+    return None if name is None else norm_class(name)
 
 
 def is_norm(module: nn.Module) -> bool:

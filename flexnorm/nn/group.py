@@ -63,16 +63,15 @@ class GroupNorm(FlexNorm):
         self.num_groups = num_groups
         self.num_channels = num_channels
 
+    @staticmethod
+    def default_groups(num_channels: int) -> int:
+        """Return the number of groups of 16 channels each, or 1 where they do not divide ``num_channels``."""
+        return num_channels // 16 if num_channels % 16 == 0 else 1
+
     @classmethod
     def build(cls, num_features: int, **kwargs: Any) -> GroupNorm:
-        """Build the layer; without ``num_groups``, with 16 channels a group where that divides ``num_features``.
-
-        Args:
-            num_features: Number of channels C.
-            **kwargs: Arguments of the constructor.
-        """
-        groups = num_features // 16 if num_features % 16 == 0 else 1
-        return cls(**{"num_groups": groups, "num_channels": num_features, **kwargs})
+        """Build the layer for ``num_features`` channels, with :meth:`default_groups` unless ``kwargs`` say other."""
+        return cls(**{"num_groups": cls.default_groups(num_features), "num_channels": num_features, **kwargs})
 
     def same_as(self, training: bool) -> str:  # noqa: ARG002
         """One group is layer normalization, one channel a group instance normalization."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -20,19 +21,25 @@ def channel_axis(module: nn.Module) -> int:
     return -1 if isinstance(module, _CHANNELS_LAST) else 1
 
 
-def take_points(output: Tensor, axis: int, samples: Samples, rows: Tensor) -> Tensor:
-    """Selected points of an output, copied.
+def take_points(
+    output: Tensor, axis: int, samples: Samples, *, limit: int | None = None, layer: str = "", seed: int = 0
+) -> Tensor:
+    """Points of an output, copied: all of them or a fixed random subset.
 
     Args:
         output: (N, C, *spatial), or with the channels on another axis.
         axis: Axis of the channels.
         samples: ``"position"``: every position of every input is a point in R^C; ``"image"``: every input is one point.
-        rows: (k,) which points, in the order of :func:`count_points`.
+        limit: At most so many points, drawn by a private generator: the same for the same layer, seed and number of
+            points, hence before and after a step and in a resumed run. ``None`` for all.
+        layer: Name of the layer.
+        seed: Seed of the choice.
 
     Returns:
         (k, d) in float32 or float64, on the device of the output, independent of its memory.
     """
-    rows = rows.to(output.device)
+    total = output.shape[0] if samples == "image" else output.numel() // max(output.shape[axis], 1)
+    rows = chosen_rows(total, limit or total, layer, seed).to(output.device)
     if samples == "image":
         points = output.reshape(output.shape[0], -1)[rows]
     else:
@@ -42,17 +49,9 @@ def take_points(output: Tensor, axis: int, samples: Samples, rows: Tensor) -> Te
     return points.detach().to(torch.promote_types(points.dtype, torch.float32))
 
 
-def count_points(output: Tensor, axis: int, samples: Samples) -> int:
-    """How many points an ``output`` with its channels on ``axis`` holds, by the kind of ``samples``."""
-    return output.shape[0] if samples == "image" else output.numel() // max(output.shape[axis], 1)
-
-
-def choose_rows(total: int, limit: int, layer: str, seed: int) -> Tensor:
-    """Which of ``total`` points of a ``layer`` to keep: all, or ``limit`` drawn by a private generator, ascending.
-
-    The choice depends on nothing but the arguments (``seed`` among them), hence it is the same before and after a step
-    and in a resumed run.
-    """
+@lru_cache(maxsize=4096)
+def chosen_rows(total: int, limit: int, layer: str, seed: int) -> Tensor:
+    """Which of so many points to keep, in ascending order."""
     if total <= limit:
         return torch.arange(total)
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(layer.encode()))

@@ -25,16 +25,7 @@ _FORMAT = 1
 class Monitor(ABC, Generic[R]):
     """Base of the monitors: takes a snapshot, the *anchor*, where its schedule says so, and compares a later one.
 
-    Args:
-        model: Any module, also compiled or wrapped for distributed training; the module inside is looked at.
-        every: When to measure: a number of steps, a list of steps, or a schedule.
-        lag: Optimizer steps between the two snapshots that are compared.
-        anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
-        sinks: Where else to put each record.
-
-    Attributes:
-        records: All measurements so far; readable, and may be emptied, at any time.
-        steps: Optimizer steps seen so far.
+    Arguments and attributes are explained at :class:`flexnorm.shift.ShiftMonitor`.
     """
 
     _kind: type[R]
@@ -53,7 +44,7 @@ class Monitor(ABC, Generic[R]):
         self._anchor = anchor
         self._sinks: list[Sink] = [as_sink(sink) for sink in sinks]
         self._pending: list[tuple[int, Snapshot]] = []
-        self._initial: tuple[int, Snapshot] | None = None
+        self._initial: list[tuple[int, Snapshot]] = []
         self._started = False
         self.steps = 0
         self.records: list[R] = []
@@ -86,11 +77,9 @@ class Monitor(ABC, Generic[R]):
         self._started = True
         due = self._schedule(self.steps) and self._anchor != "initial"
         if due or self._anchor != "previous":
-            now = self.look()
-            if due:
-                self._pending.append((self.steps, now))
-            if self._anchor != "previous":
-                self._initial = (self.steps, now)
+            entry = (self.steps, self.look())
+            self._pending += [entry] if due else []
+            self._initial += [entry] if self._anchor != "previous" else []
 
     def step(self) -> list[R]:
         """Tell the monitor that the optimizer has made a step; call it once after each ``optimizer.step()``.
@@ -106,7 +95,7 @@ class Monitor(ABC, Generic[R]):
         self.steps += 1
         scheduled = self._schedule(self.steps)
         ready = [entry for entry in self._pending if entry[0] + self._lag <= self.steps]
-        since_start = [self._initial] if scheduled and self._initial is not None else []
+        since_start = self._initial if scheduled else []
         take = scheduled and self._anchor != "initial"
         if not (ready or since_start or take):
             return []
@@ -150,7 +139,7 @@ class Monitor(ABC, Generic[R]):
             "steps": self.steps,
             "started": self._started,
             "pending": [_pack(entry) for entry in self._pending],
-            "initial": None if self._initial is None else _pack(self._initial),
+            "initial": _pack(self._initial[0]) if self._initial else None,
             "records": [record.asdict() for record in self.records],
         }
 
@@ -169,7 +158,7 @@ class Monitor(ABC, Generic[R]):
         self.steps = int(state["steps"])
         self._started = bool(state["started"])
         self._pending = [_unpack(entry) for entry in state["pending"]]
-        self._initial = None if state["initial"] is None else _unpack(state["initial"])
+        self._initial = [] if state["initial"] is None else [_unpack(state["initial"])]
         self.records = [self._kind.from_dict(values) for values in state["records"]]
         for sink in self._sinks:
             sink.rewind(self.steps)

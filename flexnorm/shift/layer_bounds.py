@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.nn import norm_of
 from flexnorm.probe import Samples
 
 Noise = float | Tensor
@@ -123,10 +122,7 @@ def layer_bound(
         16.0
     """
     after = before if after is None else after
-    then = noise if noise_after is None else noise_after
-    first_noise = _default_noise(before) if noise is None else noise
-    radii = _radius(before, first_noise, positions)
-    radii += _radius(after, _default_noise(after) if then is None else then, positions)
+    radii = _radius(before, noise, positions) + _radius(after, noise if noise_after is None else noise_after, positions)
     first, second = (getattr(layer, "bias", None) for layer in (before, after))
     gap = 0.0 if first is None or second is None else float((first.detach() - second.detach()).double().norm())
     return (radii + gap) * (math.sqrt(positions) if samples == "image" else 1.0)
@@ -136,16 +132,9 @@ def layer_bound(
 _STANDARD_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-def _default_noise(layer: nn.Module) -> float:
-    """0 where a batch is standardized with its own moments, else infinity."""
-    norm = norm_of(layer)
-    tracked = getattr(layer, "running_mean", None) is not None
-    population = norm is not None and norm.statistics_from == "population"
-    foreign = not layer.training or getattr(layer, "frozen", False) or population
-    return float("inf") if tracked and foreign else 0.0
+def _radius(layer: Any, noise: Noise | None, positions: int) -> float:
+    from flexnorm.nn import norm_of  # here, not above: the layers bring in the compiler
 
-
-def _radius(layer: Any, noise: Noise, positions: int) -> float:
     norm = norm_of(layer)
     if norm is None or norm.norm_name not in ("batch", "population", "unitized"):
         raise TypeError(
@@ -157,6 +146,10 @@ def _radius(layer: Any, noise: Noise, positions: int) -> float:
             f"no bound is known for {type(layer).__name__}, a BatchNorm with a forward of its own: what that makes of "
             "the standardized activation is not in its parameters"
         )
+    if noise is None:
+        # Nothing is known of data that is standardized with statistics other than its own.
+        foreign = not layer.training or getattr(layer, "frozen", False) or norm.statistics_from == "population"
+        noise = math.inf if foreign and layer.running_mean is not None else 0.0
     weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach()
     if norm.norm_name == "unitized":
         alpha = layer.alpha.detach().clamp(0, 1) if layer.constrain_alpha else layer.alpha.detach()

@@ -91,20 +91,12 @@ METRICS: dict[str, Metric] = {"moments": moments, "noise": noise}
 
 
 def as_metrics(metrics: Iterable[str | Metric]) -> list[Metric]:
-    """Metrics from names and functions.
-
-    Raises:
-        ValueError: An unknown name.
-    """
-    found: list[Metric] = []
-    for metric in (metrics,) if isinstance(metrics, str) else metrics:
-        if isinstance(metric, str):
-            if metric not in METRICS:
-                raise ValueError(unknown_name("metric", metric, METRICS))
-            found.append(METRICS[metric])
-        else:
-            found.append(metric)
-    return found
+    """Metrics from names and functions; ValueError for an unknown name."""
+    wanted = [metrics] if isinstance(metrics, str) else list(metrics)
+    for metric in wanted:
+        if isinstance(metric, str) and metric not in METRICS:
+            raise ValueError(unknown_name("metric", metric, METRICS))
+    return [METRICS[metric] if isinstance(metric, str) else metric for metric in wanted]
 
 
 def _channels(values: Tensor, axis: int) -> Tensor:

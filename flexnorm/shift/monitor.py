@@ -9,6 +9,7 @@ to the spread of the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -22,8 +23,6 @@ from flexnorm.probe import (
     call,
     channel_axis,
     check_watchable,
-    choose_rows,
-    count_points,
     detached,
     first_tensor,
     select_layers,
@@ -118,14 +117,10 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         self._layers = select_layers(self._model, layers)
         self._probe = detached(probe)
         self._metrics = as_metrics(metrics)
-        self._forward = forward
-        self._samples: Samples = samples
-        self._max_samples = max_samples
-        self._mode: Mode = mode
-        self._autocast = autocast
+        self._options = {"samples": samples, "max_samples": max_samples, "mode": mode, "seed": seed}
+        self._side: dict[str, Any] = {"forward": forward, "mode": mode, "seed": seed, "autocast": autocast}
+        self._points = partial(take_points, samples=samples, limit=max_samples, seed=seed)
         self._channel_dim = channel_dim
-        self._seed = seed
-        self._rows: dict[tuple[str, int], Tensor] = {}
         self._numbers: dict[str, dict[str, float]] = {}
 
     @property
@@ -147,23 +142,11 @@ class ShiftMonitor(Monitor[ShiftRecord]):
                 )
             tensor = tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor
             axis = channel_axis(module) if self._channel_dim is None else self._channel_dim
-            total = count_points(tensor, axis, self._samples)
-            if (name, total) not in self._rows:
-                self._rows[name, total] = choose_rows(total, self._max_samples, name, self._seed)
-            points[name] = take_points(tensor, axis, self._samples, self._rows[name, total])
+            points[name] = self._points(tensor, axis, layer=name)
             seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module])
             numbers[name] = {key: value for metric in self._metrics for key, value in metric(seen).items()}
 
-        side_forward(
-            self._model,
-            self._probe,
-            self._layers,
-            keep,
-            forward=self._forward,
-            mode=self._mode,
-            seed=self._seed,
-            autocast=self._autocast,
-        )
+        side_forward(self._model, self._probe, self._layers, keep, **self._side)
         if not points:
             raise RuntimeError(f"the forward on the probe called none of the layers {', '.join(self._layers)}")
         self._numbers = {name: {key: float(value) for key, value in row.items()} for name, row in numbers.items()}
@@ -175,5 +158,4 @@ class ShiftMonitor(Monitor[ShiftRecord]):
                 yield layer, {**vars(measure_shift(before[layer], points)), "metrics": self._numbers[layer]}
 
     def _config(self) -> dict[str, Any]:
-        names = ("samples", "max_samples", "mode", "seed")
-        return {"layers": list(self._layers)} | {name: getattr(self, f"_{name}") for name in names}
+        return {"layers": list(self._layers), **self._options}

@@ -58,10 +58,10 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
         batch: What ``loss`` takes, kept as a copy.
         layers: Which layers, as for :class:`ShiftMonitor`; ``None`` for all that hold a parameter of two or more axes
             themselves.
-        every: When to measure, and
-        lag: optimizer steps between before and after (1 in the paper),
-        anchor: what to compare with,
-        sinks: and where else to put each record, as for :class:`ShiftMonitor`.
+        every: When to measure, as for :class:`ShiftMonitor`.
+        lag: Optimizer steps between before and after (1 in the paper).
+        anchor: What to compare with, as for :class:`ShiftMonitor`.
+        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
         seed: Seed of the noise in the side forward.
 
     Attributes:

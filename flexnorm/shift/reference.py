@@ -9,18 +9,7 @@ from torch import Tensor
 
 
 def marginal(x: Tensor, y: Tensor, p: float = 1, x_mass: Tensor | None = None, y_mass: Tensor | None = None) -> Tensor:
-    """W_p of each coordinate, by walking along both sorted lists and moving as much mass as fits.
-
-    Args:
-        x: (n, d) points.
-        y: (m, d) points.
-        p: Order.
-        x_mass: (n,) weights, ``None`` for equal ones.
-        y_mass: (m,) weights, ``None`` for equal ones.
-
-    Returns:
-        (d,) in float64.
-    """
+    """W_p of each coordinate, (d,), by walking along both sorted lists and moving as much mass as fits."""
     a = torch.ones(len(x)) if x_mass is None else x_mass
     b = torch.ones(len(y)) if y_mass is None else y_mass
     return torch.tensor([_walk(u, v, p, a, b) for u, v in zip(x.T, y.T, strict=True)], dtype=torch.float64)

@@ -9,8 +9,9 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
+from flexnorm._messages import optional
 from flexnorm.shift.records import Record
 
 
@@ -38,6 +39,10 @@ class _FileSink(Sink):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+
+    def _open(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.open("a", newline="", encoding="utf-8")
 
     @abstractmethod
     def _step(self, line: str, header: list[str]) -> float:
@@ -67,8 +72,7 @@ class CSVSink(_FileSink):
     def write(self, record: Record) -> None:
         """Append a row, and the header to an empty file."""
         row = record.asdict()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with self._open() as file:
             writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
@@ -88,8 +92,7 @@ class JSONLSink(_FileSink):
     def write(self, record: Record) -> None:
         """Append a line."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.asdict().items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with self._open() as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def _step(self, line: str, header: list[str]) -> float:  # noqa: ARG002
@@ -128,6 +131,7 @@ class TensorBoardSink(Sink):
         self.names = names
         self._own = isinstance(target, (str, os.PathLike))
         if self._own:
+            optional("tensorboard", "TensorBoardSink", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             target = SummaryWriter(str(target))
@@ -162,18 +166,12 @@ class FunctionSink(Sink):
 
 
 def as_sink(target: Any) -> Sink:
-    """A sink from a path ending in ``.csv`` or ``.jsonl``, a sink as it is, or a function of a record.
-
-    Raises:
-        ValueError: A path with another ending.
-        TypeError: Anything else.
-    """
+    """A sink from a path ending in ``.csv`` or ``.jsonl`` (else ValueError), a sink, or a function of a record."""
     if isinstance(target, (str, os.PathLike)):
-        kinds: dict[str, type[CSVSink] | type[JSONLSink]] = {".csv": CSVSink, ".jsonl": JSONLSink}
-        kind = kinds.get(Path(target).suffix)
-        if kind is None:
+        ending = Path(target).suffix
+        if ending not in (".csv", ".jsonl"):
             raise ValueError(f"a sink's path must end in .csv or .jsonl, got {os.fspath(target)!r}")
-        return kind(target)
+        return CSVSink(target) if ending == ".csv" else JSONLSink(target)
     if isinstance(target, Sink):
         return target
     if callable(target):

@@ -52,10 +52,10 @@ class WeightMonitor(Monitor[WeightRecord]):
             modules that hold them, ..., or a list of these), or the report of
             :func:`flexnorm.optim.scale_invariant_weights`; ``None`` for all parameters with two or more axes. Angles
             mean most for scale-invariant weights.
-        every: When to measure, and
-        lag: optimizer steps between the two looks that are compared,
-        anchor: what to compare with,
-        sinks: and where else to put each record, as for :class:`ShiftMonitor`.
+        every: When to measure, as for :class:`ShiftMonitor`.
+        lag: Optimizer steps between the two looks that are compared.
+        anchor: What to compare with, as for :class:`ShiftMonitor`.
+        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
 
     Attributes:
         records: All measurements so far, a list of :class:`WeightRecord`.

@@ -84,8 +84,8 @@ def freeze(
 
     Args:
         model: Any model; its layers are changed in place.
-        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
-            class, a module, a function of (name, module), or a list of these. ``None`` for all.
+        include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         affine: Also stop gradients of ``weight`` and ``bias``.
 

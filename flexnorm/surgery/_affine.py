@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn import NORMS, NoNorm
+from flexnorm.nn import NoNorm
 from flexnorm.nn.rules import standardize
 from flexnorm.surgery._act import ThenAct
-from flexnorm.surgery._kinds import RefusedError, read
-
-__all__ = ["MatrixOnly", "absorb", "as_affine"]
-
-_SAMPLE = "normalizes each sample by its own statistics"
+from flexnorm.surgery._reading import RefusedError, name_of, read
+from flexnorm.surgery._targets import of_batches
 
 
 class _NeedsMomentsError(Exception):
@@ -33,45 +30,32 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     Raises:
         RefusedError: If it depends on its input in evaluation too; the text says how.
     """
-    if not isinstance(norm, FlexNorm):
-        if isinstance(norm, NoNorm):
-            raise RefusedError("is no normalization, only the place of one")
-        return _from_running_statistics(norm, read(norm).family)
+    if isinstance(norm, NoNorm):
+        raise RefusedError("is no normalization, only the place of one")
+    declared = norm if isinstance(norm, FlexNorm) else read(norm).norm
     plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
-    known = plain in NORMS.get(norm.norm_name, {}).values()
-    if known and norm.same_as(training=False) == "batch":
-        return _from_running_statistics(norm, "batch")
+    held = {**norm._buffers, **norm._parameters}
+    tensors = {name: None if tensor is None else tensor.double() for name, tensor in held.items()}
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    why = "normalizes each sample by its own statistics"
+    if of_batches(declared) and mean is None:
+        why = "normalizes with the statistics of the batch in evaluation too"
+    if (declared is not norm or name_of(plain)) and declared.same_as(training=False) == "batch":
+        if mean is None or var is None:
+            raise RefusedError(why)
+        return standardize(mean, var, tensors.get("weight"), tensors.get("bias"), float(norm.eps))  # type: ignore[arg-type]
+    if not isinstance(norm, FlexNorm):
+        raise RefusedError(why)
     exact = copy.deepcopy(norm).double().eval()
     try:
         scale, shift = exact.rule(Moments(count=1, _compute=_unknown))
     except _NeedsMomentsError:
-        why = "normalizes with the statistics of the batch in evaluation too" if _no_statistics(norm) else _SAMPLE
         raise RefusedError(why) from None
     forward = next(base for base in type(norm).__mro__ if base is not ThenAct and "forward" in base.__dict__)
     if forward is not FlexNorm:
         raise RefusedError(f"{forward.__name__} has its own forward")
     channels = (1, norm.num_features)
     return scale.expand(channels)[0].clone(), shift.expand(channels)[0].clone()
-
-
-def _no_statistics(norm: FlexNorm) -> bool:
-    return norm.statistics_from in ("batch", "population") and norm._buffers.get("running_mean") is None
-
-
-def _from_running_statistics(norm: nn.Module, family: str) -> tuple[Tensor, Tensor]:
-    tensors = {**norm._parameters, **norm._buffers}
-    mean, var = tensors.get("running_mean"), tensors.get("running_var")
-    if mean is None or var is None:
-        batch = family in ("batch", "unitized", "batch_instance")
-        raise RefusedError("normalizes with the statistics of the batch in evaluation too" if batch else _SAMPLE)
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    return standardize(
-        mean.double(),
-        var.double(),
-        None if weight is None else weight.double(),
-        None if bias is None else bias.double(),
-        float(norm.eps),  # type: ignore[arg-type]
-    )
 
 
 @torch.no_grad()

@@ -1,22 +1,21 @@
-"""Move everything that a normalization layer carries into the layer that replaces it."""
+"""Move everything that a normalization layer carries into the layer that replaces it, and say what that changes."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.engine import FlexNorm
-from flexnorm.nn import make_norm
+from flexnorm.engine import FlexNorm, Norm
+from flexnorm.nn import norm_of
 from flexnorm.statistics import freeze_layer
 from flexnorm.surgery._act import ThenAct, with_act
-from flexnorm.surgery._kinds import _BUFFERS_ONLY, _WITH_ACT, Source
+from flexnorm.surgery._reading import BUFFERS_ONLY, WITH_ACT, RefusedError, Source, blank, read
+from flexnorm.surgery._targets import of_batches
 
-__all__ = ["dropped", "final_class", "graft", "graft_hooks"]
+UNKNOWN = "statistics unknown: recalibrate() before evaluation"
 
 _HOOKS = (
     "_forward_hooks",
@@ -32,77 +31,61 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-_KNOWN = frozenset(
-    {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training", "plain", "process_group"}
-    | {"num_features", "num_channels", "num_groups", "normalized_shape", "elementwise_affine", "eps", "momentum"}
-    | {"affine", "track_running_stats", "frozen", "_origin", "_training_when_thawed", "drop", "act"}
-)
+_HALF = (torch.float16, torch.bfloat16)
+# What layers of torch, and those that freezing and conversion have made, have besides what the norm's own layer has.
+_ALSO_OWN = {"num_channels", "num_groups", "normalized_shape", "elementwise_affine", "plain", "drop", "act"}
+_ALSO_OWN |= {"_origin", "_training_when_thawed"}
 
 
-def graft(source: Source, new: nn.Module, *, restore: bool = False) -> nn.Module:
-    """Give ``new`` the parameters, statistics, flags, hooks and extras of the layer read as ``source``.
-
-    Parameters are the very same objects wherever the shapes agree, so that an optimizer built before keeps working.
+def effect(source: Source, new: nn.Module) -> str:
+    """``"kept"``, ``"kept in evaluation"`` or ``"changes"``, judged by the norms, their options and parameters.
 
     Args:
-        source: The layer, read.
-        new: The layer that was built for it.
-        restore: Go back to the class of another package that the layer once had.
-
-    Returns:
-        ``new``, or a layer of another class in its place where the layer has an activation inside.
+        source: The old layer, read.
+        new: The layer for it, with the tensors that it takes over.
     """
-    old = source.module
-    training = old.__dict__.get("_training_when_thawed", old.training)
-    _move_parameters(source, new)
-    _move_buffers(old, new)
-    new = _restore_shape(source, new, final_class(source, new, restore=restore))
-    _move_extras(source, new)
-    graft_hooks(old, new)
-    new.training = training
-    if source.frozen and isinstance(new._buffers.get("running_mean"), Tensor) and "weight" not in new._buffers:
-        freeze_layer(new)
-    return new
+    try:
+        after = new if isinstance(new, Norm) else read(new).norm
+    except RefusedError:
+        return "changes"
+    freezes = source.frozen and new._buffers.get("running_mean") is not None
+    same = {
+        training: source.norm.function(training) == after.function(training and not freezes)
+        for training in (False, True)
+    }
+    if not same[False] or any(_loses(source, new, name, neutral) for name, neutral in (("weight", 1), ("bias", 0))):
+        return "changes"
+    return "kept" if same[True] else "kept in evaluation"
 
 
-def dropped(source: Source, new: nn.Module) -> list[str]:
-    """Names of the parameters and statistics of the old layer that the new one has no place for."""
-    old = source.module
-    kept = {**new._parameters, **new._buffers}
-    gone = [n for n, p in old._parameters.items() if p is not None and kept.get(n) is None and _own(source, n)]
-    if source.tracks and new._buffers.get("running_mean") is None:
-        gone.append("running statistics")
-    return gone
-
-
-def graft_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let ``new`` take over all hooks of ``old``; handles that a user holds still remove them."""
-    for name in _HOOKS:
-        # The dictionaries themselves: handles refer to them.
-        new.__dict__[name] = old.__dict__[name]
-    for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):
-            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
-
-
-def _own(source: Source, name: str) -> bool:
-    """Whether a tensor of that name belongs to the layer's kind, and was not added to it by somebody."""
-    if name in _KNOWN:
-        return True
-    if not isinstance(source.module, FlexNorm):
+def _loses(source: Source, new: nn.Module, name: str, neutral: int) -> bool:
+    """Whether a weight or bias has an effect and no place in the new layer."""
+    old: dict[str, Tensor | None] = {**source.module._buffers, **source.module._parameters}
+    value = old.get(name)
+    if value is None or new._parameters.get(name) is not None:
         return False
-    return name in _blank(source.family).__dict__ or any(
-        name in inspect.get_annotations(base) for base in type(source.module).__mro__
-    )
+    return value.is_meta or not bool((value == neutral).all())
 
 
-@functools.cache
-def _blank(family: str) -> nn.Module:
-    return make_norm(family, 4, device="meta")
+def notes(source: Source, new: nn.Module) -> tuple[str, ...]:
+    """What a report should say about the step besides its effect."""
+    kept = {**new._parameters, **new._buffers}
+    own = _own(source)
+    gone = [n for n, p in source.module._parameters.items() if p is not None and kept.get(n) is None and n in own]
+    if source.tracks and kept.get("running_mean") is None:
+        gone.append("running statistics")
+    found = [f"drops {', '.join(gone)}"] if gone else []
+    norm = norm_of(new)
+    if norm is not None and kept.get("running_mean") is not None and not source.tracks and of_batches(norm):
+        found.append(UNKNOWN)
+    return tuple(found)
 
 
-def _move_parameters(source: Source, new: nn.Module) -> None:
+def move_tensors(source: Source, new: nn.Module) -> None:
+    """Give ``new`` the parameters and statistics of the old layer.
+
+    Parameters are the very same objects wherever the shapes agree, so that an optimizer built before keeps working.
+    """
     old = source.module
     trainable = [p.requires_grad for p in old._parameters.values() if p is not None]
     for name, parameter in new._parameters.items():
@@ -124,32 +107,26 @@ def _move_parameters(source: Source, new: nn.Module) -> None:
         elif (trainable or "weight" in old._buffers) and not any(trainable):
             # A frozen layer does not become trainable by what is new in it.
             parameter.requires_grad_(False)
-
-
-def _move_buffers(old: nn.Module, new: nn.Module) -> None:
-    half = (torch.float16, torch.bfloat16)
     weight = new._parameters.get("weight")
     for name, own in new._buffers.items():
         buffer = old._buffers.get(name)
         if own is None or buffer is None or buffer.shape != own.shape:
             continue
-        if isinstance(new, FlexNorm) and buffer.dtype in half:
-            buffer = buffer.float()
-        elif (
-            not isinstance(new, FlexNorm) and weight is not None and weight.dtype in half and buffer.is_floating_point()
-        ):
+        if isinstance(new, FlexNorm):
+            new._buffers[name] = buffer.float() if buffer.dtype in _HALF else buffer
+        else:
             # torch's layers want their statistics in the type of a half-precision weight.
-            buffer = buffer.to(weight.dtype)
-        new._buffers[name] = buffer
+            casts = weight is not None and weight.dtype in _HALF and buffer.is_floating_point()
+            new._buffers[name] = buffer.to(weight.dtype) if weight is not None and casts else buffer
 
 
 def final_class(source: Source, new: nn.Module, *, restore: bool) -> type[nn.Module]:
-    """The class that ``new`` has in the end: with the activation of the old layer, or of another package."""
+    """The class that ``new`` has in the end: with the activation of the old layer, or (``restore``) its first class."""
     origin, plain = source.origin, type(new)
     if restore and origin is not None:
-        if origin.__name__ in _BUFFERS_ONLY and source.frozen and plain is nn.BatchNorm2d:
+        if origin.__name__ in BUFFERS_ONLY and source.frozen and plain is nn.BatchNorm2d:
             return origin
-        if origin.__name__ in _WITH_ACT and issubclass(origin, plain):
+        if origin.__name__ in WITH_ACT and issubclass(origin, plain):
             return origin
     return with_act(plain) if _has_act(source) else plain
 
@@ -158,17 +135,57 @@ def _has_act(source: Source) -> bool:
     return "act" in source.module._modules and (source.origin is not None or isinstance(source.module, ThenAct))
 
 
-def _restore_shape(source: Source, new: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    if cls is source.origin and cls.__name__ in _BUFFERS_ONLY:
+def graft(source: Source, new: nn.Module, *, restore: bool = False) -> nn.Module:
+    """Give ``new``, which has the tensors already, the flags, hooks and extras of the layer read as ``source``.
+
+    Args:
+        source: The layer, read.
+        new: The layer that was built for it.
+        restore: Go back to the class of another package that the layer once had.
+
+    Returns:
+        ``new``, or a layer of another class in its place where the layer has an activation inside.
+    """
+    old, own = source.module, _own(source)
+    training = old.__dict__.get("_training_when_thawed", old.training)
+    cls = final_class(source, new, restore=restore)
+    if cls is source.origin and cls.__name__ in BUFFERS_ONLY:
         new = _buffers_only(cls, new)
     elif cls is not type(new):
         new.__class__ = cls
     if _has_act(source):
-        new._modules["drop"] = source.module._modules.get("drop") or nn.Identity()
-        new._modules["act"] = source.module._modules["act"]
+        new._modules["drop"] = old._modules.get("drop") or nn.Identity()
+        new._modules["act"] = old._modules["act"]
     if source.origin is not None and isinstance(new, FlexNorm):
         new.__dict__["_origin"] = source.origin
+    # What somebody has added to this one module: attributes, buffers, parameters and submodules.
+    for kind in ("__dict__", "_parameters", "_buffers", "_modules"):
+        mine, theirs = getattr(new, kind), getattr(old, kind)
+        mine.update({name: value for name, value in theirs.items() if name not in own and name not in mine})
+    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set & set(new._buffers))
+    graft_hooks(old, new)
+    new.training = training
+    if source.frozen and isinstance(new._buffers.get("running_mean"), Tensor) and "weight" not in new._buffers:
+        freeze_layer(new)
     return new
+
+
+def graft_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let ``new`` take over all hooks of ``old``; handles that a user holds still remove them."""
+    for name in _HOOKS:
+        # The dictionaries themselves: handles refer to them.
+        new.__dict__[name] = old.__dict__[name]
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
+
+
+def _own(source: Source) -> set[str]:
+    """Names of attributes and tensors that belong to the layer's kind, and were not added to it by somebody."""
+    norm, features = source.norm, int(source.norm.num_features)  # type: ignore[arg-type]
+    fresh = blank(norm.norm_name, source.ndim, features, source.config)
+    annotated = {name for base in type(norm).__mro__ for name in inspect.get_annotations(base)}
+    return {*fresh.__dict__, *fresh._parameters, *fresh._buffers, *annotated, *_ALSO_OWN}
 
 
 def _buffers_only(origin: type[nn.Module], new: nn.Module) -> nn.Module:
@@ -181,17 +198,3 @@ def _buffers_only(origin: type[nn.Module], new: nn.Module) -> nn.Module:
     for name in ("running_mean", "running_var"):
         frozen.register_buffer(name, new._buffers[name])
     return frozen
-
-
-def _move_extras(source: Source, new: nn.Module) -> None:
-    """What somebody has added to this one module: attributes, buffers, parameters and submodules."""
-    old = source.module
-    for kind in ("_parameters", "_buffers", "_modules"):
-        extras: dict[str, Any] = getattr(old, kind)
-        getattr(new, kind).update(
-            {n: v for n, v in extras.items() if not _own(source, n) and n not in getattr(new, kind)}
-        )
-    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set & set(new._buffers))
-    for name, value in old.__dict__.items():
-        if name not in new.__dict__ and not _own(source, name):
-            new.__dict__[name] = value

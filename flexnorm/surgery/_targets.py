@@ -1,4 +1,4 @@
-"""What to convert to: a family by name, one of torch's layers, a class, or a function of the old layer."""
+"""What to convert to: a norm by name, one of torch's layers, a class, or a function of the old layer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import torch
 from torch import nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm, constructor_arguments
-from flexnorm.nn import NORMS, make_norm, norm_class
-from flexnorm.surgery._kinds import RefusedError, Source, family_of
-
-__all__ = ["Target", "To", "resolve"]
+from flexnorm.engine import NORMS, Norm, constructor_arguments
+from flexnorm.nn import TORCH_LAYERS, GroupNorm, norm_class
+from flexnorm.surgery._reading import RefusedError, Source, name_of
 
 To: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], nn.Module | None]
 
-_TORCH_NAMES = ("batch", "sync", "group", "layer", "instance")
-_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# By the number of spatial axes from 1.
+_TORCH: dict[str, tuple[type[nn.Module], ...]] = {
+    "batch": TORCH_LAYERS["batch"][:3],
+    "sync": (nn.SyncBatchNorm,) * 3,
+    "group": (nn.GroupNorm,) * 3,
+    "layer": (nn.GroupNorm,) * 3,  # one group: nn.LayerNorm has to know the sizes of the input
+    "instance": TORCH_LAYERS["instance"],
+}
 _ALWAYS = frozenset({"eps", "momentum", "affine", "process_group"})
 
 
@@ -30,56 +33,52 @@ class Target:
 
     Attributes:
         label: How a report calls it.
-        family: Name of the family, or ``None`` where it depends on the old layer.
-        native: Whether torch's layer is meant.
+        name: Name of the norm, or of a layer of torch; empty where it depends on the old layer.
+        of_torch: Whether torch's layer is meant.
         cls: The class, if the user named one.
-        ndim: Spatial axes of that class, if it has a fixed number.
         function: The user's function of the old layer.
         kwargs: The user's constructor arguments, which win over those of the old layer.
     """
 
     label: str
-    family: str | None = None
-    native: bool = False
+    name: str = ""
+    of_torch: bool = False
     cls: type[nn.Module] | None = None
-    ndim: int | None = None
     function: Callable[[nn.Module], nn.Module | None] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def restores(self) -> bool:
         """Whether the way back is meant, to whatever class the layer once had."""
-        return self.native and self.family is None and self.cls is None
+        return self.of_torch and not self.name and self.cls is None
 
-    def family_for(self, source: Source) -> str:
-        """The family that this layer would become."""
-        if self.family is not None:
-            return self.family
-        if not self.native:
-            return f"class {self.label}"
-        family = norm_class(source.family).torch_layer
-        if not family:
-            raise RefusedError(f"torch has no {source.family} layer; name another, such as to='torch.batch'")
-        return "sync" if family == "batch" and source.config.get("process_group") is not None else family
+    @property
+    def ndim(self) -> int | None:
+        """Number of spatial axes of the class that the user named, if it has a fixed one."""
+        if self.cls is None:
+            return None
+        if issubclass(self.cls, Norm):
+            axes = self.cls.spatial()
+            return axes[0] if len(axes) == 1 else None
+        return (name_of(self.cls) or ("", None))[1]
 
     def needs_axes(self, source: Source) -> bool:
         """Whether the number of spatial axes decides which class is built."""
-        return (
-            self.cls is None
-            and self.family_for(source) not in ("group", "none", "sync")
-            and not (self.native and self.family_for(source) == "layer")
-        )
+        known = NORMS.get(self.name, {}) if self.cls is None and not self.of_torch else (1, 2, 3)
+        return len({self.class_for(source, ndim) for ndim in known}) > 1
 
     def class_for(self, source: Source, ndim: int) -> type[nn.Module]:
         """The class that this layer would become, for inputs with ``ndim`` spatial axes."""
         if self.cls is not None:
             return self.cls
-        family = self.family_for(source)
-        if not self.native:
-            return norm_class(family, ndim)
-        if family in ("batch", "instance"):
-            return (_BATCH if family == "batch" else _INSTANCE)[max(ndim, 1) - 1]
-        return nn.SyncBatchNorm if family == "sync" else nn.GroupNorm
+        return _TORCH[self._torch_name(source)][ndim - 1] if self.of_torch else norm_class(self.name, ndim)
+
+    def _torch_name(self, source: Source) -> str:
+        name = self.name or source.norm.torch_layer
+        if not name:
+            raise RefusedError(f"torch has no {source.norm.norm_name} layer; name another, such as to='torch.batch'")
+        synchronized = source.config.get("process_group") is not None
+        return "sync" if name == "batch" and not self.name and synchronized else name
 
     def build(self, source: Source, ndim: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Build the new layer with the arguments of the old one; tensors are not moved yet.
@@ -88,39 +87,36 @@ class Target:
             RefusedError: If there is no such layer.
             ValueError: If the layer does not take an argument's value.
         """
-        family, cls = self.family_for(source), self.class_for(source, ndim)
-        names = constructor_arguments(cls)
-        settings = {n: v for n, v in source.config.items() if n in names and _carries(n, source.family, family)}
-        if self.native and family == "sync" and settings.get("process_group") == "world":
+        cls = self.class_for(source, ndim)
+        names, features = constructor_arguments(cls), int(source.norm.num_features)  # type: ignore[arg-type]
+        settings = {n: v for n, v in source.config.items() if n in names and _carries(n, source.norm, cls)}
+        if self.of_torch and settings.get("process_group") == "world":
             settings["process_group"] = None
-        if self.native and family == "layer":
+        if self.of_torch and cls is nn.GroupNorm and self._torch_name(source) == "layer":
             settings["num_groups"] = 1
         settings.update(self.kwargs)
         settings.update({n: v for n, v in (("device", device), ("dtype", dtype)) if n in names})
-        if self.family is not None and not self.native and self.cls is None:
-            return make_norm(self.family, source.features, max(ndim, 1), **settings)
-        if "num_groups" in names and "num_groups" not in settings:
-            settings["num_groups"] = make_norm("group", source.features, device="meta").num_groups
-        if "num_channels" in names:
-            return cls(num_channels=source.features, **settings)
-        return (
-            cls(num_features=source.features, **settings)
-            if "num_features" in names
-            else cls(source.features, **settings)
-        )
+        if self.cls is None and issubclass(cls, Norm):
+            return cls.build(features, **settings)
+        if "num_groups" in names:
+            settings.setdefault("num_groups", GroupNorm.default_groups(features))
+        for channels in ("num_channels", "num_features"):
+            if channels in names:
+                return cls(**{channels: features}, **settings)
+        return cls(features, **settings)
 
 
-def batch_like(family: str) -> bool:
-    """Whether the running statistics of a norm are those of batches, so that they pass from one to the other."""
-    return family == "sync" or (
-        family in NORMS and next(iter(NORMS[family].values())).statistics_from in ("batch", "population")
-    )
+def of_batches(norm: Norm | type[Norm]) -> bool:
+    """Whether running statistics of a norm are those of batches, so that they pass from one such norm to another."""
+    return norm.statistics_from in ("batch", "population")
 
 
-def _carries(name: str, old: str, new: str) -> bool:
-    if name == "track_running_stats":
-        return old == new or (batch_like(old) and batch_like(new))
-    return name in _ALWAYS or old == new
+def _carries(argument: str, old: Norm, cls: type[nn.Module]) -> bool:
+    """Whether a layer of the class gets the argument of the old one."""
+    name = (name_of(cls) or ("",))[0]
+    if argument in _ALWAYS or old.norm_name == name:
+        return True
+    return argument == "track_running_stats" and bool(name) and of_batches(norm_class(name)) and of_batches(old)
 
 
 def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
@@ -131,15 +127,15 @@ def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
         TypeError: For another kind of argument, or for keyword arguments that the layer does not take.
     """
     target = _resolve(to, kwargs)
-    valid: frozenset[str] | None = None
     if target.function is not None:
-        valid = frozenset()
+        classes: tuple[type[nn.Module], ...] = ()
     elif target.cls is not None:
-        valid = constructor_arguments(target.cls)
-    elif target.family is not None:
-        valid = constructor_arguments(target.class_for(Source(nn.Identity(), target.family, 4, 2), 2))
+        classes = (target.cls,)
+    elif target.of_torch:
+        classes = _TORCH[target.name][1:2] if target.name else (nn.BatchNorm2d, nn.GroupNorm)
     else:
-        valid = constructor_arguments(nn.BatchNorm2d) | constructor_arguments(nn.GroupNorm)
+        classes = (norm_class(target.name),)
+    valid = {name for cls in classes for name in constructor_arguments(cls)}
     for name in kwargs:
         if name not in valid:
             raise TypeError(
@@ -150,12 +146,15 @@ def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
 
 def _resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     if isinstance(to, str):
-        if to == "torch":
-            return Target("torch", native=True, kwargs=kwargs)
-        if to.startswith("torch.") and to[6:] in _TORCH_NAMES:
-            return Target(to, to[6:], native=True, kwargs=kwargs)
+        if to == "normprop":
+            raise ValueError(
+                "Normalization Propagation replaces linear maps, normalizations and activations together: use "
+                "flexnorm.surgery.convert_to_normprop(model, example_input=...)"
+            )
+        if to == "torch" or (to.startswith("torch.") and to[6:] in _TORCH):
+            return Target(to, to[6:], of_torch=True, kwargs=kwargs)
         if to not in NORMS:
-            raise ValueError(unknown_name("norm", to, [*NORMS, "torch", *(f"torch.{name}" for name in _TORCH_NAMES)]))
+            raise ValueError(unknown_name("norm", to, [*NORMS, "torch", *(f"torch.{name}" for name in _TORCH)]))
         return Target(to, to, kwargs=kwargs)
     if isinstance(to, type) and issubclass(to, nn.Module):
         if to in (nn.LayerNorm, nn.RMSNorm):
@@ -163,15 +162,9 @@ def _resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
                 f"nn.{to.__name__} normalizes the last axes and wants their sizes, which a conversion does not know; "
                 "to='torch.layer' gives nn.GroupNorm with one group, which normalizes channels and positions"
             )
-        known = family_of(to)
-        family, ndim = known or (None, None)
-        if to is nn.SyncBatchNorm:
-            family = "sync"
-        if known is None and issubclass(to, FlexNorm):
-            axes = {max(axes - 2, 1) for axes in to.ndims}
-            ndim = axes.pop() if len(axes) == 1 else None
-        native = to.__module__.startswith("torch.nn.")
-        return Target(to.__name__, family, native, to, ndim, kwargs=kwargs)
+        found = name_of(to)
+        name = "sync" if to is nn.SyncBatchNorm else found[0] if found else ""
+        return Target(to.__name__, name, to.__module__.startswith("torch.nn."), to, kwargs=kwargs)
     if callable(to) and not isinstance(to, type):
         return Target(getattr(to, "__name__", type(to).__name__), function=to, kwargs=kwargs)
     raise TypeError(

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.engine import FlexNorm
-from flexnorm.nn import NoNorm, NormPropUnits
+from flexnorm.engine import Norm
+from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places
-from flexnorm.surgery._axes import guess, observe
 from flexnorm.surgery._compare import difference, outputs
-from flexnorm.surgery._effect import UNKNOWN, effect, notes
-from flexnorm.surgery._graft import final_class, graft, graft_hooks
-from flexnorm.surgery._kinds import RefusedError, Source, is_candidate, read
-from flexnorm.surgery._targets import Target, To, batch_like, resolve
-from flexnorm.surgery.normprop import convert_to_normprop, normprop_plan
+from flexnorm.surgery._graft import UNKNOWN, effect, final_class, graft, graft_hooks, move_tensors, notes
+from flexnorm.surgery._reading import RefusedError, Source, axes_of, common_ndim, is_candidate, read
+from flexnorm.surgery._targets import Target, To, resolve
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
-
-__all__ = ["conversion_plan", "convert"]
 
 
 @dataclass
@@ -41,7 +36,6 @@ def conversion_plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
     example_input: Any = None,
-    calibrate: Iterable[Any] | None = None,
     **kwargs: Any,
 ) -> ConversionPlan:
     """Say what :func:`convert` would do with the same arguments, without doing it.
@@ -54,7 +48,6 @@ def conversion_plan(
         example_input: A tensor, a tuple of positional or a mapping of keyword arguments of the model. The report then
             says whether the function is preserved: the largest difference of the outputs before and after, in
             evaluation and in training mode, measured on copies.
-        calibrate: As of :func:`convert`.
         **kwargs: As of :func:`convert`.
 
     Returns:
@@ -75,9 +68,6 @@ def conversion_plan(
         <BLANKLINE>
         1 converted, 0 kept, 0 refused
     """
-    if isinstance(to, str) and to == "normprop":
-        return normprop_plan(model, example_input, batches=calibrate, include=include, exclude=exclude, **kwargs)
-    _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if example_input is not None:
         # What the model itself raises is the user's to see, not a finding about the conversion.
@@ -107,7 +97,6 @@ def convert(
     exclude: Selection | None = None,
     inplace: bool = False,
     example_input: Any = None,
-    calibrate: Iterable[Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Exchange the normalization layers of a model, and nothing else of it.
@@ -117,14 +106,6 @@ def convert(
     a layer between several places. A layer that cannot be exchanged without changing more than the normalization stays
     and is named in a warning with the reason; :func:`conversion_plan` says all that beforehand.
 
-    ``to="normprop"`` is more than an exchange, because a layer of Normalization Propagation is a linear map, its
-    normalization and its activation in one. It makes such layers out of ``linear map -> normalization -> activation``
-    (any part of which may be missing), weighted sums out of residual sums, and leaves what it does not understand. The
-    result computes the same function as the model does in evaluation, in which batch normalization is a fixed scale
-    and shift, with values that are standardized in between; from there it may be trained further, with any batch size.
-    A model whose forward has to change for that, as residual networks do, comes back as a ``torch.fx.GraphModule``
-    with the names of the modules kept.
-
     Args:
         model: Any model with normalization layers of torch (``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, ``GroupNorm``,
             ``InstanceNorm1d/2d/3d``, ``LayerNorm`` and ``RMSNorm`` over channels and positions), of this package, or
@@ -133,30 +114,22 @@ def convert(
             for the nearest layer of torch (and back to timm's, where it was one), or ``"torch.batch"``, ``".sync"``,
             ``".group"``, ``".layer"``, ``".instance"``; a class; or a function that gets the old layer and returns
             the new one (``None`` to leave it).
-        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
-            class, a module, a function of (name, module), or a list of these. ``None`` for all.
+        include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         inplace: Change ``model`` itself instead of a deep copy. Optimizers of it keep working, but do not know
             parameters that are new, such as ``alpha``.
         example_input: Where the number of spatial axes decides the class and neither the layer nor its neighbours tell
             (``GroupNorm``, ``LayerNorm``), it is seen with this input. A tensor, tuple or mapping of arguments.
-            ``to="normprop"`` needs it, and checks the result on it.
-        calibrate: Only for ``to="normprop"``: a few batches (tensors, tuples whose first element is the input, or
-            mappings) on which mean and variance of every value are measured. Without them the running statistics of
-            the normalizations are taken, and residual summands to be independent.
-        **kwargs: Constructor arguments of the new layers; they win over those of the old ones. For ``to="normprop"``
-            ``constants``, ``eps``, ``unitize``, ``border`` of the NormProp layers, and ``padding``: ``"keep"``
-            (default: with the values that stand for the original's zeros) or ``"zeros"`` (cheaper by a pass, and the
-            function changes at borders).
+        **kwargs: Constructor arguments of the new layers; they win over those of the old ones.
 
     Returns:
         The converted copy (``model`` itself if ``inplace``; a new layer if ``model`` is itself a normalization).
 
     Raises:
         ValueError: For an unknown name, a model without normalization layers, ``include`` or ``exclude`` that fit
-            nothing, or constructor arguments that no layer accepts; ``to="normprop"`` without example input or in
-            place.
-        RuntimeError: If a model converted to NormProp differs from the original on ``example_input``.
+            nothing, or constructor arguments that no layer accepts; for ``"normprop"``, which exchanges more than
+            normalizations: see :func:`flexnorm.surgery.convert_to_normprop`.
         TypeError: For ``to`` of another kind, unknown constructor arguments, or a scripted model.
 
     Examples:
@@ -168,11 +141,6 @@ constrain_alpha=False)
         >>> type(convert(unitized, "torch")[1]).__name__
         'BatchNorm2d'
     """
-    if isinstance(to, str) and to == "normprop":
-        if inplace:
-            raise ValueError("to='normprop' makes new layers out of several old ones; it returns a copy, not inplace")
-        return convert_to_normprop(model, example_input, batches=calibrate, include=include, exclude=exclude, **kwargs)
-    _refuse_calibration(calibrate)
     target = resolve(to, kwargs)
     if not inplace:
         chosen = _by_name(_steps(model, target, include, exclude, example_input, dry=True))
@@ -181,11 +149,6 @@ constrain_alpha=False)
     steps = _steps(model, target, include, exclude, example_input, dry=False)
     _warn(steps)
     return _apply(model, steps, target)
-
-
-def _refuse_calibration(calibrate: Iterable[Any] | None) -> None:
-    if calibrate is not None:
-        raise TypeError("calibrate is for to='normprop' only; for other layers see recalibrate()")
 
 
 def _by_name(steps: Sequence[_Step]) -> tuple[Selection, None]:
@@ -209,9 +172,9 @@ def _steps(
     if not places:
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
     chosen = select_places(places, include, exclude)
-    axes = {} if example_input is None else observe(model, [p.module for p in chosen], example_input)
+    axes = {} if example_input is None else axes_of(model, [p.module for p in chosen], example_input)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
-    neighbours = guess(model)
+    neighbours = common_ndim(model)
     steps, errors = [], []
     for place in chosen:
         row = ConversionRow(place.name, tuple(place.names), type(place.module).__name__)
@@ -247,7 +210,7 @@ def _step(
         if dry and type(new) is type(module) and new.__dict__.keys() == module.__dict__.keys():
             row = replace(row, notes=("same class",))
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
-    if target.restores and not isinstance(module, (FlexNorm, NoNorm, NormPropUnits)):
+    if target.restores and not isinstance(module, (Norm, NormPropUnits)):
         return _Step(place, replace(row, status="keep", reason="not a layer of this package"))
     source = read(module)
     ndim = _spatial_axes(source, target, seen, neighbours)
@@ -256,11 +219,12 @@ def _step(
         return _Step(place, replace(row, status="keep", reason=f"already {cls.__name__}"))
     tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), like)
     new = target.build(source, ndim, tensor.device, tensor.dtype)
+    move_tensors(source, new)
     row = replace(
         row,
         target=final_class(source, new, restore=target.restores).__name__,
-        effect=effect(source, new, target.family_for(source)),
-        notes=(*source.notes, *notes(source, new, batch_like(target.family_for(source)))),
+        effect=effect(source, new),
+        notes=(*source.notes, *notes(source, new)),
     )
     return _Step(place, row, source, new)
 

@@ -16,8 +16,8 @@ from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
 from flexnorm.surgery._affine import MatrixOnly, absorb, as_affine
 from flexnorm.surgery._compare import Difference, difference
-from flexnorm.surgery._edges import LINEAR, Edges, executed, traced
-from flexnorm.surgery._kinds import RefusedError, is_candidate
+from flexnorm.surgery._producers import LINEAR, Edges, executed, traced
+from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery._report import Report
 
 __all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]

@@ -139,8 +139,8 @@ def shift_bounds(
         low, high = (_evaluated(table, wanted, statistics) for table in (LOWER, UPPER))
         error, radius = statistics.rounding, statistics.radius
     plain = len(samples.x) == len(samples.y) and samples.x_mass is None and samples.y_mass is None
-    low = {name: _sink(value, p, error, radius, plain) for name, value in low.items()}
-    high = {name: _raise(value, p, error, radius) for name, value in high.items()}
+    low = {name: _moved(value, p, -1, error, radius, not plain) for name, value in low.items()}
+    high = {name: _moved(value, p, 1, error, radius, True) for name, value in high.items()}
     # A distance that a caller rounds to the dtype of the samples must still lie inside.
     info = torch.finfo(samples.x.dtype)
     rounding, tiny = 2 * info.eps, info.tiny * info.eps
@@ -172,24 +172,14 @@ def _centred(samples: Pair) -> tuple[Pair, float]:
     return Pair(x - origin, y - origin, *(None if mass is None else mass.cpu() for mass in samples[2:])), factor
 
 
-def _raise(value: float, p: float, error: float, radius: float) -> float:
-    """An upper bound of W_p raised by the rounding error of the distance.
+def _moved(value: float, p: float, outwards: int, error: float, radius: float, in_power: bool) -> float:
+    """A bound of W_p moved by its rounding error: up (``outwards`` 1) or down to at least 0 (-1).
 
-    The solver of the exact distance errs in W_p^p, by ``error`` relative to radius^p; near 0 the root magnifies that.
+    Where the distance errs ``in_power``, in W_p^p by ``error`` relative to radius^p, the root magnifies that near 0.
+    The solver of the exact distance does, and a plan of points of unequal weight, whose masses err by roundings of 1.
     """
-    if p > 1:
+    if p > 1 and in_power:
         top = max(value, radius)
-        value = top * ((value / top) ** p + error * (radius / top) ** p) ** (1 / p) if top > 0 else 0.0
-    return value + error * radius
-
-
-def _sink(value: float, p: float, error: float, radius: float, plain: bool) -> float:
-    """A lower bound of W_p sunk by its rounding error, at least 0.
-
-    A plan between points of unequal weight has masses that err by roundings of 1, so its cost errs in W_p^p as above.
-    An assignment (``plain``) has no such error.
-    """
-    if p > 1 and not plain:
-        top = max(value, radius)
-        value = top * max((value / top) ** p - error * (radius / top) ** p, 0.0) ** (1 / p) if top > 0 else 0.0
-    return max(value - error * radius, 0.0)
+        power = (value / top) ** p + outwards * error * (radius / top) ** p if top > 0 else 0.0
+        value = top * max(power, 0.0) ** (1 / p)
+    return max(value + outwards * error * radius, 0.0)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -69,29 +71,57 @@ def test_every_named_figure_is_a_function():
 
 @pytest.mark.parametrize("log", ["", "xy"])
 def test_plot_writes_a_file(tmp_path, log):
-    pytest.importorskip("matplotlib")
     line = figures.Curve("theory", (1.0, 2.0, 4.0), (1.0, math.inf, 0.25))
     points = figures.Curve("theory, simulated", (1.0, 4.0), (1.1, 0.3), (0.1, 0.1), points=True)
     figure = figures.Figure("f", "title", "x", "y", (line, points), log=log, y_limit=None if log else 2.0)
-    path = tmp_path / "f.png"
-    axes = figures.plot(figure, str(path))
-    assert path.read_bytes()[:4] == b"\x89PNG"
-    assert axes.get_xscale() == ("log" if log else "linear")
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["theory", "theory, simulated"]
-    assert axes.lines[0].get_color() == axes.containers[0].lines[0].get_color()
-    assert figures.plot(figure, ax=axes) is axes
+    path = figures.plot(figure, tmp_path / "f.svg")
+    text = "".join(ElementTree.parse(path).getroot().itertext())
+    assert all(text.count(label) for label in ("title", "theory", "theory, simulated"))
+    drawn = figures.chart(figure)
+    assert drawn.x.kind == ("log" if log else "linear")
+    assert list(dict.fromkeys(s.label for s in drawn.series)) == ["theory", "theory, simulated"]
+    assert len({s.hue for s in drawn.series}) == 1
+    assert [s.x for s in drawn.series if s.kind == "curve"] == [[1.0], [4.0]]  # broken where it diverges
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_pictures_that_are_converted(tmp_path, suffix, start):
+    pytest.importorskip("vl_convert")
+    line = figures.Curve("theory", (1.0, 2.0, 4.0), (1.0, 3.0, 0.25))
+    path = figures.plot(figures.Figure("f", "title", "x", "y", (line,)), str(tmp_path / f"f{suffix}"))
+    assert path.read_bytes()[:4] == start
+    assert path.stat().st_size > 5000
 
 
 def test_a_line_with_errors_has_a_band():
-    pytest.importorskip("matplotlib")
     line = figures.Curve("measured", (1.0, 2.0), (1.0, 3.0), (0.5, 0.25))
-    axes = figures.plot(figures.Figure("f", "t", "x", "y", (line,)))
-    (band,) = axes.collections
-    corners = {tuple(map(float, corner)) for corner in band.get_paths()[0].vertices}
-    assert {(1.0, 0.5), (1.0, 1.5), (2.0, 2.75), (2.0, 3.25)} <= corners
+    drawn = figures.chart(figures.Figure("f", "t", "x", "y", (line,)))
+    (series,) = drawn.series
+    assert list(zip(series.x, series.low, series.high, strict=True)) == [(1.0, 0.5, 1.5), (2.0, 2.75, 3.25)]
+    assert drawn.y.low <= 0.5
+    assert drawn.y.high >= 3.25
+    corners = {drawn.point(x, y) for x, y in ((1.0, 0.5), (1.0, 1.5), (2.0, 2.75), (2.0, 3.25))}
+    (band,) = re.findall('d="M([^"]*)Z" class="band"', drawn.svg("key"))
+    assert {tuple(map(float, corner.split())) for corner in band.split("L")} == {
+        (round(x, 2), round(y, 2)) for x, y in corners
+    }
 
 
-def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"flexnorm\[plot\]"):
-        figures.plot(figures.Figure("f", "t", "x", "y", ()))
+def test_what_lies_above_the_limit_is_not_drawn():
+    line = figures.Curve("f", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (1.0, 3.0, 9.0, 9.0, 3.0, 1.0))
+    points = figures.Curve("g", (1.0, 2.0, 3.0), (1.0, 5.0, 1.5), points=True)
+    first, second, marks = figures.chart(figures.Figure("f", "t", "x", "y", (line, points), y_limit=2.0)).series
+    assert (first.x, second.x) == ([1.0, 2.0], [5.0, 6.0])  # up to the edge, and down from it
+    assert marks.x == [1.0, 3.0]
+
+
+def test_formats(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
+    figure = figures.Figure("f", "t", "x", "y", (figures.Curve("a", (1.0,), (1.0,)),))
+    with pytest.raises(ImportError, match=r"a picture as \.png needs vl_convert: pip install 'flexnorm\[plot\]'"):
+        figures.plot(figure, tmp_path / "f.png")
+    with pytest.raises(ValueError, match=r"did you mean '\.png'"):
+        figures.plot(figure, tmp_path / "f.pn")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        figures.plot(figure, tmp_path / "absent" / "f.svg")
+    assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,8 @@ def test_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: 
     assert float(space["moved"]) == pytest.approx(0.08, rel=1e-3)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert len(re.findall(r"W1 = .* % of the spread", printed)) == 3
-    assert (tmp_path / "shift.png").stat().st_size > 10_000
+    picture = (tmp_path / "shift.svg").read_text(encoding="utf-8")
+    assert picture.count("<path") >= 9, "line, band and dotted line of three layers"
+    assert all(f"layer{number}.norm" in picture for number in (1, 2, 3))
     assert printed.count("statistics noise") >= 3
     assert re.search(r"256 32\.0+\d* 64\.0+\d* 2\.0", printed)

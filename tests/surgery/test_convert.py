@@ -606,8 +606,9 @@ def test_wrong_arguments_say_what_is_right() -> None:
     model = nn.Sequential(nn.BatchNorm2d(6))
     with pytest.raises(ValueError, match="did you mean 'unitized'"):
         convert(model, "unitised")
-    with pytest.raises(ValueError, match="needs example_input"):
-        convert(model, "normprop")
+    for function in (convert, conversion_plan):
+        with pytest.raises(ValueError, match=r"use flexnorm\.surgery\.convert_to_normprop\(model, example_input="):
+            function(model, "normprop")
     with pytest.raises(TypeError, match="unknown argument for unitized 'norms'; did you mean 'norm'"):
         convert(model, "unitized", norms="rms")
     with pytest.raises(TypeError, match="unknown argument for torch"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexnorm.shift import moment_lower_bound, shift_bounds, wasserstein
+from flexnorm.transport.bounds import _moved
 from flexnorm.transport.inequalities import LOWER, UPPER
 
 
@@ -181,3 +182,13 @@ def test_result_is_plain_and_frozen() -> None:
 def test_errors(message: str, call) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(3, 2))
+
+
+def test_rounding_moves_every_bound_outwards() -> None:
+    for p, in_power in ((1, True), (2, False), (2, True), (3, True)):
+        for value in (0.0, 1e-9, 0.5, 4.0):
+            low, high = (_moved(value, p, outwards, 1e-12, 2.0, in_power) for outwards in (-1, 1))
+            assert 0 <= low <= value < high
+            assert high - value >= 2e-12 * (1 - 1e-3)
+    assert _moved(0.0, 2, 1, 1e-12, 2.0, True) > 1e-6, "the root magnifies an error of the power near 0"
+    assert _moved(0.0, 2, 1, 1e-12, 0.0, True) == 0

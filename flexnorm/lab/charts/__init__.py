@@ -5,11 +5,12 @@ the reader ask for values, or with others a file (`save`). `markup` makes elemen
 """
 
 from flexnorm.lab.charts.chart import Chart, Series, legend_sample
-from flexnorm.lab.charts.palette import Hue, dash, hues, marker_shape, style
+from flexnorm.lab.charts.palette import HUES, Hue, dash, hues, marker_shape, style
 from flexnorm.lab.charts.scale import Scale, Tick, accuracy, linear, log_or_linear, logarithmic, rows
 from flexnorm.lab.charts.sheet import save, sheet, write_text
 
 __all__ = [
+    "HUES",
     "Chart",
     "Hue",
     "Scale",

@@ -120,7 +120,7 @@ class Chart:
     @property
     def top(self) -> float:
         """Margin for heading and name of the vertical axis."""
-        return 8.0 + (22.0 if self.heading else 0.0) + (14.0 if self.y_label else 0.0)
+        return 8.0 + (22.0 if self.heading else 6.0 * bool(self.y_label)) + (14.0 if self.y_label else 0.0)
 
     @property
     def bottom(self) -> float:

@@ -148,7 +148,7 @@ def logarithmic(values: Iterable[float], *, count: int = 6, at: Sequence[float] 
         if len(marks) <= count and _apart(marks, math.log10, low, high):
             break
     stride = math.ceil(len(marks) / count)
-    ticks = [Tick(v, significant(v) if at else log_label(v)) for v in at or marks[::stride]]
+    ticks = [Tick(v, f"{v:g}" if at else log_label(v)) for v in at or marks[::stride]]
     return Scale("log", low, high, tuple(ticks), has_zero)
 
 

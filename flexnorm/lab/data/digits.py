@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flexnorm._messages import optional
 from flexnorm.lab.data.images import ImageData, from_arrays
 from flexnorm.lab.data.subset import stratified
 
@@ -15,15 +16,8 @@ TEST_IMAGES = 360
 
 
 def load_digits(limit: int | None = None, seed: int = 0) -> ImageData:
-    """Load the digits: 1,437 training and 360 test images of 8x8 pixels, one channel, ten classes.
-
-    Args:
-        limit: At most this many training and test images, stratified.
-        seed: Which subset; the split is always the same.
-    """
-    from sklearn.datasets import load_digits as bundled
-
-    raw = bundled()
+    """Load the digits: 1,437 training and 360 test images of 8x8 pixels, one channel, ten classes."""
+    raw = optional("sklearn.datasets", "data 'digits'", "lab").load_digits()
     x, y = raw.images.astype(np.uint8), raw.target.astype(np.int64)
     test = np.zeros(len(y), dtype=bool)
     test[stratified(y, TEST_IMAGES, seed=0)] = True

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from flexnorm.lab.data.images import ImageData, from_arrays
 
+T = TypeVar("T")
+_GREY = ("1", "L", "I;16", "I", "LA")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
 
@@ -19,8 +23,8 @@ def load_folder(path: Path, limit: int | None = None, seed: int = 0) -> ImageDat
 
     Args:
         path: Folder that holds ``train`` and one of ``val``, ``valid``, ``validation``, ``test``.
-        limit: At most this many training and test images, stratified.
-        seed: Which subset.
+        limit: As in :func:`flexnorm.lab.data.load`.
+        seed: Likewise.
 
     Raises:
         ValueError: If a folder is missing or empty, the classes differ, an image cannot be read or sizes differ.
@@ -41,13 +45,13 @@ def load_folder(path: Path, limit: int | None = None, seed: int = 0) -> ImageDat
             f"{test} holds the classes {', '.join(extra[:5])}, which {train} does not; both need the same class folders"
         )
     files = {part: _files(part, classes) for part in (train, test)}
-    grey = all(_is_grey(file) for listed in files.values() for file, _ in listed)
+    grey = all(_open(file, lambda image: image.mode in _GREY) for listed in files.values() for file, _ in listed)
     size: tuple[int, int] | None = None
     arrays: list[npt.NDArray[np.generic]] = []
     for part in (train, test):
         images = []
         for file, _ in files[part]:
-            image = _read(file, "L" if grey else "RGB")
+            image = _open(file, lambda opened: np.asarray(opened.convert("L" if grey else "RGB"), dtype=np.uint8))
             size = size or image.shape[:2]
             if image.shape[:2] != size:
                 raise ValueError(
@@ -82,28 +86,12 @@ def _files(part: Path, classes: list[str]) -> list[tuple[Path, int]]:
     return listed
 
 
-def _is_grey(file: Path) -> bool:
-    """Whether an image is stored as greyscale (only its header is read)."""
+def _open(file: Path, use: Callable[[Any], T]) -> T:
+    """Return what `use` makes of an opened image."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
-            return image.mode in ("1", "L", "I;16", "I", "LA")
+            return use(image)
     except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _read(file: Path, mode: str) -> npt.NDArray[np.uint8]:
-    """Return one image as (H, W) or (H, W, 3) uint8."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert(mode), dtype=np.uint8)
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: OSError) -> ValueError:
-    """Return the error for a file that Pillow cannot read."""
-    return ValueError(f"{file} is damaged or not an image ({error}); copy it again or remove it")
+        raise ValueError(f"{file} is damaged or not an image ({error}); copy it again or remove it") from error

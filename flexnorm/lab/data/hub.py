@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from flexnorm._messages import optional
 from flexnorm.lab.data.images import ImageData, from_arrays
 
 
@@ -18,8 +19,8 @@ def load_hub(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
 
     Args:
         spec: The name with its prefix.
-        limit: At most this many training and test images, stratified.
-        seed: Which subset.
+        limit: As in :func:`flexnorm.lab.data.load`.
+        seed: Likewise.
 
     Raises:
         ImportError: If ``datasets`` is not installed.
@@ -28,10 +29,7 @@ def load_hub(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
     name, _, config = spec.removeprefix("hf:").partition(":")
     if not name:
         raise ValueError(f"{spec!r} names no data set; write for example hf:ylecun/mnist or hf:uoft-cs/cifar10")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{spec} needs the datasets package: pip install 'flexnorm[hf]'") from error
+    datasets = optional("datasets", spec, "hf")
     try:
         splits: Any = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises a dozen unrelated types

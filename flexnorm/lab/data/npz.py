@@ -18,8 +18,8 @@ def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
 
     Args:
         path: The archive. Any compression that :mod:`zipfile` reads; other members are ignored.
-        limit: At most this many training and test images, stratified.
-        seed: Which subset.
+        limit: As in :func:`flexnorm.lab.data.load`.
+        seed: Likewise.
 
     Raises:
         ValueError: If the file is no ``.npz`` archive, is damaged, lacks a key or holds unusable arrays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
+from flexnorm._messages import optional, unknown_name
 from flexnorm.lab import models
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "weights")
@@ -36,7 +37,7 @@ def load_model(
         spec: One of
 
             * a network of this package (:data:`flexnorm.lab.models.MODELS`), built with ``norm``;
-            * ``"timm:NAME"``: a model of timm with random weights (needs ``pip install timm``);
+            * ``"timm:NAME"``: a model of timm with random weights (needs ``flexnorm[timm]``);
             * ``"package.module:factory"``: a function or class that returns a module, looked for in the working
               directory too. Of ``in_channels`` (or ``in_chans``), ``num_classes`` and ``norm`` it gets those that its
               signature names.
@@ -58,7 +59,6 @@ def load_model(
         'Sequential'
     """
     source, colon, name = spec.partition(":")
-    wanted = {"in_channels": in_channels, "num_classes": num_classes}
     if not colon:
         if spec not in models.MODELS:
             raise ValueError(
@@ -68,7 +68,8 @@ def load_model(
     elif source == "timm":
         model = _timm(name, norm, in_channels, num_classes)
     else:
-        model = _factory(source, name, {**wanted, "in_chans": in_channels}, norm)
+        wanted = {"in_channels": in_channels, "in_chans": in_channels, "num_classes": num_classes}
+        model = _factory(source, name, wanted, norm)
     if checkpoint is not None:
         load_weights(model, Path(checkpoint).expanduser())
     return model
@@ -79,21 +80,13 @@ def _timm(name: str, norm: str | None, in_channels: int, num_classes: int) -> nn
         raise ValueError(
             f"norm={norm!r} is for networks of this package; a timm model has its own (flexnorm.convert changes it)"
         )
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"timm:{name} needs timm: pip install timm") from error
+    timm = optional("timm", f"timm:{name}", "timm")
     if not timm.is_model(name):
-        raise ValueError(unknown_name("timm model", name, _close(name, timm.list_models())))
+        # A handful of names, for timm has more than a thousand.
+        known = timm.list_models()
+        raise ValueError(unknown_name("timm model", name, difflib.get_close_matches(name, known, 8, 0.3) or known[:8]))
     model: nn.Module = timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=num_classes)
     return model
-
-
-def _close(name: str, names: list[str]) -> list[str]:
-    """A handful of names, for timm has more than a thousand."""
-    import difflib
-
-    return difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names[:8]
 
 
 def _factory(module: str, name: str, wanted: Mapping[str, Any], norm: str | None) -> nn.Module:
@@ -140,35 +133,23 @@ def _factory(module: str, name: str, wanted: Mapping[str, Any], norm: str | None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file of weights into a model.
-
-    Args:
-        model: The model, changed in place.
-        path: See :func:`load_model`.
-
-    Raises:
-        ValueError: The file is damaged, would run code, or does not fit the model.
-        FileNotFoundError: There is no such file.
-    """
+    """Load a file of weights into a model, changed in place; see :func:`load_model`."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     state = _read(path)
-    for key in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
+    if isinstance(state, Mapping):
+        state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dictionary (tensors by name)")
     own = model.state_dict()
     state = _renamed(dict(state), set(own))
-    lacking, surplus = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
         f"{name} is {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    complaints = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(surplus)} too much"] * bool(surplus)
-    complaints += [_some(shapes)] * bool(shapes)
+    faults = ((sorted({*own} - {*state}), "lacks {}"), (sorted({*state} - {*own}), "has {} too much"), (shapes, "{}"))
+    complaints = [words.format(_some(found)) for found, words in faults if found]
     if complaints:
         raise ValueError(f"{path} does not fit the model: it {'; '.join(complaints)}. Are model and norm the same?")
     model.load_state_dict(state)

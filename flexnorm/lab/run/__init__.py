@@ -1,7 +1,7 @@
 """From a config to results: a training loop whose runs can be killed and resumed, and comparisons of many runs."""
 
 from flexnorm.lab.run.compare import Progress, compare
-from flexnorm.lab.run.config import NORMS, Config
+from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import BusyError, WriteError
 from flexnorm.lab.run.loop import train_run
 from flexnorm.lab.run.recipes import assign, load_config, load_variants
@@ -11,7 +11,6 @@ from flexnorm.lab.run.stop import Interrupted
 __all__ = [
     "ESTIMATE",
     "GAMMA_DECAY",
-    "NORMS",
     "OPTIMS",
     "SCHEDULES",
     "BusyError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,17 +13,15 @@ from flexnorm._messages import unknown_name
 from flexnorm.lab.models import MODELS, norm_names
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, filled, is_number, schedule_settings
 
-NORMS = norm_names()
-"""Normalizations that the reference networks can be built with."""
-
 REFERENCE_BATCH = 64
+_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 
 def _at_least(low: int, default: Any) -> Any:
     return field(default=default, metadata={"at_least": low})
 
 
-def _among(names: tuple[str, ...], default: Any) -> Any:
+def _among(names: Callable[[], Iterable[str]], default: Any) -> Any:
     return field(default=default, metadata={"among": names})
 
 
@@ -74,15 +72,15 @@ class Config:
     data: str = "digits"
     limit: int | None = _at_least(1, None)
     test_limit: int | None = _at_least(1, None)
-    model: str = _among(MODELS, "convnet")
+    model: str = _among(lambda: MODELS, "convnet")
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    norms: tuple[str, ...] = _among(NORMS, ("none", "batch", "group", "unitized", "population", "normprop"))
+    norms: tuple[str, ...] = _among(norm_names, ("none", "batch", "group", "unitized", "population", "normprop"))
     norm_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     optims: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {"sgd": {}, "sgdg": {}, "adamg": {}}, metadata={"among": tuple(OPTIMS)}
+        default_factory=lambda: {"sgd": {}, "sgdg": {}, "adamg": {}}, metadata={"among": lambda: OPTIMS}
     )
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    baseline: str = _among(NORMS, "batch")
+    baseline: str = _among(norm_names, "batch")
     epochs: int = _at_least(1, 10)
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = _at_least(1, 64)
@@ -93,14 +91,14 @@ class Config:
     gamma_decay: Mapping[str, Any] = field(default_factory=dict)
     coherence: float = 0.0
     estimate: Mapping[str, Any] = field(default_factory=dict)
-    augment: tuple[str, ...] = _among(("flip", "shift", "crop"), ())
+    augment: tuple[str, ...] = _among(lambda: ("flip", "shift", "crop"), ())
     augment_pixels: int = _at_least(0, 4)
     probe: int = _at_least(2, 64)
     shift_every: int | None = _at_least(0, None)
     shift_lag: int = _at_least(1, 1)
     shift_samples: int = _at_least(2, 128)
     threads: int = _at_least(0, 0)
-    precision: str = _among(("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"), "32-true")
+    precision: str = _among(lambda: _PRECISIONS, "32-true")
     device: str = "auto"
     deterministic: bool = True
     checkpoint_every: int = _at_least(1, 1)
@@ -111,25 +109,26 @@ class Config:
             value = getattr(self, key)
             if "at_least" in rules and value is not None and value < rules["at_least"]:
                 raise ValueError(f"{key} must be at least {rules['at_least']}, not {value}")
-            names = [value] if isinstance(value, str) else list(value) if "among" in rules else []
-            for name in names if "among" in rules else ():
-                if name not in rules["among"]:
-                    raise ValueError(unknown_name(key.removesuffix("s"), name, rules["among"]))
-            if len(set(names)) < len(names):
-                raise ValueError(f"{key} lists a name twice: {', '.join(names)}")
+            if "among" in rules:
+                names, valid = [value] if isinstance(value, str) else list(value), tuple(rules["among"]())
+                for name in names:
+                    if name not in valid:
+                        raise ValueError(unknown_name(key.removesuffix("s"), name, valid))
+                if len(set(names)) < len(names):
+                    raise ValueError(f"{key} lists a name twice: {', '.join(names)}")
         for key in ("norms", "optims", "seeds"):
             if not getattr(self, key):
                 raise ValueError(f"{key} is empty; at least one is needed")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different numbers >= 0, not {list(self.seeds)}")
         for name in self.norm_args:
-            if name not in NORMS:
-                raise ValueError(f"norm_args: {unknown_name('norm', name, NORMS)}")
+            if name not in norm_names():
+                raise ValueError(f"norm_args: {unknown_name('norm', name, norm_names())}")
         for name, settings in self.optims.items():
             filled("optims", f"optims: {name}", OPTIMS[name], settings)
         for cell, settings in self.overrides.items():
             norm, _, optim = cell.partition("/")
-            if norm not in NORMS or (optim and optim not in OPTIMS):
+            if norm not in norm_names() or (optim and optim not in OPTIMS):
                 raise ValueError(f"overrides: {cell!r} is neither NORM nor NORM/OPTIM, e.g. none or none/sgd")
             for name in [optim] if optim else self.optims:
                 filled("optims", f"overrides: {cell}", OPTIMS[name], settings)

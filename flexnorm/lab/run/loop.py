@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flexnorm._messages import optional
 from flexnorm.lab import models
 from flexnorm.lab.data import ImageData, stratified
 from flexnorm.lab.records import (
@@ -31,7 +33,7 @@ from flexnorm.lab.replicates import mean
 from flexnorm.lab.run import environment, schedule, seeding
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
-from flexnorm.lab.run.config import NORMS, Config
+from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import append_rows, atomic_write, dump_json, read_json, writing
 from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.lab.run.regularize import StepHooks
@@ -76,7 +78,7 @@ def refusal(model: nn.Module, config: Config, norm: str) -> str | None:
 
 def single_image_norms() -> list[str]:
     """Return the norms that can be trained one image at a time: those that never mix the images of a batch."""
-    return [name for name in NORMS if name == "normprop" or not needs_batch(make_norm(name, 16))]
+    return [name for name in models.norm_names() if name == "normprop" or not needs_batch(make_norm(name, 16))]
 
 
 def train_run(
@@ -124,8 +126,7 @@ class _Run:
     def __init__(
         self, config: Config, data: ImageData, folder: Path, identity: str, fabric: Fabric, monitor: bool
     ) -> None:
-        import yaml
-
+        yaml = optional("yaml", "training", "lab")
         self.config, self.folder, self.identity, self.fabric = config, folder, identity, fabric
         self.norm, self.seed = config.norms[0], config.seeds[0]
         (self.optim,) = config.optims
@@ -142,14 +143,10 @@ class _Run:
         self.refused = refusal(self.model, config, self.norm)
         device = fabric.device
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
-        self.x_test, self.y_test = data.x_test, data.y_test
-        if config.test_limit is not None and config.test_limit < len(data.y_test):
-            kept = torch.from_numpy(stratified(data.y_test.numpy(), config.test_limit, seed=0))
-            self.x_test, self.y_test = self.x_test[kept], self.y_test[kept]
-        self.x_test, self.y_test = self.x_test.to(device), self.y_test.to(device)
+        tested = slice(None) if config.test_limit is None else _some(data.y_test, config.test_limit)
+        self.x_test, self.y_test = data.x_test[tested].to(device), data.y_test[tested].to(device)
         # The probe is the same for every run of the experiment, or their shifts could not be compared.
-        chosen = stratified(data.y_train.numpy(), min(config.probe, len(data.y_train)), seed=0)
-        self.probe = self.x_train[torch.from_numpy(chosen).to(device)]
+        self.probe = self.x_train[_some(data.y_train, config.probe).to(device)]
         self.epoch = self.step = 0
         self.metrics_bytes = self.shift_bytes = 0
         self.step_times: list[float] = []
@@ -180,34 +177,26 @@ class _Run:
                     )
                 )
             self._resume()
-            before = self.seconds
+            started -= self.seconds
             try:
                 while self.epoch < self.config.epochs:
                     times = len(self.step_times)
                     train_loss, lr = self._train_epoch(check_stop)
                     self.hooks.before_evaluation()
-                    test_loss, test_accuracy = self._evaluate()
+                    test_loss, accuracy = self._evaluate()
                     if not math.isfinite(test_loss):
                         raise DivergedError(f"the test loss became {test_loss} after epoch {self.epoch + 1}")
                     self.epoch += 1
-                    self.seconds = before + time.perf_counter() - started
-                    done = EpochRow(
-                        epoch=self.epoch,
-                        step=self.step,
-                        train_loss=train_loss,
-                        test_loss=test_loss,
-                        test_accuracy=test_accuracy,
-                        lr=lr,
-                        step_ms=step_ms(self.step_times[times:]),
-                        seconds=self.seconds,
-                    )
+                    self.seconds = time.perf_counter() - started
+                    took = step_ms(self.step_times[times:])
+                    done = EpochRow(self.epoch, self.step, train_loss, test_loss, accuracy, lr, took, self.seconds)
                     self._save(done)
                     on_epoch(done)
             except DivergedError as error:
-                self.seconds = before + time.perf_counter() - started
+                self.seconds = time.perf_counter() - started
                 self._write_shift()
                 return self._finish(DIVERGED, str(error))
-        self.seconds = before + time.perf_counter() - started
+        self.seconds = time.perf_counter() - started
         self._write_weights()
         return self._finish(COMPLETE)
 
@@ -299,7 +288,7 @@ class _Run:
 
     def _save(self, done: EpochRow) -> None:
         """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
-        row = [getattr(done, column) for column in METRICS_COLUMNS]
+        row = [*dataclasses.astuple(done)]
         self.metrics_bytes = append_rows(self.folder / "metrics.csv", _METRICS_HEADER, [row])
         self._write_shift()
         if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
@@ -335,12 +324,13 @@ class _Run:
 
     def _write_weights(self) -> None:
         """Write the trained weights in the format that every framework reads."""
-        from safetensors.torch import save
-
         weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
         # One entry only: the library writes several in an order that changes from process to process.
         note = {"flexnorm": json.dumps(self.config.as_dict())}
-        atomic_write(self.folder / "model.safetensors", save(weights, metadata=note))
+        atomic_write(
+            self.folder / "model.safetensors",
+            optional("safetensors.torch", "training", "lab").save(weights, metadata=note),
+        )
 
     def _finish(self, status: str, reason: str = "") -> Run:
         """Write the summary: from then on the run counts as done."""
@@ -365,12 +355,16 @@ class _Run:
         return Run.read(read_json(self.folder / "summary.json"))
 
 
+def _some(labels: Tensor, count: int) -> Tensor:
+    """Indices of at most so many images, stratified, always the same."""
+    return torch.from_numpy(stratified(labels.numpy(), min(count, len(labels)), seed=0))
+
+
 def fabric_of(config: Config) -> Fabric:
     """Return the device and precision of an experiment as a Fabric."""
-    from lightning_fabric import Fabric
-
     kind, _, index = config.device.partition(":")
+    fabric: type[Fabric] = optional("lightning_fabric", "training", "lab").Fabric
     try:
-        return Fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=config.precision)  # type: ignore[arg-type]
+        return fabric(accelerator=kind, devices=[int(index)] if index else 1, precision=config.precision)  # type: ignore[arg-type]
     except Exception as error:  # Fabric has its own exception types for a device that is not there
         raise ValueError(f"device {config.device!r} with precision {config.precision}: {error}") from error

@@ -12,27 +12,8 @@ from flexnorm.nn import undecayed
 from flexnorm.nn.normprop import normalize_weights_, register_unit_norm
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, param_groups
 
-_FLAT = ("sgd", "adamw", "sgdp", "adamp")  # those that leave the length of weights free
-
-
-def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """All parameters, those without weight decay (alpha of unitization) in a group of their own."""
-    free = {id(p) for p in undecayed(model)}
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in free]}]
-    if free:
-        groups.append({"params": [p for p in model.parameters() if id(p) in free], "weight_decay": 0.0})
-    return groups
-
-
-def _flat(groups: list[dict[str, Any]], optim: str, s: Mapping[str, Any], nesterov: bool) -> torch.optim.Optimizer:
-    if optim == "sgd":
-        return torch.optim.SGD(groups, s["lr"], s["momentum"], weight_decay=s["weight_decay"], nesterov=nesterov)
-    if optim == "adamw":
-        return torch.optim.AdamW(groups, s["lr"], (s["beta1"], s["beta2"]), weight_decay=s["weight_decay"])
-    projection = {"delta": s["delta"], "wd_ratio": s["wd_ratio"]}
-    if optim == "sgdp":
-        return SGDP(groups, s["lr"], s["momentum"], s["weight_decay"], nesterov=nesterov, **projection)
-    return AdamP(groups, s["lr"], (s["beta1"], s["beta2"]), weight_decay=s["weight_decay"], **projection)
+_FLAT = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "sgdp": SGDP, "adamp": AdamP}
+"""Optimizers that leave the length of weights free."""
 
 
 def make_optimizer(
@@ -53,25 +34,24 @@ def make_optimizer(
         The optimizer, and remarks for the summary of the run (empty as a rule).
     """
     s = dict(settings)
-    nesterov = s.get("nesterov", False) and s["momentum"] > 0
+    if "beta1" in s:
+        s["betas"] = (s.pop("beta1"), s.pop("beta2"))
+    if "nesterov" in s:
+        s["nesterov"] &= s["momentum"] > 0
     if optim in _FLAT:
-        optimizer = _flat(_decay_groups(model), optim, s, nesterov)
+        # Parameters without weight decay (alpha of unitization) are in a group of their own.
+        free = {id(p) for p in undecayed(model)}
+        parts = [[p for p in model.parameters() if (id(p) in free) == apart] for apart in (False, True)]
+        groups = [{"params": parts[0]}, *([{"params": parts[1], "weight_decay": 0.0}] if free else [])]
+        optimizer = _FLAT[optim](groups, **s)
         normalize_weights_(model)
         register_unit_norm(optimizer, model)
         return optimizer, []
-    groups = param_groups(
-        model,
-        lr=s["lr"],
-        lr_manifold=s["lr_manifold"],
-        weight_decay=s["weight_decay"],
-        example_input=example_input,
-        grad_clip=s["grad_clip"],
-        ortho=s["ortho"],
-        verbose=False,
-    )
-    notes = list(groups.notes)
-    if not any(group["manifold"] for group in groups):
+    own = {key: s[key] for key in ("lr", "lr_manifold", "weight_decay", "grad_clip", "ortho")}
+    on_sphere = param_groups(model, example_input=example_input, verbose=False, **own)
+    notes = list(on_sphere.notes)
+    if not any(group["manifold"] for group in on_sphere):
         notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")
     if optim == "sgdg":
-        return SGDG(groups, momentum=s["momentum"], nesterov=nesterov), notes
-    return AdamG(groups, betas=(s["momentum"], s["beta2"]), nesterov=nesterov), notes
+        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"]), notes
+    return AdamG(on_sphere, betas=(s["momentum"], s["beta2"]), nesterov=s["nesterov"]), notes

@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from flexnorm._messages import unknown_name
+from flexnorm._messages import optional, unknown_name
 from flexnorm.lab.run.config import Config
 
 
@@ -49,8 +49,7 @@ def load_variants(path: Path, scale: str | None = None) -> dict[str, dict[str, A
         FileNotFoundError: If there is no such file.
         ValueError: If it is no YAML mapping, has no such scale, or its variants are no mappings.
     """
-    import yaml
-
+    yaml = optional("yaml", "a recipe", "lab")
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}")
     try:

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
-from flexnorm.nn import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
 
 if TYPE_CHECKING:
     from flexnorm.optim import GammaDecay
     from flexnorm.statistics import PopulationEstimator
-
-_POPULATION = (PopulationNorm1d, PopulationNorm2d, PopulationNorm3d)
 
 
 class StepHooks:
@@ -57,14 +54,14 @@ class StepHooks:
             self._gammas = [layer.gamma for layer in propagating if isinstance(layer.gamma, nn.Parameter)]
         elif config.gamma_decay:
             from flexnorm.optim import GammaDecay
-            from flexnorm.theory.regularization import batch_norm_layers
+            from flexnorm.probe import batch_norm_layers
 
             size = settings["batch_size"] or config.batch_size
             self._decay = GammaDecay(model, size, settings["coefficient"], seed=seed)
             weights = [layer.weight for layer in batch_norm_layers(model).values()]
             self._gammas = [weight for weight in weights if isinstance(weight, nn.Parameter)]
         self._estimator: PopulationEstimator | None = None
-        if any(isinstance(module, _POPULATION) and module.source == "estimated" for module in model.modules()):
+        if any(getattr(module, "statistics", None) == "estimated" for module in model.modules()):
             from flexnorm.statistics import PopulationEstimator
 
             pool = {**ESTIMATE, **config.estimate}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import fx, nn
 
@@ -15,10 +15,10 @@ from flexnorm._messages import unknown_name
 from flexnorm.nn.normprop import DEFAULT_EPS, NormPropConv2d
 from flexnorm.probe import Selection, find_places, select_places, unwrap
 from flexnorm.surgery._compare import Difference, difference, outputs
-from flexnorm.surgery._edges import LINEAR
-from flexnorm.surgery._kinds import RefusedError, is_candidate
+from flexnorm.surgery._producers import LINEAR
+from flexnorm.surgery._reading import RefusedError, is_candidate
+from flexnorm.surgery.normprop.graph import Network, Stats
 from flexnorm.surgery.normprop.rewrite import Options, Rewriter
-from flexnorm.surgery.normprop.trace import Stats, measure, shapes, trace
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
 
 __all__ = ["NormPropPlan", "convert_to_normprop", "normprop_plan"]
@@ -35,6 +35,19 @@ class NormPropPlan(ConversionPlan):
         evaluation: Measured difference of the outputs in evaluation mode.
         training: The same in training mode, in which batch normalization takes the statistics of the batch.
     """
+
+
+class ConversionArguments(TypedDict, total=False):
+    """Keyword arguments of :func:`convert_to_normprop`, which explains them."""
+
+    batches: Iterable[Any] | None
+    include: Selection | None
+    exclude: Selection | None
+    constants: str
+    eps: float
+    unitize: bool
+    border: str
+    padding: str
 
 
 def convert_to_normprop(
@@ -67,8 +80,8 @@ def convert_to_normprop(
         batches: A few batches (tensors, tuples whose first element is the input, or mappings) on which mean and
             variance of every value are measured. Without them the running statistics of the normalizations are taken,
             and residual summands to be independent.
-        include: Only these layers: a name (with everything below it), a glob pattern, a compiled regular expression, a
-            class, a module, a function of (name, module), or a list of these. None for all.
+        include: Only these layers, as in :func:`flexnorm.probe.select`: a name (with everything below it), a glob
+            pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these; ``None``: all.
         exclude: Not these layers; takes the same.
         constants: ``"exact"`` or ``"paper"``, as of the NormProp layers, like ``eps``, ``unitize`` and ``border``.
         eps: Added to the exact variance.
@@ -91,41 +104,21 @@ def convert_to_normprop(
         >>> convert_to_normprop(model, torch.randn(2, 3, 8, 8))[0].activation.name
         'relu'
     """
-    layer = {"constants": constants, "eps": eps, "unitize": unitize, "border": border}
-    new, rows, measured = _converted(model, example_input, batches, include, exclude, layer, padding)
+    layer = {"constants": constants, "eps": eps, "unitize": unitize}
+    new, rows, measured = _converted(model, example_input, batches, include, exclude, padding, border, **layer)
     _warn(rows)
     if padding == "keep" and not unitize and border == "paper" and not measured.preserved:
         raise RuntimeError(f"the converted model computes another function on example_input: {measured}")
     return new
 
 
-def normprop_plan(
-    model: nn.Module,
-    example_input: Any,
-    *,
-    batches: Iterable[Any] | None = None,
-    include: Selection | None = None,
-    exclude: Selection | None = None,
-    constants: str = "exact",
-    eps: float = DEFAULT_EPS,
-    unitize: bool = False,
-    border: str = "paper",
-    padding: str = "keep",
-) -> NormPropPlan:
+def normprop_plan(model: nn.Module, example_input: Any, **arguments: Unpack[ConversionArguments]) -> NormPropPlan:
     """Say what :func:`convert_to_normprop` would do with the same arguments, without doing it.
 
     Args:
         model: Any model. It is not changed: not its parameters, buffers, flags, hooks, nor the random state.
-        example_input: As of :func:`convert_to_normprop`, like ``batches``, ``include``, ``exclude``, ``constants``,
-            ``eps``, ``unitize``, ``border`` and ``padding``.
-        batches: Batches to measure on.
-        include: Only these layers.
-        exclude: Not these layers.
-        constants: Of the layers.
-        eps: Of the layers.
-        unitize: Of the layers.
-        border: Of the layers.
-        padding: What is put around images.
+        example_input: As of :func:`convert_to_normprop`.
+        **arguments: The keyword arguments of :func:`convert_to_normprop`.
 
     Returns:
         A :class:`NormPropPlan`; ``print`` it.
@@ -139,8 +132,7 @@ def normprop_plan(
         >>> plan["1"].target, plan["3"].reason, plan.evaluation.preserved
         ('(part of 0)', 'no normalization, activation or sum after it', True)
     """
-    layer = {"constants": constants, "eps": eps, "unitize": unitize, "border": border}
-    new, rows, measured = _converted(model, example_input, batches, include, exclude, layer, padding)
+    new, rows, measured = _converted(model, example_input, **arguments)
     training = difference(model, new, example_input, lambda _, __: copy.deepcopy(new).double(), training=True)
     effect = "kept in evaluation" if measured.preserved else "changes"
     rows = [replace(row, effect=effect) if row.status == "convert" else row for row in rows]
@@ -150,22 +142,19 @@ def normprop_plan(
 def _converted(
     model: nn.Module,
     example_input: Any,
-    batches: Iterable[Any] | None,
-    include: Selection | None,
-    exclude: Selection | None,
-    layer: Mapping[str, Any],
-    padding: str,
+    batches: Iterable[Any] | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    padding: str = "keep",
+    border: str = "paper",
+    **layer: Any,
 ) -> tuple[nn.Module, list[ConversionRow], Difference]:
     inner = unwrap(model)
-    options = _options(inner, example_input, include, exclude, layer, padding)
+    options = _options(inner, example_input, include, exclude, padding, {**layer, "border": border})
     # What the model itself raises is the user's to see, not a finding about the conversion.
     outputs(inner, example_input, training=False)
-    stats: Stats = {}
     try:
-        graph = trace(inner)
-        if batches is not None:
-            known = shapes(inner, graph, example_input)
-            stats = measure(inner, graph, [n for n in graph.nodes if n in known and len(known[n]) >= 2], batches)
+        stats = {} if batches is None else Network(inner, example_input).measure(batches)
         new, rows = _rewritten(copy.deepcopy(inner), example_input, stats, options)
     except RefusedError as reason:
         rows = [
@@ -185,8 +174,8 @@ def _options(
     example_input: Any,
     include: Selection | None,
     exclude: Selection | None,
-    layer: Mapping[str, Any],
     padding: str,
+    layer: dict[str, Any],
 ) -> Options:
     if example_input is None:
         raise ValueError("conversion needs example_input: an input of the model, to see the shape of every value")
@@ -208,17 +197,17 @@ def _rewritten(
     model: nn.Module, example_input: Any, stats: Stats, options: Options
 ) -> tuple[nn.Module, list[ConversionRow]]:
     """Rewrite in place; what comes back is the model itself, or a graph of its modules where the forward changes."""
-    graph = trace(model)
+    network = Network(model, example_input)
     hooked = [name for name, m in model.named_modules() if next(m.children(), None) is not None and _hooks(m)]
-    rewriter = Rewriter(model, graph, shapes(model, graph, example_input), stats, options)
+    rewriter = Rewriter(network, stats, options)
     rewriter.run()
     if not rewriter.rewired:
         return model, rewriter.rows
     if hooked:
         owners = ", ".join(name or "the model" for name in hooked[:3])
         raise RefusedError(f"its forward has to be rewritten, and the hooks of {owners} would not run")
-    graph.lint()
-    new = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    network.graph.lint()
+    new = fx.GraphModule(model, network.graph, class_name=type(model).__name__)
     # GraphModule starts in training mode; its modules have kept their own flags.
     new.training = model.training
     for name, value in vars(model).items():

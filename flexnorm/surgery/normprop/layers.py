@@ -9,16 +9,17 @@ plus m.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from flexnorm.nn.normprop import (
     Activation,
     NormPropActivation,
     NormPropAdd,
+    NormPropConv,
     NormPropConv1d,
     NormPropConv2d,
     NormPropConv3d,
@@ -30,10 +31,10 @@ from flexnorm.nn.normprop import (
     NormPropUnits,
     safe_norm,
 )
-from flexnorm.surgery._kinds import RefusedError
-from flexnorm.surgery.normprop.carry import Carry
+from flexnorm.surgery._reading import RefusedError
+from flexnorm.surgery.normprop.scaling import ScaleShift
 
-__all__ = ["Moments", "activation_layer", "add_layer", "linear_layer", "plain_linear", "through"]
+__all__ = ["Moments", "Tail", "activation_layer", "add_layer", "linear_layer", "plain_linear", "through"]
 
 _CONVS: dict[type[nn.Module], type[NormPropLayer]] = {
     nn.Conv1d: NormPropConv1d,
@@ -52,91 +53,106 @@ class Moments:
     mean: Tensor
     std: Tensor
 
-    def floored(self) -> Moments:
+    def positive(self) -> Moments:
         """With a standard deviation that can be divided by: a unit that never changes has none."""
-        floor = max(float(self.std.mean()) * 1e-5, 1e-12)
-        return Moments(self.mean, self.std.clamp_min(floor))
+        return Moments(self.mean, self.std.clamp_min(max(float(self.std.mean()) * 1e-5, 1e-12)))
+
+
+@dataclass
+class Tail:
+    """What follows a linear map and is taken into its layer: a normalization, an activation, or both.
+
+    Attributes:
+        scale: (C,) of the normalization.
+        shift: (C,) of the normalization.
+        nodes: The operations.
+        activation: None for none: the layer then standardizes ``W x + b``.
+        slope: Trained slopes of PReLU.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    nodes: list[fx.Node] = field(default_factory=list)
+    activation: Activation | None = None
+    slope: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class _Map:
+class LinearMap:
     """``W x + b`` in terms of standardized values: ``weight x' + bias``, padding with ``pad``."""
 
     weight: Tensor
     bias: Tensor
-    pad: Tensor | None
-
-
-def _groups(module: nn.Module) -> int:
-    return 1 if isinstance(module, nn.Linear) else int(module.groups)  # type: ignore[arg-type]
+    pad: Tensor | None = None
 
 
 def _transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvTransposeNd)
 
 
-def _by_input(module: nn.Module, table: Tensor) -> Tensor:
+def _by_input(module: Any, table: Tensor) -> Tensor:
     """A table of the input's channels in the shape in which it multiplies the weight."""
-    weight = module.get_parameter("weight")
-    ones = (1,) * (weight.dim() - 2)
+    ones = (1,) * (module.weight.dim() - 2)
     if _transposed(module):
         return table.view(-1, 1, *ones)
-    groups = _groups(module)
-    filters = weight.shape[0] // groups
-    return table.view(groups, -1).repeat_interleave(filters, 0).view(weight.shape[0], -1, *ones)
+    groups, outputs = getattr(module, "groups", 1), module.weight.shape[0]
+    return table.view(groups, -1).repeat_interleave(outputs // groups, 0).view(outputs, -1, *ones)
 
 
-def through(module: nn.Module, carry: Carry | None, shape: torch.Size, *, keep_padding: bool) -> _Map:
+def _with(module: nn.Module, **parameters: nn.Parameter | None) -> Any:
+    """A layer with the same settings and other parameters."""
+    new = type(module).__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    new._parameters = {**module._parameters, **parameters}
+    return new
+
+
+def through(module: Any, scaling: ScaleShift | None, shape: torch.Size, *, keep_padding: bool) -> LinearMap:
     """A linear map of values that stand for others.
 
     Args:
         module: A convolution, transposed convolution or linear map.
-        carry: Of its input; None if that is the original's.
+        scaling: Of its input; None if that is the original's.
         shape: Of its input.
         keep_padding: Pad with the values that stand for zero, instead of with zeros.
 
     Raises:
         RefusedError: If that is no linear map plus a constant per channel.
     """
-    weight = module.get_parameter("weight").detach().double().cpu()
-    own = module._parameters.get("bias")
-    out = int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
-    bias = torch.zeros(out, dtype=torch.float64) if own is None else own.detach().double().cpu()
-    if carry is None:
-        return _Map(weight, bias, None)
-    scaled = weight * _by_input(module, carry.scale)
-    if not bool(carry.shift.any()):
-        return _Map(scaled, bias, None)
+    weight = module.weight.detach().double().cpu()
+    outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    own = module.bias
+    bias = torch.zeros(outputs, dtype=torch.float64) if own is None else own.detach().double().cpu()
+    if scaling is None:
+        return LinearMap(weight, bias)
+    scaled = weight * _by_input(module, scaling.scale)
+    if not bool(scaling.shift.any()):
+        return LinearMap(scaled, bias)
     if _transposed(module):
-        return _Map(scaled, bias + _constant(module, carry, shape), None)
-    moved = bias + (weight * _by_input(module, carry.shift)).flatten(1).sum(1)
-    padded = not isinstance(module, nn.Linear) and module.padding_mode == "zeros" and _padding(module)
-    return _Map(scaled, moved, -carry.shift / carry.scale if padded and keep_padding else None)
+        return LinearMap(scaled, bias + _constant(module, scaling, shape))
+    moved = bias + (weight * _by_input(module, scaling.shift)).flatten(1).sum(1)
+    padded = not isinstance(module, nn.Linear) and module.padding_mode == "zeros" and _pads(module)
+    return LinearMap(scaled, moved, -scaling.shift / scaling.scale if padded and keep_padding else None)
 
 
-def _padding(module: nn.Module) -> bool:
-    padding = module.padding
-    if isinstance(padding, str):
-        return padding == "same" and any(k > 1 for k in module.kernel_size)  # type: ignore[union-attr]
-    return any(padding)  # type: ignore[arg-type]
+def _pads(module: Any) -> bool:
+    if isinstance(module.padding, str):
+        return module.padding == "same" and any(k > 1 for k in module.kernel_size)
+    return any(module.padding)
 
 
-def _constant(module: nn.Module, carry: Carry, shape: torch.Size) -> Tensor:
+@torch.no_grad()
+def _constant(module: Any, scaling: ScaleShift, shape: torch.Size) -> Tensor:
     """What a transposed convolution makes of the shift, if that is the same at every position."""
-    with torch.no_grad():
-        image = carry.shift.view(1, -1, *(1,) * (len(shape) - 2)).expand(1, -1, *shape[2:])
-        exact: Any = type(module).__new__(type(module))
-        exact.__dict__.update(module.__dict__)
-        exact._parameters = {"weight": nn.Parameter(module.get_parameter("weight").double().cpu()), "bias": None}
-        out: Tensor = exact(image)
-        made = out[0].flatten(1)
+    image = scaling.shift.view(1, -1, *(1,) * (len(shape) - 2)).expand(1, -1, *shape[2:])
+    exact = _with(module, weight=nn.Parameter(module.weight.double().cpu()), bias=None)
+    made: Tensor = exact(image)[0].flatten(1)
     if float((made - made[:, :1]).abs().max()) > 1e-9 * max(1.0, float(made.abs().max())):
         raise RefusedError("the mean of its input adds another constant at every position")
-    constant: Tensor = made[:, 0]
-    return constant
+    return made[:, 0]
 
 
-def plain_linear(module: nn.Module, linear: _Map) -> nn.Module:
+def plain_linear(module: Any, linear: LinearMap) -> nn.Module:
     """The same kind of layer for standardized input, its output the original's: for a head.
 
     Raises:
@@ -144,78 +160,62 @@ def plain_linear(module: nn.Module, linear: _Map) -> nn.Module:
     """
     if linear.pad is not None:
         raise RefusedError("pads with zeros, which are no zeros of its standardized input")
-    own = module.get_parameter("weight")
-    new = type(module).__new__(type(module))
-    new.__dict__.update(module.__dict__)
-    new._parameters = dict(module._parameters)
-    new.weight = nn.Parameter(linear.weight.to(own), requires_grad=own.requires_grad)
-    new.bias = nn.Parameter(linear.bias.to(own), requires_grad=own.requires_grad)
+    trained = {"requires_grad": module.weight.requires_grad}
+    new: nn.Module = _with(
+        module,
+        weight=nn.Parameter(linear.weight.to(module.weight), **trained),
+        bias=nn.Parameter(linear.bias.to(module.weight), **trained),
+    )
     return new
 
 
+@torch.no_grad()
 def linear_layer(
-    module: nn.Module,
-    linear: _Map,
-    moments: Moments | None,
-    activation: Activation | None,
-    affine: tuple[Tensor, Tensor],
-    slope: Tensor | None,
-    options: Mapping[str, Any],
-) -> tuple[NormPropLayer, Carry]:
+    module: Any, linear: LinearMap, moments: Moments | None, tail: Tail, options: Mapping[str, Any]
+) -> tuple[NormPropLayer, ScaleShift]:
     """A NormProp layer for ``act(scale * (W x + b) + shift)``, and what its output stands for.
 
     Args:
         module: The linear map.
         linear: The same, of standardized input.
         moments: Mean and standard deviation of ``W x + b``; None: those that unit filters yield.
-        activation: None for none: the layer then standardizes ``W x + b``.
-        affine: Scale and shift.
-        slope: Trained slopes of PReLU.
+        tail: Scale, shift and activation.
         options: Constructor arguments of the layer.
     """
-    new = _blank(module, activation, options)
+    new = _blank(module, tail.activation, options)
     weight = linear.weight
-    with torch.no_grad():
-        norms = safe_norm(new.filters(weight)) / new.fan_gain
-        known = Moments(linear.bias, norms) if moments is None else moments.floored()
-        center, spread = (known.mean - linear.bias) / norms, known.std / norms
-        gamma, bias = affine[0] * known.std, affine[0] * known.mean + affine[1]
-        carry = Carry(torch.ones_like(gamma), bias)
-        if activation is None:
-            # Identity layers have no gamma: a negative one turns the filter around, and of none is left a constant.
-            sign = gamma.sign()
-            weight, center = new.scaled(weight, sign), torch.where(sign == 0, 0.0, center * sign)
-            spread = torch.where(sign == 0, 1.0, spread)
-            carry = Carry(torch.where(sign == 0, 1.0, gamma.abs()), bias)
-        new.weight.copy_(weight)
-        new.unit_norm_()
-        if moments is not None:
-            new.calibrate_(center, spread)
-        if linear.pad is not None and isinstance(new, NormPropConv1d | NormPropConv2d | NormPropConv3d):
-            new.pad_with_(linear.pad)
-        if activation is not None:
-            carry = _fill(new, gamma, bias, slope)
-    return new, carry
+    norms = safe_norm(new.filters(weight)) / new.fan_gain
+    known = Moments(linear.bias, norms) if moments is None else moments.positive()
+    center, spread = (known.mean - linear.bias) / norms, known.std / norms
+    gamma, bias = tail.scale * known.std, tail.scale * known.mean + tail.shift
+    if tail.activation is None:
+        # Identity layers have no gamma: a negative one turns the filter around, and of none is left a constant.
+        sign = gamma.sign()
+        weight, center = new.scaled(weight, sign), torch.where(sign == 0, 0.0, center * sign)
+        spread = torch.where(sign == 0, 1.0, spread)
+    new.weight.copy_(weight)
+    new.unit_norm_()
+    if moments is not None:
+        new.calibrate_(center, spread)
+    if linear.pad is not None and isinstance(new, NormPropConv):
+        new.pad_with_(linear.pad)
+    if tail.activation is None:
+        return new, ScaleShift(torch.where(sign == 0, 1.0, gamma.abs()), bias)
+    return new, _fill(new, gamma, bias, tail.slope)
 
 
-def _blank(module: nn.Module, activation: Activation | None, options: Mapping[str, Any]) -> NormPropLayer:
-    own = module.get_parameter("weight")
-    common: dict[str, Any] = {
-        **options,
-        "activation": activation or "identity",
-        "device": own.device,
-        "dtype": own.dtype,
-    }
+def _blank(module: Any, activation: Activation | None, options: Mapping[str, Any]) -> NormPropLayer:
+    common = {**options, "activation": activation or "identity"}
+    common |= {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         common.pop("border", None)
         return NormPropLinear(module.in_features, module.out_features, **common)
-    kind = next(kind for kind in _CONVS if isinstance(module, kind))
-    names: tuple[str, ...] = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-    names += ("output_padding",) if _transposed(module) else ("padding_mode",)
-    return _CONVS[kind](**{name: getattr(module, name) for name in names}, **common)
+    kind: Any = _CONVS[type(module)]
+    new: NormPropLayer = kind(**{name: getattr(module, name) for name in kind.shared}, **common)
+    return new
 
 
-def _fill(new: NormPropUnits, gamma: Tensor, bias: Tensor, slope: Tensor | None) -> Carry:
+def _fill(new: NormPropUnits, gamma: Tensor, bias: Tensor, slope: Tensor | None) -> ScaleShift:
     """Set gamma, bias and slope; what the output then stands for, with the parameters as they are stored."""
     if new.gamma is None or new.bias is None:
         raise RefusedError("its activation does nothing")
@@ -224,43 +224,41 @@ def _fill(new: NormPropUnits, gamma: Tensor, bias: Tensor, slope: Tensor | None)
     if new.slope is not None and slope is not None:
         new.slope.copy_(slope)
     mean, var = new.standardization()
-    return Carry(var.double().sqrt().cpu(), mean.double().cpu())
+    return ScaleShift(var.double().sqrt().cpu(), mean.double().cpu())
 
 
+@torch.no_grad()
 def activation_layer(
-    carry: Carry,
+    scaling: ScaleShift,
     moments: Moments | None,
-    activation: Activation,
-    slope: Tensor | None,
+    activation: tuple[Activation, Tensor | None],
     spatial: int,
     like: Tensor,
     options: Mapping[str, Any],
-) -> tuple[NormPropActivation, Carry]:
+) -> tuple[NormPropActivation, ScaleShift]:
     """A NormProp layer without linear map for ``act(x)``, and what its output stands for.
 
     Args:
-        carry: What the input stands for.
+        scaling: What the input stands for.
         moments: Of x; None: those of standardized input.
-        activation: The activation.
-        slope: Trained slopes of PReLU.
+        activation: The activation, and trained slopes of PReLU.
         spatial: Number of axes after the channels.
         like: Device and dtype of the parameters.
         options: Constructor arguments of the layer.
     """
-    taken = {name: value for name, value in options.items() if name in ("constants", "eps")}
-    new = NormPropActivation(
-        carry.scale.numel(), activation, spatial=spatial, device=like.device, dtype=like.dtype, **taken
-    )
-    known = Moments(carry.shift, carry.scale.abs()) if moments is None else moments.floored()
-    with torch.no_grad():
-        if moments is not None:
-            new.calibrate_((known.mean - carry.shift) / carry.scale, known.std / carry.scale.abs())
-        return new, _fill(new, carry.scale.sign() * known.std, known.mean, slope)
+    taken: Any = {name: value for name, value in options.items() if name in ("constants", "eps")}
+    taken |= {"device": like.device, "dtype": like.dtype}
+    new = NormPropActivation(scaling.scale.numel(), activation[0], spatial=spatial, **taken)
+    known = Moments(scaling.shift, scaling.scale.abs()) if moments is None else moments.positive()
+    if moments is not None:
+        new.calibrate_((known.mean - scaling.shift) / scaling.scale, known.std / scaling.scale.abs())
+    return new, _fill(new, scaling.scale.sign() * known.std, known.mean, activation[1])
 
 
+@torch.no_grad()
 def add_layer(
-    first: Carry, second: Carry, moments: Moments | None, spatial: int, like: Tensor
-) -> tuple[NormPropAdd, Carry]:
+    first: ScaleShift, second: ScaleShift, moments: Moments | None, spatial: int, like: Tensor
+) -> tuple[NormPropAdd, ScaleShift]:
     """A sum of standardized values that stands for the sum of the originals.
 
     Args:
@@ -272,11 +270,8 @@ def add_layer(
     """
     a, b = first.scale, second.scale
     new = NormPropAdd(a.numel(), spatial=spatial, device=like.device, dtype=like.dtype)
-    with torch.no_grad():
-        new.a.copy_(a)
-        new.b.copy_(b)
-        if moments is not None:
-            product = 2 * a * b
-            new.correlation.copy_(((moments.std.square() - a.square() - b.square()) / product).clamp(-0.95, 0.95))
-        scale = new.variance().double().cpu().sqrt()
-    return new, Carry(scale, first.shift + second.shift)
+    new.a.copy_(a)
+    new.b.copy_(b)
+    if moments is not None:
+        new.correlation.copy_(((moments.std.square() - a.square() - b.square()) / (2 * a * b)).clamp(-0.95, 0.95))
+    return new, ScaleShift(new.variance().double().cpu().sqrt(), first.shift + second.shift)

@@ -1,34 +1,28 @@
 """Walk over the graph of a model and put NormProp layers where linear maps, normalizations, activations and sums were.
 
-Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.normprop.carry`). Where an
+Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.normprop.scaling`). Where an
 operation is not understood, the values that it reads are turned back into the original's by a scale and a shift, and it
 is left as it was. So the network computes the same function whatever the walk understands of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from flexnorm.nn.normprop import ChannelAffine
+from flexnorm.nn.normprop import Activation, ChannelAffine
 from flexnorm.surgery._affine import as_affine
-from flexnorm.surgery._edges import LINEAR
-from flexnorm.surgery._kinds import RefusedError, is_candidate
-from flexnorm.surgery.normprop import operations as ops
-from flexnorm.surgery.normprop.carry import HANDS_ON, Carry, joined, passed
-from flexnorm.surgery.normprop.layers import (
-    Moments,
-    activation_layer,
-    add_layer,
-    linear_layer,
-    plain_linear,
-    through,
-)
-from flexnorm.surgery.normprop.trace import Stats, dropout_module, functional_dropout
+from flexnorm.surgery._producers import LINEAR
+from flexnorm.surgery._reading import RefusedError, is_candidate
+from flexnorm.surgery.normprop import graph as ops
+from flexnorm.surgery.normprop import layers
+from flexnorm.surgery.normprop.layers import Moments, Tail
+from flexnorm.surgery.normprop.scaling import HANDS_ON, ScaleShift, joined, passed
 from flexnorm.surgery.plan import ConversionRow
 
 __all__ = ["Options", "Rewriter"]
@@ -44,28 +38,16 @@ class Options:
         chosen: Whether a module of that name may be replaced.
     """
 
-    layer: Mapping[str, Any] = field(default_factory=dict)
-    keep_padding: bool = True
-    chosen: Callable[[str], bool] = lambda _: True
-
-
-@dataclass
-class _Tail:
-    """What follows a linear map and is taken into its layer: a normalization, an activation, or both."""
-
-    nodes: list[fx.Node]
-    affine: tuple[Tensor, Tensor]
-    activation: Any = None
-    slope: Tensor | None = None
+    layer: Mapping[str, Any]
+    keep_padding: bool
+    chosen: Callable[[str], bool]
 
 
 class Rewriter:
     """One conversion, in place, of a model and its graph.
 
     Args:
-        model: The model; its modules are exchanged.
-        graph: Its graph; edited where exchanging modules is not enough (:attr:`rewired`).
-        shapes: Of the values.
+        network: The model, whose modules are exchanged, and its graph, which is edited where that is not enough.
         stats: Measured moments of the values by name of node, empty if nothing was measured.
         options: What the user wants.
 
@@ -74,19 +56,17 @@ class Rewriter:
         rewired: Whether the graph differs from what the model's own forward does.
     """
 
-    def __init__(
-        self, model: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, torch.Size], stats: Stats, options: Options
-    ) -> None:
-        self.model, self.graph, self.shapes, self.stats, self.options = model, graph, shapes, stats, options
-        self.modules = ops.Modules(model, graph)
+    def __init__(self, network: ops.Network, stats: ops.Stats, options: Options) -> None:
+        self.network, self.stats, self.options = network, stats, options
+        self.model, self.shapes = network.model, network.shapes
         self.rows: list[ConversionRow] = []
         self.rewired = False
-        self._carry: dict[fx.Node, Carry] = {}
+        self._scaling: dict[fx.Node, ScaleShift] = {}
         self._known: dict[fx.Node, Moments] = {}
         self._restored: dict[fx.Node, fx.Node] = {}
         self._done: set[fx.Node] = set()
         self._added = 0
-        self._like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self._like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def run(self) -> None:
         """Do it.
@@ -95,10 +75,10 @@ class Rewriter:
             RefusedError: If an operation overwrites a value that is read afterwards.
         """
         self._refuse_overwriting()
-        for node in list(self.graph.nodes):
+        for node in list(self.network.graph.nodes):
             if node in self._done or node.op in ("placeholder", "get_attr") or ops.is_shape_query(node):
                 continue
-            module = self.modules.of(node)
+            module = self.network.module(node)
             rule = self._rule(node, module)
             try:
                 if rule is not None:
@@ -110,307 +90,283 @@ class Rewriter:
             except RefusedError as reason:
                 self._restore_inputs(node)
                 status = "keep" if str(reason) == "excluded" else "refuse"
-                self._row(node, module, status=status, reason=str(reason))
+                self._row(node, status=status, reason=str(reason))
 
     def _refuse_overwriting(self) -> None:
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
-        for node in self.graph.nodes:
-            module, source = self.modules.of(node), self._source(node)
+        order = {node: index for index, node in enumerate(self.network.graph.nodes)}
+        for node in order:
+            module, before = self.network.module(node), _first(node)
             changes = ops.activation_of(node, module) or ops.summands(node)
-            if source is None or not changes or not ops.in_place(node, module):
+            if before is None or not changes or not ops.in_place(node, module):
                 continue
-            if any(order[user] > order[node] for user in source.users):
+            if any(order[user] > order[node] for user in before.users):
                 raise RefusedError(f"{self._name(node)} overwrites a value that is used after it")
 
     # -- the kinds of operations
 
-    def _rule(self, node: fx.Node, module: nn.Module | None) -> Callable[[fx.Node, nn.Module | None], None] | None:
+    def _rule(self, node: fx.Node, module: nn.Module | None) -> Callable[[fx.Node, Any], None] | None:
         if isinstance(module, LINEAR):
             return self._linear
         if module is not None and is_candidate(module):
             return self._norm
         if ops.activation_of(node, module) is not None:
-            return self._activation if self._source(node) in self._carry else None
-        pair = ops.summands(node)
-        if pair is not None and any(n in self._carry for n in pair):
-            return self._sum
-        return None
+            return self._activation if _first(node) in self._scaling else None
+        return self._sum if any(n in self._scaling for n in ops.summands(node) or ()) else None
 
-    def _linear(self, node: fx.Node, module: nn.Module | None) -> None:
-        source = self._source(node)
-        if module is None or source is None or source not in self.shapes:
+    def _linear(self, node: fx.Node, module: Any) -> None:
+        before = _first(node)
+        if before is None or before not in self.shapes:
             raise RefusedError("its input is no single tensor")
-        self.modules.check(module)
+        self.network.check(module)
         if type(module) not in LINEAR:
             raise RefusedError(f"{type(module).__name__} is a subclass of torch's layer")
-        shape = self.shapes[source]
-        if len(shape) != (2 if isinstance(module, nn.Linear) else module.weight.dim()):  # type: ignore[operator]
+        shape = self.shapes[before]
+        if len(shape) != (2 if isinstance(module, nn.Linear) else module.weight.dim()):
             raise RefusedError(f"its input has {len(shape)} axes, not a batch of samples with channels on axis 1")
-        carry = self._carry.get(source)
-        linear = through(module, carry, shape, keep_padding=self.options.keep_padding)
+        scaling = self._scaling.get(before)
+        linear = layers.through(module, scaling, shape, keep_padding=self.options.keep_padding)
         tail = self._tail(node)
         if tail is None:
             notes: tuple[str, ...] = ()
-            if carry is not None:
-                self._put(node, plain_linear(module, linear))
+            if scaling is not None:
+                self._put(module, layers.plain_linear(module, linear))
                 notes = ("its weight takes standardized input",)
-            why = "no normalization, activation or sum after it"
-            self._row(node, module, status="keep", reason=why, notes=notes)
+            self._row(node, status="keep", reason="no normalization, activation or sum after it", notes=notes)
             return
         moments = self._moments(node)
         if moments is None:
-            norms = (self._moments_before(self.modules.of(user)) for user in node.users)
-            moments = next((m for m in norms if m is not None and len(m.mean) == len(tail.affine[0])), None)
-        new, after = linear_layer(module, linear, moments, tail.activation, tail.affine, tail.slope, self.options.layer)
-        new.train(module.training)
-        norm = self.modules.of(tail.nodes[0]) if tail.nodes else None
-        _trainable(new, module, norm)
-        self._put(node, new)
-        self._carry[node] = after
+            norms = (_moments_before(self.network.module(user)) for user in node.users)
+            moments = next((m for m in norms if m is not None and len(m.mean) == len(tail.scale)), None)
+        new, self._scaling[node] = layers.linear_layer(module, linear, moments, tail, self.options.layer)
+        _keep_frozen(new, module, self.network.module(tail.nodes[0]) if tail.nodes else None)
+        self._put(module, new.train(module.training))
         notes = () if moments is not None else ("its unit filters are taken to yield unit variance",)
-        self._row(node, module, target=type(new).__name__, notes=notes)
+        self._row(node, target=type(new).__name__, notes=notes)
         for follower in tail.nodes:
-            self._row(follower, self.modules.of(follower), target=f"(part of {self._name(node)})")
+            self._row(follower, target=f"(part of {self._name(node)})")
             self._bypass(follower, node)
 
-    def _tail(self, node: fx.Node) -> _Tail | None:
+    def _tail(self, node: fx.Node) -> Tail | None:
         """What follows a linear map and goes into its layer; None if nothing does that wants standardized values."""
-        out = int(self.shapes[node][1])
-        tail = _Tail([], (torch.ones(out, dtype=torch.float64), torch.zeros(out, dtype=torch.float64)))
-        last = node
-        follower = self._only_user(last)
-        if follower is not None and self._norm_affine(follower) is not None:
-            norm = self.modules.of(follower)
-            affine, act = self._norm_affine(follower) or tail.affine, self._inner_activation(norm)
-            if affine[0].numel() == out and act is not False:
-                tail.nodes.append(follower)
-                tail.affine = affine
-                if act is not None:
-                    tail.activation, tail.slope = act
-                    return tail
-                last, follower = follower, self._only_user(follower)
-        if follower is not None and self._replaceable_activation(follower):
-            found = ops.activation_of(follower, self.modules.of(follower))
-            if found is not None:
-                tail.activation, tail.slope = found
-                tail.nodes.append(follower)
-                return tail
+        channels = int(self.shapes[node][1])
+        same = ScaleShift.identity(channels)
+        tail, follower = Tail(same.scale, same.shift), _only_user(node)
+        affine = None if follower is None else self._norm_affine(follower)
+        if follower is not None and affine is not None and affine[0].numel() == channels:
+            with contextlib.suppress(RefusedError):
+                inner = _inner_activation(self.network.module(follower), follower)
+                tail = Tail(*affine, [follower], *(inner or (None, None)))
+                follower = None if inner else _only_user(follower)
+        if follower is not None and (found := self._replaceable_activation(follower)) is not None:
+            tail.activation, tail.slope = found
+            tail.nodes.append(follower)
         return tail if tail.nodes or any(self._wants(user) for user in node.users) else None
 
-    def _norm(self, node: fx.Node, module: nn.Module | None) -> None:
-        if module is None:
-            return
-        self.modules.check(module)
-        scale, shift = as_affine(module)
-        inner = self._inner_activation(module)
-        source = self._source(node)
-        if source is None or inner is False or source not in self.shapes:
-            raise RefusedError("its activation is not known")
+    def _norm(self, node: fx.Node, module: nn.Module) -> None:
+        self.network.check(module)
+        scale, shift = (table.cpu() for table in as_affine(module))
+        inner, before = _inner_activation(module, node), _first(node)
+        if before is None or before not in self.shapes:
+            raise RefusedError("its input is no single tensor")
         if bool((scale == 0).any()):
             raise RefusedError("a scale of it is zero, and there is no linear map directly before it")
-        before = self._carry.get(source, Carry.identity(scale.numel()))
-        scale, shift = scale.cpu(), shift.cpu()
-        after = Carry(scale * before.scale, scale * before.shift + shift)
-        own = self._moments_before(module)
-        moments = self._moments(source) or own
+        old = self._scaling.get(before, ScaleShift.identity(scale.numel()))
+        after = ScaleShift(scale * old.scale, scale * old.shift + shift)
+        moments = self._moments(before) or _moments_before(module)
         known = None if moments is None else Moments(scale * moments.mean + shift, scale.abs() * moments.std)
-        if inner is None:
-            self._carry[node] = after
-            if known is not None:
-                self._known[node] = known
-            self._bypass(node, source)
-            self._row(node, module, target="(taken into its neighbours)")
+        if inner is not None:
+            self._put_activation(node, module, after, known, inner)
             return
-        new, out = activation_layer(
-            after, known, inner[0], inner[1], len(self.shapes[node]) - 2, self._like, self.options.layer
-        )
-        _trainable(new, module, module)
-        self._put(node, new.train(module.training))
-        self._carry[node] = out
-        self._row(node, module, target=type(new).__name__)
+        self._scaling[node] = after
+        if known is not None:
+            self._known[node] = known
+        self._bypass(node, before)
+        self._row(node, target="(taken into its neighbours)")
 
     def _activation(self, node: fx.Node, module: nn.Module | None) -> None:
-        source = self._source(node)
-        found = ops.activation_of(node, module)
-        if source is None or found is None:
+        before, found = _first(node), ops.activation_of(node, module)
+        if before is None or found is None:
             raise RefusedError("its input is no single tensor")
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             raise RefusedError("it has hooks")
-        moments = self._moments(source) or self._known.get(source)
-        new, after = activation_layer(
-            self._carry[source], moments, *found, len(self.shapes[node]) - 2, self._like, self.options.layer
-        )
+        moments = self._moments(before) or self._known.get(before)
+        self._put_activation(node, module, self._scaling[before], moments, found)
+
+    def _put_activation(
+        self,
+        node: fx.Node,
+        module: nn.Module | None,
+        scaling: ScaleShift,
+        moments: Moments | None,
+        activation: tuple[Activation, Tensor | None],
+    ) -> None:
+        spatial = len(self.shapes[node]) - 2
+        new, after = layers.activation_layer(scaling, moments, activation, spatial, self._like, self.options.layer)
         new.train(self.model.training if module is None else module.training)
-        if module is not None and self.modules.once(module):
-            self._put(node, new)
+        if module is not None and is_candidate(module):
+            _keep_frozen(new, module, module)
+        if module is not None and self.network.once(module):
+            self._put(module, new)
         else:
-            self._call(node, new, (source,))
-        self._carry[node] = after
+            self._call(node, new, (_first(node),))
+        self._scaling[node] = after
         self._row(node, module, target=type(new).__name__)
 
     def _sum(self, node: fx.Node, _: nn.Module | None) -> None:
         pair = ops.summands(node)
         if pair is None or any(self.shapes.get(n) != self.shapes[node] for n in pair) or len(self.shapes[node]) < 2:
             raise RefusedError("its summands have different shapes")
-        channels = int(self.shapes[node][1])
-        first, second = (self._carry.get(n, Carry.identity(channels)) for n in pair)
-        new, after = add_layer(first, second, self._moments(node), len(self.shapes[node]) - 2, self._like)
+        channels, spatial = int(self.shapes[node][1]), len(self.shapes[node]) - 2
+        first, second = (self._scaling.get(n, ScaleShift.identity(channels)) for n in pair)
+        new, self._scaling[node] = layers.add_layer(first, second, self._moments(node), spatial, self._like)
         self._call(node, new.train(self.model.training), pair)
-        self._carry[node] = after
         self._row(node, None, target=type(new).__name__)
 
     def _pass(self, node: fx.Node, module: nn.Module | None) -> bool:
         """Let an operation work on standardized values, if it can; whether it does."""
+        after: ScaleShift | None
         if ops.is_cat(node):
-            parts = node.args[0]
-            if not isinstance(parts, (tuple, list)) or not all(isinstance(p, fx.Node) for p in parts):
+            parts: Any = node.args[0]
+            if not all(isinstance(part, fx.Node) for part in parts):
                 return False
-            nodes = [p for p in parts if isinstance(p, fx.Node)]
-            after = joined([self._carry.get(p) for p in nodes], [int(self.shapes[p][1]) for p in nodes])
+            after = joined([self._scaling.get(p) for p in parts], [int(self.shapes[p][1]) for p in parts])
         else:
-            source = self._source(node)
-            tensors = [n for n in node.all_input_nodes if n in self._carry]
-            if source is None or tensors != [source]:
-                return not tensors
-            carry, shape = self._carry[source], self.shapes[source]
-            if functional_dropout(node):
-                self._call(node, dropout_module(node).train(self.model.training), (source,))
-                after = carry
+            before = _first(node)
+            scaled = [n for n in node.all_input_nodes if n in self._scaling]
+            if before is None or scaled != [before]:
+                return not scaled
+            after, dropout = self._scaling[before], ops.dropout_of(node)
+            if dropout is not None:
+                self._call(node, dropout.train(self.model.training), (before,))
             else:
-                found = passed(node, module, carry, shape, self.shapes.get(node))
-                if found is None:
+                after = passed(node, module, after, self.shapes[before], self.shapes.get(node))
+                if after is None:
                     return False
-                after = found
         if after is not None:
-            self._carry[node] = after
+            self._scaling[node] = after
         return True
 
     # -- what is known
 
-    def _source(self, node: fx.Node) -> fx.Node | None:
-        first = node.args[0] if node.args else node.kwargs.get("input")
-        return first if isinstance(first, fx.Node) else None
-
-    def _only_user(self, node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
-
     def _norm_affine(self, node: fx.Node) -> tuple[Tensor, Tensor] | None:
-        module = self.modules.of(node)
+        module = self.network.module(node)
         if module is None or not is_candidate(module) or not self.options.chosen(self._name(node)):
             return None
         try:
-            self.modules.check(module)
+            self.network.check(module)
             scale, shift = as_affine(module)
         except RefusedError:
             return None
         return scale.cpu(), shift.cpu()
 
-    def _inner_activation(self, module: nn.Module | None) -> Any:
-        """The activation inside of a normalization: None if there is none, False if it is not known."""
-        act = None if module is None else module._modules.get("act")
-        if act is None or type(act) is nn.Identity:
-            return None
-        drop = None if module is None else module._modules.get("drop")
-        if not ops.known_activation(act) or not (drop is None or type(drop) is nn.Identity):
-            return False
-        node = next(iter(self.graph.nodes))
-        return ops.activation_of(node, act)
-
-    def _replaceable_activation(self, node: fx.Node) -> bool:
-        module = self.modules.of(node)
-        if ops.activation_of(node, module) is None:
-            return False
-        if module is None:
-            return True
-        return self.options.chosen(self._name(node)) and not module._forward_hooks and not module._forward_pre_hooks
+    def _replaceable_activation(self, node: fx.Node) -> tuple[Activation, Tensor | None] | None:
+        module = self.network.module(node)
+        if module is not None:
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            if hooked or not self.options.chosen(self._name(node)):
+                return None
+        return ops.activation_of(node, module)
 
     def _wants(self, node: fx.Node) -> bool:
         """Whether an operation is better fed with standardized values."""
-        module = self.modules.of(node)
-        norm = self._norm_affine(node) is not None
-        if norm or ops.summands(node) is not None or ops.activation_of(node, module) is not None:
+        module = self.network.module(node)
+        activation = ops.activation_of(node, module) is not None
+        if activation or ops.summands(node) is not None or self._norm_affine(node) is not None:
             return True
         # A pooling or concatenation hands on what it gets.
-        neutral = ops.is_cat(node) or (module is not None and type(module) in HANDS_ON)
+        neutral = ops.is_cat(node) or type(module) in HANDS_ON
         return neutral and any(self._wants(user) for user in node.users)
 
     def _moments(self, node: fx.Node) -> Moments | None:
         found = self.stats.get(node.name)
         return None if found is None else Moments(found[0], found[1].sqrt())
 
-    def _moments_before(self, module: nn.Module | None) -> Moments | None:
-        """What the running statistics of a normalization say about its input."""
-        if module is None or not is_candidate(module):
-            return None
-        mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
-        if mean is None or var is None:
-            return None
-        return Moments(mean.double().cpu(), (var.double().cpu() + float(module.eps)).sqrt())  # type: ignore[arg-type]
-
     # -- edits
 
-    def _put(self, node: fx.Node, new: nn.Module) -> None:
-        """Hang a module into all places of the one that a node calls."""
-        old = self.modules.of(node)
-        for name in self.modules.names[id(old)]:
-            self._set(name, new)
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        """Hang a module into all places of another."""
+        for name in self.network.names[id(old)]:
+            parent, _, key = name.rpartition(".")
+            self.model.get_submodule(parent)._modules[key] = new
 
-    def _set(self, name: str, new: nn.Module) -> None:
-        parent, _, key = name.rpartition(".")
-        self.model.get_submodule(parent)._modules[key] = new
-
-    def _bypass(self, node: fx.Node, source: fx.Node) -> None:
+    def _bypass(self, node: fx.Node, before: fx.Node) -> None:
         """Let a node do nothing."""
-        module = self.modules.of(node)
+        module = self.network.module(node)
         self._done.add(node)
-        self._carry.setdefault(node, self._carry.get(source, Carry.identity(1)))
-        if module is not None and self.modules.once(module):
-            self._put(node, nn.Identity().train(module.training))
-            return
-        self._call(node, nn.Identity(), (source,))
+        self._scaling.setdefault(node, self._scaling.get(before, ScaleShift.identity(1)))
+        if module is not None and self.network.once(module):
+            self._put(module, nn.Identity().train(module.training))
+        else:
+            self._call(node, nn.Identity(), (before,))
 
-    def _call(self, node: fx.Node, new: nn.Module, args: tuple[fx.Node, ...]) -> None:
-        """Turn a node into the call of a new module."""
+    def _add(self, new: nn.Module) -> str:
         self.rewired = True
         self._added += 1
-        name = f"normprop_{self._added}"
-        self.model.add_module(name, new)
-        node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}
+        self.model.add_module(f"normprop_{self._added}", new)
+        return f"normprop_{self._added}"
+
+    def _call(self, node: fx.Node, new: nn.Module, args: tuple[Any, ...]) -> None:
+        """Turn a node into the call of a new module."""
+        node.op, node.target, node.args, node.kwargs = "call_module", self._add(new), args, {}
 
     def _restore_inputs(self, node: fx.Node) -> None:
         """Give an operation that stays as it is the values that the original gave it."""
-        for source in node.all_input_nodes:
-            if source in self._carry:
-                node.replace_input_with(source, self._restore(source))
+        for before in node.all_input_nodes:
+            if before in self._scaling:
+                node.replace_input_with(before, self._restore(before))
 
-    def _restore(self, source: fx.Node) -> fx.Node:
-        if source not in self._restored:
-            carry = self._carry[source]
-            self.rewired = True
-            self._added += 1
-            name = f"normprop_{self._added}"
-            spatial = len(self.shapes[source]) - 2
-            affine = ChannelAffine(spatial, self._like.dtype, scale=carry.scale, shift=carry.shift).to(
-                self._like.device
-            )
-            self.model.add_module(name, affine.train(self.model.training))
-            with self.graph.inserting_after(source):
-                self._restored[source] = self.graph.call_module(name, (source,))
-        return self._restored[source]
+    def _restore(self, value: fx.Node) -> fx.Node:
+        if value not in self._restored:
+            scaling, spatial = self._scaling[value], len(self.shapes[value]) - 2
+            affine = ChannelAffine(spatial, self._like.dtype, scale=scaling.scale, shift=scaling.shift)
+            name = self._add(affine.to(self._like.device).train(self.model.training))
+            with self.network.graph.inserting_after(value):
+                self._restored[value] = self.network.graph.call_module(name, (value,))
+        return self._restored[value]
 
     # -- report
 
     def _name(self, node: fx.Node) -> str:
         return str(node.target) if node.op == "call_module" else node.name
 
-    def _row(self, node: fx.Node, module: nn.Module | None, **fields: Any) -> None:
-        names = (node.name,) if module is None else tuple(self.modules.names[id(module)])
-        source = node.name.rstrip("_0123456789") if module is None else type(module).__name__
-        self.rows.append(ConversionRow(names[0], names, source, effect="", **fields))
+    def _row(self, node: fx.Node, *module: nn.Module | None, **fields: Any) -> None:
+        (called,) = module or (self.network.module(node),)
+        names = (node.name,) if called is None else tuple(self.network.names[id(called)])
+        kind = node.name.rstrip("_0123456789") if called is None else type(called).__name__
+        self.rows.append(ConversionRow(names[0], names, kind, effect="", **fields))
 
 
-def _trainable(new: nn.Module, linear: nn.Module, norm: nn.Module | None) -> None:
-    """Keep frozen what was frozen."""
+def _first(node: fx.Node) -> fx.Node | None:
+    """The value that an operation works on: its first argument."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, fx.Node) else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _inner_activation(module: nn.Module | None, node: fx.Node) -> tuple[Activation, Tensor | None] | None:
+    """The activation inside of a normalization, None if there is none."""
+    act, drop = (None if module is None else module._modules.get(name) for name in ("act", "drop"))
+    if act is None or type(act) is nn.Identity:
+        return None
+    if not ops.is_activation(act) or not (drop is None or type(drop) is nn.Identity):
+        raise RefusedError("its activation is not known")
+    return ops.activation_of(node, act)
+
+
+def _moments_before(module: nn.Module | None) -> Moments | None:
+    """What the running statistics of a normalization say about its input."""
+    if module is None or not is_candidate(module):
+        return None
+    mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
+    if mean is None or var is None:
+        return None
+    return Moments(mean.double().cpu(), (var.double().cpu() + float(module.eps)).sqrt())  # type: ignore[arg-type]
+
+
+def _keep_frozen(new: nn.Module, linear: nn.Module, norm: nn.Module | None) -> None:
     weight = linear._parameters.get("weight")
     if "weight" in new._parameters and weight is not None:
         new.get_parameter("weight").requires_grad_(weight.requires_grad)

@@ -117,7 +117,7 @@ def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown timm model 'resnet19'; did you mean 'resnet18'"):
         load_model("timm:resnet19")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="timm:resnet18 needs timm: pip install timm"):
+    with pytest.raises(ImportError, match=r"timm:resnet18 needs timm: pip install 'flexnorm\[timm\]'"):
         load_model("timm:resnet18")
 
 

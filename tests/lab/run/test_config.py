@@ -6,7 +6,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexnorm.lab.run import NORMS, OPTIMS, SCHEDULES, Config, load_config, load_variants
+from flexnorm.lab.models import norm_names
+from flexnorm.lab.run import OPTIMS, SCHEDULES, Config, load_config, load_variants
 
 configs = st.fixed_dictionaries(
     {},
@@ -14,8 +15,10 @@ configs = st.fixed_dictionaries(
         "limit": st.none() | st.integers(1, 100),
         "model": st.sampled_from(["convnet", "resnet8"]),
         "model_args": st.dictionaries(st.sampled_from(["width"]), st.integers(1, 9)),
-        "norms": st.lists(st.sampled_from(NORMS), min_size=1, unique=True),
-        "norm_args": st.dictionaries(st.sampled_from(NORMS), st.dictionaries(st.just("momentum"), st.floats(0, 1))),
+        "norms": st.lists(st.sampled_from(norm_names()), min_size=1, unique=True),
+        "norm_args": st.dictionaries(
+            st.sampled_from(norm_names()), st.dictionaries(st.just("momentum"), st.floats(0, 1))
+        ),
         "optims": st.dictionaries(
             st.sampled_from(list(OPTIMS)), st.dictionaries(st.just("lr"), st.floats(1e-3, 1)), min_size=1
         ),

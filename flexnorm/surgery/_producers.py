@@ -1,0 +1,184 @@
+"""Which linear map feeds which normalization, and nothing else: by tracing, or by watching one forward pass.
+
+A normalization may be folded into a linear map only if the map's output goes into it and nowhere else, and if each of
+the two is used once. Both ways establish that; tracing needs no input, watching needs no traceable model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexnorm.engine import FlexNorm
+from flexnorm.nn import NormPropUnits
+from flexnorm.probe import call, isolated, tensors
+from flexnorm.surgery._reading import is_candidate
+
+__all__ = ["LINEAR", "Edges", "executed", "traced"]
+
+LINEAR = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+@dataclass
+class Edges:
+    """What feeds the normalizations of a model.
+
+    Attributes:
+        into: Linear map that feeds a normalization and nothing else, by the ``id`` of the normalization.
+        reasons: Why a normalization has none, by ``id``.
+        axes: Numbers of axes of the inputs, by ``id``; empty where they were not seen.
+    """
+
+    into: dict[int, nn.Module] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    axes: dict[int, set[int]] = field(default_factory=dict)
+
+
+class _Tracer(fx.Tracer):
+    """Keeps normalizations and the layers of this package in one piece."""
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        if is_candidate(m) or isinstance(m, (*LINEAR, FlexNorm, NormPropUnits)):
+            return True
+        return bool(super().is_leaf_module(m, qualified_name))
+
+
+def traced(model: nn.Module) -> Edges:
+    """Find the edges by ``torch.fx``, in evaluation mode.
+
+    Raises:
+        Exception: Whatever the model raises when it is traced.
+    """
+    with isolated(model, 0):
+        model.eval()
+        graph = _Tracer().trace(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    called = {node: modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
+    calls = Counter(id(module) for module in called.values())
+    borrowed = {id(_attribute(model, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    edges = Edges()
+    for node, norm in called.items():
+        if not is_candidate(norm):
+            continue
+        before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        users = 1
+        while isinstance(before, fx.Node) and before in called and type(called[before]) is nn.Identity:
+            users = max(users, len(before.users))
+            before = before.args[0]
+        producer = called.get(before) if isinstance(before, fx.Node) else None
+        if calls[id(norm)] > 1:
+            edges.reasons[id(norm)] = "used more than once"
+        elif not isinstance(producer, LINEAR) or not isinstance(before, fx.Node):
+            edges.reasons[id(norm)] = "no convolution or linear map directly before it"
+        elif max(users, len(before.users)) > 1:
+            edges.reasons[id(norm)] = "the output of the linear map before it is used elsewhere too"
+        elif calls[id(producer)] > 1:
+            edges.reasons[id(norm)] = "the linear map before it is used more than once"
+        elif any(id(p) in borrowed for p in producer.parameters()):
+            edges.reasons[id(norm)] = "the weight of the linear map before it is used elsewhere too"
+        else:
+            edges.into[id(norm)] = producer
+    return edges
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    value: Any = model
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@dataclass
+class _Output:
+    """An output of a linear map; the tensor is held so that its id stays its own."""
+
+    producer: nn.Module
+    tensor: Tensor
+    consumers: list[nn.Module] = field(default_factory=list)
+    used_elsewhere: bool = False
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation that reads the output of a linear map outside the normalization that it feeds."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.outputs: dict[int, _Output] = {}
+        self.inside: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tensors((args, kwargs or {})):
+            output = self.outputs.get(id(value))
+            if output is not None and id(value) not in self.inside:
+                output.used_elsewhere = True
+        return func(*args, **(kwargs or {}))
+
+
+def executed(model: nn.Module, example_input: Any) -> Edges:
+    """Find the edges by watching one forward pass in evaluation mode."""
+    watch, edges = _Watch(), Edges()
+    calls: Counter[int] = Counter()
+    inputs: dict[int, _Output | None] = {}
+
+    def after_linear(module: nn.Module, _: Any, output: Any) -> None:
+        calls[id(module)] += 1
+        watch.outputs[id(output)] = _Output(module, output)
+
+    def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[id(module)] += 1
+        x = args[0] if args else None
+        edges.axes.setdefault(id(module), set()).add(x.dim() if isinstance(x, Tensor) else -1)
+        inputs[id(module)] = output = watch.outputs.get(id(x))
+        if output is not None:
+            output.consumers.append(module)
+        watch.inside.append(id(x))
+
+    def after_norm(*_: Any) -> None:
+        watch.inside.pop()
+
+    handles: list[Any] = []
+    register: Callable[[Any], None] = handles.append
+    norms = [module for module in model.modules() if is_candidate(module)]
+    try:
+        for module in model.modules():
+            if isinstance(module, LINEAR):
+                register(module.register_forward_hook(after_linear))
+        for module in norms:
+            register(module.register_forward_pre_hook(before_norm))
+            register(module.register_forward_hook(after_norm))
+        with isolated(model, 0), torch.no_grad():
+            model.eval()
+            with watch:
+                returned = {id(t) for t in tensors(call(model, example_input))}
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm in norms:
+        output = inputs.get(id(norm))
+        if not calls[id(norm)]:
+            edges.reasons[id(norm)] = "not reached in evaluation"
+        elif calls[id(norm)] > 1:
+            edges.reasons[id(norm)] = "used more than once"
+        elif output is None:
+            edges.reasons[id(norm)] = "no convolution or linear map directly before it"
+        elif output.used_elsewhere or len(output.consumers) > 1 or id(output.tensor) in returned:
+            edges.reasons[id(norm)] = "the output of the linear map before it is used elsewhere too"
+        elif calls[id(output.producer)] > 1:
+            edges.reasons[id(norm)] = "the linear map before it is used more than once"
+        else:
+            edges.into[id(norm)] = output.producer
+    return edges

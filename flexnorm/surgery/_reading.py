@@ -1,0 +1,219 @@
+"""What a normalization layer is, read off the module: its norm, spatial axes and constructor arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
+from flexnorm.nn import TORCH_LAYERS, NormPropUnits, is_norm, norm_class
+from flexnorm.probe import call, isolated, unwrap
+from flexnorm.statistics import Frozen, is_frozen
+from flexnorm.surgery._act import ThenAct
+
+# timm's and torchvision's layers, known by name and shape so that neither has to be imported.
+WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
+BUFFERS_ONLY = ("FrozenBatchNormAct2d", "FrozenBatchNorm2d")
+
+_HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "reset_running_stats"})
+_SPATIAL = re.compile(r"(?:Conv|NormProp).*([123])d$")
+
+
+class RefusedError(Exception):
+    """A layer cannot be converted; the text says why, for the report."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A normalization layer, read.
+
+    Attributes:
+        module: The layer.
+        norm: What declares and computes the same: the layer itself if it is of this package, else a layer of this
+            package on the meta device.
+        ndim: Number of spatial axes (1 also stands for none), or ``None`` if the layer takes any.
+        config: Constructor arguments of the norm's own layer, as far as they are known.
+        frozen: Whether the statistics are frozen.
+        origin: Class to restore on the way back, for layers of other packages.
+        tables: Parameters whose shape changes on the way: their values per channel.
+        notes: What a report should say about the layer.
+    """
+
+    module: nn.Module
+    norm: Norm
+    ndim: int | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+    origin: type[nn.Module] | None = None
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the layer has running statistics."""
+        return self.module._buffers.get("running_mean") is not None
+
+
+def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
+    """Norm name and spatial axes (``None`` for any) of a declared layer class or one of torch's."""
+    if issubclass(cls, Norm):
+        axes = cls.spatial()
+        known = cls in NORMS.get(cls.norm_name, {}).values()
+        return (cls.norm_name, axes[0] if len(axes) == 1 else None) if known else None
+    for name, classes in TORCH_LAYERS.items():
+        if cls in classes:
+            return name, classes.index(cls) + 1 if cls in classes[:3] and len(classes) > 1 else None
+    return None
+
+
+def blank(name: str, ndim: int | None, features: int, config: Mapping[str, Any]) -> Norm:
+    """A layer of that norm as the constructor leaves it, without memory."""
+    with torch.device("meta"):
+        return norm_class(name, ndim).build(features, **config)
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether a conversion has something to say about the module."""
+    return is_norm(module) or _buffers_only(module)
+
+
+def _buffers_only(module: nn.Module) -> bool:
+    wanted = {"weight", "bias", "running_mean", "running_var"}
+    return type(module).__name__ in BUFFERS_ONLY and wanted <= set(module._buffers)
+
+
+def read(module: nn.Module) -> Source:
+    """Read a normalization layer.
+
+    Raises:
+        RefusedError: If it cannot be replaced without changing more than the normalization; the text says why.
+    """
+    _refuse_what_is_more(module)
+    frozen = is_frozen(module)
+    config: dict[str, Any]
+    if _buffers_only(module):
+        config = {"eps": module.eps, "affine": True, "track_running_stats": True}
+        norm = blank("batch", 2, module.get_buffer("weight").numel(), config)
+        return Source(module, _frozen(norm), 2, config, True, type(module), notes=("statistics frozen",))
+    known, name, ndim, origin = _known_class(type(module))
+    if known in (nn.LayerNorm, nn.RMSNorm):
+        return _read_last_axes(module, name)
+    arguments = constructor_arguments(known) - {"num_features", "num_channels", "bias"}
+    config = {argument: getattr(module, argument) for argument in arguments if hasattr(module, argument)}
+    if isinstance(module, Norm):
+        return Source(module, module, ndim, config, frozen, getattr(module, "_origin", None))
+    if bool(getattr(module, "track_running_stats", False)) != (module._buffers.get("running_mean") is not None):
+        raise RefusedError("track_running_stats was changed after construction and does not agree with the buffers")
+    if "process_group" in config and config["process_group"] is None:
+        config["process_group"] = "world"
+    features: Any = module.num_channels if known is nn.GroupNorm else module.num_features
+    norm = blank(name, ndim, features, config)
+    above = type(module).__mro__[: type(module).__mro__.index(known)]
+    own = [c for c in above if not issubclass(c, (Frozen, ThenAct)) and c is not origin and c.__name__ not in WITH_ACT]
+    notes = (f"subclass {own[0].__name__} of {known.__name__}",) if own else ()
+    return Source(module, _frozen(norm) if frozen else norm, ndim, config, frozen, origin, notes=notes)
+
+
+def _frozen(norm: Norm) -> Norm:
+    assert isinstance(norm, FlexNorm)
+    return norm.freeze()
+
+
+def _refuse_what_is_more(module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin):
+        raise RefusedError("lazy: its number of channels is not known yet; run one batch through the model first")
+    if parametrize.is_parametrized(module):
+        raise RefusedError("parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations first")
+    if "forward" in module.__dict__:
+        raise RefusedError("its forward was replaced on the instance")
+    if isinstance(module, NormPropUnits):
+        raise RefusedError("Normalization Propagation: linear map and normalization are one layer; see fold()")
+    if isinstance(module, nn.LocalResponseNorm):
+        raise RefusedError("local response normalization divides by a window of neighbouring channels")
+    for name in ("weight", "bias"):
+        if name in module.__dict__:
+            raise RefusedError(
+                f"its {name} is computed by a hook (weight_norm, spectral_norm or pruning); remove that first"
+            )
+
+
+def _known_class(cls: type[nn.Module]) -> tuple[type[nn.Module], str, int | None, type[nn.Module] | None]:
+    """The class that ``cls`` is or only decorates, its norm and axes, and a class to restore on the way back."""
+    origin = cls if cls.__name__ in WITH_ACT and not issubclass(cls, (ThenAct, FlexNorm)) else None
+    for base in cls.__mro__:
+        if issubclass(base, nn.Module) and (found := name_of(base)):
+            return base, *found, origin
+        if issubclass(base, (Frozen, ThenAct)) or base.__name__ in WITH_ACT:
+            continue
+        overridden = sorted(
+            name
+            for name, value in base.__dict__.items()
+            if callable(value) and name not in _HARMLESS and name[:2] != "__"
+        )
+        if overridden:
+            raise RefusedError(f"{base.__name__} is a subclass with its own {', '.join(overridden)}")
+        if base is nn.Module:
+            break
+    raise RefusedError(f"{cls.__name__} is no layer that convert() knows; pass a function (module) -> module as `to`")
+
+
+def _read_last_axes(module: nn.Module, name: str) -> Source:
+    """``nn.LayerNorm`` and ``nn.RMSNorm``, which normalize the last axes, where these are channels and positions."""
+    shape: tuple[int, ...] = tuple(module.normalized_shape)  # type: ignore[arg-type]
+    if len(shape) > 4:
+        raise RefusedError(f"normalizes {len(shape)} axes; the layers here take channels and up to 3 spatial axes")
+    tables: dict[str, Tensor] = {}
+    for key in ("weight", "bias"):
+        value = module._parameters.get(key)
+        if value is None or len(shape) == 1:
+            continue
+        table = value.detach().flatten(1)
+        if not torch.equal(table, table[:, :1].expand_as(table)):
+            raise RefusedError(f"its {key} differs from position to position, the layers here have one per channel")
+        tables[key] = table[:, 0].clone()
+    notes = (f"parameters {shape} become ({shape[0]},)",) if tables else ()
+    eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
+    config = {"eps": eps, "affine": bool(module.elementwise_affine)}
+    # (C,) on the last axis is (N, C) only where the input has two axes; ndim 0 says so to the conversion.
+    ndim = len(shape) - 1
+    return Source(module, blank(name, ndim, shape[0], config), ndim, config, tables=tables, notes=notes)
+
+
+def axes_of(model: nn.Module, modules: Iterable[nn.Module], example_input: Any) -> dict[int, set[int]]:
+    """Numbers of axes of the inputs that reach each module (by ``id``) in evaluation; the model is not changed."""
+    seen: dict[int, set[int]] = {}
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            seen.setdefault(id(module), set()).add(inputs[0].dim())
+
+    inner = unwrap(model)
+    handles = [module.register_forward_pre_hook(look) for module in modules]
+    try:
+        with isolated(inner, 0):
+            inner.eval()
+            call(inner, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def common_ndim(model: nn.Module) -> int | None:
+    """The number of spatial axes on which all convolutions of the model agree; 1 for linear maps without any."""
+    found = {
+        int(match[1])
+        for module in model.modules()
+        if type(module).__module__.startswith(("torch.nn", "flexnorm"))
+        if (match := _SPATIAL.match(type(module).__name__))
+    }
+    if not found and any(isinstance(module, nn.Linear) for module in model.modules()):
+        return 1
+    return found.pop() if len(found) == 1 else None

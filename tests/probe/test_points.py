@@ -1,0 +1,52 @@
+"""From a layer's output to points: which axis, which rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flexnorm.probe import channel_axis, take_points
+from flexnorm.probe.points import chosen_rows
+
+
+@pytest.mark.parametrize(
+    ("layer", "axis"),
+    [
+        (nn.Linear(2, 3), -1),
+        (nn.Embedding(2, 3), -1),
+        (nn.LayerNorm(3), -1),
+        (nn.LayerNorm((3, 4, 4)), 1),
+        (nn.RMSNorm(3), -1),
+        (nn.Conv2d(1, 1, 1), 1),
+        (nn.BatchNorm1d(3), 1),
+    ],
+)
+def test_the_axis_of_the_channels(layer: nn.Module, axis: int) -> None:
+    assert channel_axis(layer) == axis
+
+
+def test_positions_and_images() -> None:
+    output = torch.arange(24.0).reshape(2, 3, 2, 2)
+    positions = take_points(output, 1, "position")
+    assert torch.equal(positions, output.movedim(1, -1).reshape(8, 3))
+    assert torch.equal(take_points(output.movedim(1, -1), -1, "position"), positions)
+    assert torch.equal(take_points(output, 1, "image"), output.flatten(1))
+    assert take_points(output.half(), 1, "image").dtype == torch.float32
+    output.zero_()
+    assert positions.any(), "a copy"
+
+
+def test_a_subset_is_fixed_by_layer_seed_and_number() -> None:
+    output = torch.randn(40, 3, 5)
+    state = torch.get_rng_state()
+    few = take_points(output, 1, "position", limit=16, layer="a", seed=1)
+    assert few.shape == (16, 3)
+    assert torch.equal(few, take_points(output.clone(), 1, "position", limit=16, layer="a", seed=1))
+    assert not torch.equal(few, take_points(output, 1, "position", limit=16, layer="b", seed=1))
+    assert not torch.equal(few, take_points(output, 1, "position", limit=16, layer="a", seed=2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert chosen_rows(5, 9, "a", 0).tolist() == list(range(5))
+    rows = chosen_rows(100, 10, "a", 0)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert len(rows) == 10
