@@ -112,18 +112,19 @@ def constructor_arguments(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names of a layer's constructor arguments, those behind its ``**kwargs`` included.
 
     Args:
-        cls: A class of layers.
+        cls: A class of layers. Behind ``**kwargs`` are the arguments of the class above; only the keyword-only ones if
+            they are typed (``**kwargs: Unpack[...]``).
     """
     names: set[str] = set()
-    through = False
+    kinds = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
     for base in cls.__mro__:
         if "__init__" not in base.__dict__ or base in (nn.Module, object):
             continue
         parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
-        # Behind **kwargs are the keyword-only arguments of the class above.
-        kinds = {inspect.Parameter.KEYWORD_ONLY} | (set() if through else {inspect.Parameter.POSITIONAL_OR_KEYWORD})
         names.update(p.name for p in parameters if p.kind in kinds)
-        through = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not through:
+        keywords = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        if keywords is None:
             break
+        if "Unpack" in str(keywords.annotation):
+            kinds = {inspect.Parameter.KEYWORD_ONLY}
     return frozenset(names - {"self"})

@@ -23,7 +23,7 @@ WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
 BUFFERS_ONLY = ("FrozenBatchNormAct2d", "FrozenBatchNorm2d")
 
 _HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "reset_running_stats"})
-_SPATIAL = re.compile(r"(Conv|ConvTranspose|Pool|Norm|Propagation).*([123])d$")
+_SPATIAL = re.compile(r"(?:Conv|NormProp).*([123])d$")
 
 
 class RefusedError(Exception):
@@ -207,9 +207,9 @@ def axes_of(model: nn.Module, modules: Iterable[nn.Module], example_input: Any) 
 
 
 def common_ndim(model: nn.Module) -> int | None:
-    """The number of spatial axes on which all convolutions, poolings and normalizations of the model agree."""
+    """The number of spatial axes on which all convolutions of the model agree; 1 for linear maps without any."""
     found = {
-        int(match[2])
+        int(match[1])
         for module in model.modules()
         if type(module).__module__.startswith(("torch.nn", "flexnorm"))
         if (match := _SPATIAL.match(type(module).__name__))

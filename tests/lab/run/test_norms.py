@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from norm_options import OPTIONS, OTHER, declared_for_now
 
-from flexnorm import FlexNorm
-from flexnorm.engine import declaration
+from flexnorm.engine import FlexNorm, Norm
 from flexnorm.lab.models import norm_names
 from flexnorm.lab.profile import profile
 from flexnorm.lab.run import Config, compare
@@ -18,24 +18,25 @@ from flexnorm.nn import UnitizedBatchNorm2d
 def half():
     """A norm of our own, declared for the time of a test."""
 
-    class HalfNorm2d(FlexNorm):
-        """Divide by the batch's standard deviation to some power."""
+    with declared_for_now():
 
-        ndims = (4,)
-        norm_name = "half"
-        options = ("eps", "power")
+        class HalfNorm2d(FlexNorm):
+            """Divide by the batch's standard deviation to some power."""
 
-        def __init__(self, num_features, power=0.5, **kwargs):
-            super().__init__(num_features, **kwargs)
-            self.power = power
+            ndims = (4,)
+            norm_name = "half"
+            options = ("eps", "power")
 
-        def rule(self, moments):
-            mean, var = self.batch_or_running(moments)
-            scale = self.weight * (var + self.eps).pow(-self.power / 2)
-            return scale, self.bias - scale * mean
+            def __init__(self, num_features, power=0.5, **kwargs):
+                super().__init__(num_features, **kwargs)
+                self.power = power
 
-    yield HalfNorm2d
-    declaration._CLASSES.pop("half")
+            def rule(self, moments):
+                mean, var = self.batch_or_running(moments)
+                scale = self.weight * (var + self.eps).pow(-self.power / 2)
+                return scale, self.bias - scale * mean
+
+        yield HalfNorm2d
 
 
 @pytest.mark.parametrize("option", ["unit_norm", "norm"])
@@ -43,6 +44,13 @@ def test_options_of_a_norm_from_a_config(small, images, option):
     config = Config.from_dict({**small.as_dict(), "norms": ["unitized"], "norm_args": {"unitized": {option: "rms"}}})
     model = build_model(config, images, "unitized")
     assert {m.unit_norm for m in model.modules() if isinstance(m, UnitizedBatchNorm2d)} == {"rms"}
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_every_option_that_a_norm_declares_from_a_config(small, images, name, option):
+    config = dataclasses.replace(small, norms=(name,), norm_args={name: {option: OTHER[option]}})
+    layers = [m for m in build_model(config, images, name).modules() if isinstance(m, Norm)]
+    assert {getattr(layer, option) for layer in layers} == {OTHER[option]}
 
 
 def test_a_norm_declared_elsewhere_is_compared_and_profiled(small, images, tmp_path, half):
