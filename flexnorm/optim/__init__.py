@@ -3,7 +3,7 @@
 from flexnorm.optim.adamg import AdamG, adamg
 from flexnorm.optim.batch_noise import BatchNoise
 from flexnorm.optim.diagnostics import SphereMonitor, StepStats
-from flexnorm.optim.gamma_decay import DecayRow, GammaDecay
+from flexnorm.optim.gamma_decay import GammaDecay
 from flexnorm.optim.groups import ParamGroups, param_groups
 from flexnorm.optim.invariance import InvarianceReport, WeightReport, scale_invariant_weights
 from flexnorm.optim.projected import SGDP, AdamP
@@ -16,7 +16,6 @@ __all__ = [
     "AdamG",
     "AdamP",
     "BatchNoise",
-    "DecayRow",
     "GammaDecay",
     "InvarianceReport",
     "ParamGroups",

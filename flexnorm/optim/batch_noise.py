@@ -1,15 +1,9 @@
-"""BN emulated as population normalization plus the noise of batch statistics.
-
-After Luo et al. 2019, Sec. 2. Noise that is independent of the sample must be compensated: ``E[1/sigma_B] >
-1/sigma_P``, so that dividing by an independent sigma_B inflates the output; at M = 32 and Gaussian values
-``E[1/sigma_B^2] - 1 = 3/(M - 3) = 0.10``, six times the ``1/(2M)`` that is to be imitated. A batch's own statistics do
-not inflate: their samples are in them. Here the factor is divided by its mean, so that the noise leaves the expected
-output as it is and Eq. 3 holds.
-"""
+"""BatchNoise: BN emulated as population normalization plus the noise of batch statistics (Luo et al. 2019, Sec. 2)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,93 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.probe import Selection
-from flexnorm.probe.capture import batch_norm_layers
-from flexnorm.theory.regularization.strength import LayerStrength
-from flexnorm.theory.regularization.zeta import statistics_noise
-
-__all__ = ["BatchNoise", "inverse_std_bias", "sample_noise"]
-
-DISTRIBUTIONS: tuple[str, ...] = ("chi", "gaussian")
-
-
-def inverse_std_bias(batch_size: float, kurtosis: float = 0.0) -> float:
-    """Return ``E[1/sigma_B] sigma_P - 1``, the first-order inflation that uncompensated independent noise causes.
-
-    For the gamma distribution of ``sigma_B^2`` with the mean and the variance ``(rho + 2)/M`` that the batch variance
-    has to leading order; about ``3 (rho + 2)/(8 M)``.
-
-    Args:
-        batch_size: M, large enough for the variance ``(rho + 2)/M`` of ``sigma_B^2`` to be below 1.
-        kurtosis: Excess kurtosis.
-
-    Raises:
-        ValueError: If the batch is too small for the moments to exist.
-
-    Examples:
-        >>> round(inverse_std_bias(32), 4)
-        0.0242
-    """
-    return float(_mean_inverse(torch.tensor(_shape(batch_size, kurtosis + 2.0), dtype=torch.float64))) - 1.0
-
-
-def _shape(batch_size: float, square_variance: float) -> float:
-    statistics_noise(batch_size)
-    shape = batch_size / max(square_variance, 1e-6)
-    if shape <= 1.0:
-        raise ValueError(
-            f"batch_size {batch_size} is too small: the relative variance of the batch variance is {1 / shape:.3g}, "
-            "not below 1"
-        )
-    return shape
-
-
-def _mean_inverse(shape: Tensor) -> Tensor:
-    """E[s^(-1/2)] for s ~ Gamma(shape) / shape."""
-    return (torch.lgamma(shape - 0.5) - torch.lgamma(shape)).exp() * shape.sqrt()
-
-
-def sample_noise(
-    mean_variance: Tensor,
-    square_variance: Tensor,
-    batch_size: float,
-    *,
-    distribution: str = "chi",
-    compensate: bool = True,
-    rows: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Draw the factor r and the shift s of ``u -> r u + s``: what the statistics of an independent batch do to u.
-
-    Args:
-        mean_variance: V(m) of every channel, (C,): 1 for inputs (N, C).
-        square_variance: V(q), (C,): ``rho + 2`` for inputs (N, C).
-        batch_size: M.
-        distribution: ``"chi"``: ``r = sigma_P / sigma_B`` with ``sigma_B^2`` gamma distributed (exactly that of
-            Gaussian values up to the degrees of freedom M for M - 1) and ``s = -a r``. ``"gaussian"``: the expansion
-            itself, ``r = 1 - b``, ``s = -a``.
-        compensate: Whether r is divided by its mean (``"gaussian"`` has mean 1 as it is).
-        rows: Number of independent draws.
-
-    Returns:
-        r and s, (rows, C) each, from torch's global random state.
-
-    Raises:
-        ValueError: For an unknown distribution or a batch that is too small.
-    """
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(unknown_name("distribution", distribution, DISTRIBUTIONS))
-    size = (rows, mean_variance.numel())
-    a = torch.randn(size, dtype=mean_variance.dtype, device=mean_variance.device) * (mean_variance / batch_size).sqrt()
-    if distribution == "gaussian":
-        b = torch.randn(size, dtype=a.dtype, device=a.device) * (square_variance / (4.0 * batch_size)).sqrt()
-        return 1.0 - b, -a
-    _shape(batch_size, float(square_variance.max()))
-    shape = batch_size / square_variance.clamp_min(1e-6)
-    s = torch.distributions.Gamma(shape, shape).sample((rows,))
-    r = s.rsqrt()
-    if compensate:
-        r = r / _mean_inverse(shape)
-    return r, -a * r
+from flexnorm.probe import Selection, batch_norm_layers
+from flexnorm.theory.regularization import DISTRIBUTIONS, LayerStrength, sample_noise, statistics_noise
 
 
 class BatchNoise:
@@ -122,8 +31,8 @@ class BatchNoise:
             noise for images.
         mean: Whether the batch mean is imitated.
         variance: Whether the batch variance is imitated.
-        distribution: See `sample_noise`.
-        compensate: See `sample_noise`; False shows the bias that the compensation removes.
+        distribution: See :func:`flexnorm.theory.regularization.sample_noise`.
+        compensate: See there; False shows the bias that the compensation removes.
         per: ``"batch"``: one draw per forward for all images, as in BN. ``"image"``: one draw per image, the same mean
             loss with less noise in the gradient.
 
@@ -156,33 +65,30 @@ class BatchNoise:
         self._options: dict[str, Any] = {"distribution": distribution, "compensate": compensate}
         self._mean, self._variance, self._per = mean, variance, per
         self._strengths = dict(strengths or {})
-        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in found.items()]
+        self._handles = [module.register_forward_hook(partial(self._hook, name)) for name, module in found.items()]
 
-    def _hook(self, name: str) -> Any:
-        def add(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return self._noisy(name, module, output) if module.training else output
-
-        return add
+    def _hook(self, name: str, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._noisy(name, module, output) if module.training else output
 
     def _noisy(self, name: str, module: nn.Module, y: Tensor) -> Tensor:
-        channels = y.shape[1]
         known = self._strengths.get(name)
-        ones = torch.ones(channels, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
-        mean_variance = ones if known is None else known.mean_variance.to(ones)
-        square_variance = 2.0 * ones if known is None else known.square_variance.to(ones)
+        ones = torch.ones(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
         r, s = sample_noise(
-            mean_variance * float(self._mean),
-            square_variance,
+            (ones if known is None else known.mean_variance.to(ones)) * float(self._mean),
+            2.0 * ones if known is None else known.square_variance.to(ones),
             self.batch_size,
             rows=len(y) if self._per == "image" else 1,
             **self._options,
         )
         if not self._variance:
             s, r = s / r, torch.ones_like(r)
-        table = (r.shape[0], channels) + (1,) * (y.dim() - 2)
-        beta = _vector(module, "bias", y, 0.0)
-        gamma = _vector(module, "weight", y, 1.0)
-        return beta + (y - beta) * r.to(y.dtype).view(table) + gamma * s.to(y.dtype).view(table)
+
+        def table(values: Tensor) -> Tensor:
+            return values.view(-1, y.shape[1], *(1,) * (y.dim() - 2))
+
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        gamma, beta = 1.0 if weight is None else table(weight), 0.0 if bias is None else table(bias)
+        return beta + (y - beta) * table(r.to(y.dtype)) + gamma * table(s.to(y.dtype))
 
     def remove(self) -> None:
         """Take the noise off again."""
@@ -195,11 +101,3 @@ class BatchNoise:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.remove()
-
-
-def _vector(module: nn.Module, name: str, like: Tensor, default: float) -> Tensor:
-    value = getattr(module, name, None)
-    if value is None:
-        return torch.full((1,), default, dtype=like.dtype, device=like.device).view((1,) * like.dim())
-    vector: Tensor = value
-    return vector.view((1, -1) + (1,) * (like.dim() - 2))

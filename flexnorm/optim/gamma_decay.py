@@ -6,39 +6,14 @@ step (no gradient flows through it), so the penalty pulls on gamma alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.probe import Selection
-from flexnorm.probe.capture import Loss, batch_norm_layers, capture
-from flexnorm.theory.regularization.strength import layer_strength
-from flexnorm.theory.regularization.zeta import statistics_noise
-
-__all__ = ["DecayRow", "GammaDecay"]
-
-
-@dataclass(frozen=True)
-class DecayRow:
-    """One layer of `GammaDecay.report`.
-
-    Attributes:
-        layer: Its name.
-        channels: Number of channels.
-        zeta: Mean of zeta over the channels.
-        zeta_max: Largest zeta of a channel.
-        gamma_squared: Mean of gamma^2 over the channels.
-        penalty: ``sum(zeta gamma^2)``: what the layer adds to the loss.
-    """
-
-    layer: str
-    channels: int
-    zeta: float
-    zeta_max: float
-    gamma_squared: float
-    penalty: float
+from flexnorm.engine import active_group
+from flexnorm.probe import Loss, Selection, batch_norm_layers, capture
+from flexnorm.theory.regularization import DecayRow, layer_strength, statistics_noise
 
 
 class GammaDecay:
@@ -98,9 +73,10 @@ class GammaDecay:
             raise ValueError(f"coefficient must not be negative, got {coefficient}")
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"momentum must lie in (0, 1], got {momentum}")
-        found = batch_norm_layers(model, layers)
         self._scales: dict[str, nn.Parameter] = {
-            name: module.weight for name, module in found.items() if isinstance(module.weight, nn.Parameter)
+            name: module.weight
+            for name, module in batch_norm_layers(model, layers).items()
+            if isinstance(module.weight, nn.Parameter)
         }
         if not self._scales:
             raise ValueError(
@@ -134,12 +110,13 @@ class GammaDecay:
         tables = capture(self.model, inputs, self.loss, targets, layers=list(self._scales), generator=generator)
         new: dict[str, Tensor] = {}
         for table in tables:
-            strength = layer_strength(table)
-            name = table.name.split("#")[0]  # every call of a shared layer adds noise of its own
-            total = strength.mean_part + strength.std_part + strength.cross_part
-            new[name] = new[name] + total if name in new else total
+            name, total = table.name.split("#")[0], layer_strength(table).total
+            new[name] = new[name] + total if name in new else total  # each call of a shared layer adds its own noise
+        group = active_group()
         for name, value in new.items():
-            value = _across_processes(value)
+            if group is not None:
+                torch.distributed.all_reduce(value, group=group)
+                value /= torch.distributed.get_world_size(group)
             old = self._average.get(name)
             kept = 0.0 if old is None else (1.0 - self.momentum) * old.to(value)
             self._average[name] = self.momentum * value + kept
@@ -152,9 +129,8 @@ class GammaDecay:
             RuntimeError: If it is adaptive and `update` was never called.
         """
         if not isinstance(self.coefficient, str):
-            return {
-                name: torch.full_like(scale, float(self.coefficient)).detach() for name, scale in self._scales.items()
-            }
+            constant = float(self.coefficient)
+            return {name: torch.full_like(scale.detach(), constant) for name, scale in self._scales.items()}
         if self.updates == 0:
             raise RuntimeError("adaptive gamma decay knows no zeta yet: call update(inputs) on a batch first")
         correction = 1.0 - (1.0 - self.momentum) ** self.updates
@@ -197,20 +173,7 @@ class GammaDecay:
         Raises:
             RuntimeError: As `zeta`.
         """
-        rows = []
-        for name, zeta in self.zeta().items():
-            square = self._scales[name].detach().square()
-            rows.append(
-                DecayRow(
-                    name,
-                    zeta.numel(),
-                    float(zeta.mean()),
-                    float(zeta.max()),
-                    float(square.mean()),
-                    float((zeta * square).sum()),
-                )
-            )
-        return rows
+        return [DecayRow.of(name, zeta, self._scales[name].detach()) for name, zeta in self.zeta().items()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moving averages and their count: tensors and numbers only, copies."""
@@ -229,11 +192,3 @@ class GammaDecay:
                 )
         self.updates = int(state["updates"])
         self._average = {name: value.clone() for name, value in state["average"].items()}
-
-
-def _across_processes(value: Tensor) -> Tensor:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(value)
-        value /= distributed.get_world_size()
-    return value

@@ -8,18 +8,16 @@ accounted for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.nn import norm_of
+from flexnorm.probe.isolate import isolated
 from flexnorm.probe.select import Selection, select
-
-__all__ = ["CURVED_LOSSES", "ImageTables", "Loss", "batch_norm_layers", "capture"]
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 """A name of `CURVED_LOSSES` (Gauss-Newton curvature, no labels needed), or ``loss(outputs, targets)`` returning the
@@ -57,8 +55,7 @@ outputs: ``cross_entropy`` of logits (N, K) or (N, K, *), averaged over ``*``; `
 ``mse``, averaged over all outputs of an image; ``squared`` and ``half_squared`` errors, summed over them."""
 
 
-@dataclass(frozen=True)
-class ImageTables:
+class ImageTables(NamedTuple):
     """One call of one layer. All tensors have shape (N, C), detached.
 
     Attributes:
@@ -80,8 +77,8 @@ class ImageTables:
 def batch_norm_layers(model: nn.Module, layers: Selection | None = None) -> dict[str, nn.Module]:
     """Return the layers that standardize every channel by statistics of a batch or of the population, by name.
 
-    These are torch's BatchNorm (SyncBatchNorm included) and this package's batch, population and unitized layers:
-    normalization layers that keep running statistics, instance normalization excepted. Each module is listed once.
+    These are torch's BatchNorm (SyncBatchNorm included) and this package's norms whose ``statistics_from`` is
+    ``"batch"`` or ``"population"``. Each module is listed once.
 
     Args:
         model: Any model.
@@ -90,6 +87,8 @@ def batch_norm_layers(model: nn.Module, layers: Selection | None = None) -> dict
     Raises:
         ValueError: If a name or pattern fits no such layer.
     """
+    from flexnorm.nn import norm_of  # here, not above: the layers bring in the compiler
+
     found = {
         name: module
         for name, module in model.named_modules()
@@ -134,71 +133,37 @@ def capture(
     if not isinstance(loss, str) and targets is None:
         raise ValueError("a callable loss needs targets; give them, or name the loss to use its curvature instead")
     seen: list[tuple[str, Tensor, Tensor]] = []
-    with evaluation(model), _taps(chosen, seen), torch.enable_grad():
-        outputs = model(inputs)
-        total = _total(outputs, loss, targets, generator)
-        gradients = torch.autograd.grad(total, [y for _, _, y in seen], allow_unused=True)
-    tables = []
-    for (name, x, y), gradient in zip(seen, gradients, strict=True):
-        g = torch.zeros_like(y) if gradient is None else gradient
-        tables.append(_reduce(name, x.detach(), g.detach()))
-    return tables
-
-
-def _total(outputs: Tensor, loss: Loss, targets: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    if not isinstance(loss, str):
-        assert targets is not None
-        return loss(outputs, targets) * len(outputs)
-    if generator is None:
-        generator = torch.Generator(outputs.device).manual_seed(0)
-    with torch.no_grad():
-        root = CURVED_LOSSES[loss](outputs, generator)
-    return (outputs * root).sum()
-
-
-def _reduce(name: str, x: Tensor, g: Tensor) -> ImageTables:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(dtype).reshape(x.shape[0], x.shape[1], -1)
-    g = g.to(dtype).reshape(x.shape)
-    var, mean = torch.var_mean(x, dim=2, correction=0)
-    return ImageTables(name, mean, var, g.sum(2), (g * (x - mean[..., None])).sum(2))
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode; afterwards modes and global random state are as before.
-
-    Args:
-        model: The model.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _taps(layers: dict[str, nn.Module], seen: list[tuple[str, Tensor, Tensor]]) -> Iterator[None]:
-    calls = dict.fromkeys(layers, 0)
+    calls: Counter[str] = Counter()
 
     def tap(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             calls[name] += 1
             if not output.requires_grad:  # all parameters before and in this layer are frozen
                 output = output.detach().requires_grad_()
-            label = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            seen.append((label, args[0], output))
+            seen.append((name if calls[name] == 1 else f"{name}#{calls[name]}", args[0], output))
             return output.clone()  # what follows may work in place; the gradient asked for is that of `output` itself
 
         return hook
 
-    handles = [module.register_forward_hook(tap(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with isolated(model, 0), torch.enable_grad():
+        model.eval()
+        handles = [module.register_forward_hook(tap(name)) for name, module in chosen.items()]
+        try:
+            outputs = model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if isinstance(loss, str):
+            generator = generator or torch.Generator(outputs.device).manual_seed(0)
+            total = (outputs * CURVED_LOSSES[loss](outputs.detach(), generator)).sum()
+        else:
+            total = loss(outputs, targets) * len(outputs)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(total, [y for _, _, y in seen], allow_unused=True)
+    tables = []
+    for (name, values, y), gradient in zip(seen, gradients, strict=True):
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        x = values.detach().to(dtype).reshape(values.shape[0], values.shape[1], -1)
+        g = (torch.zeros_like(y) if gradient is None else gradient).detach().to(dtype).reshape(x.shape)
+        var, mean = torch.var_mean(x, dim=2, correction=0)
+        tables.append(ImageTables(name, mean, var, g.sum(2), (g * (x - mean[..., None])).sum(2)))
+    return tables

@@ -124,7 +124,7 @@ class PopulationEstimator:
         chunk: int | None = None,
         seed: int = 0,
     ) -> None:
-        layers = [m for m in model.modules() if of_population(m) and m.statistics == "estimated"]
+        layers = [m for m in model.modules() if of_population(m) and getattr(m, "statistics", "") == "estimated"]
         if not layers:
             raise ValueError("the model has no PopulationNorm layer with statistics='estimated' to renew")
         if size < 1 or every < 1 or len(samples) < 1:

@@ -28,11 +28,10 @@ from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.nn import needs_batch
 from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights
-from flexnorm.probe import Selection, isolated
+from flexnorm.probe import Selection, batch_norm_layers, isolated
 from flexnorm.shift import ShiftMonitor, WeightMonitor
 from flexnorm.statistics import has_statistics, is_frozen, recalibrate
 from flexnorm.theory import advise
-from flexnorm.theory.regularization import batch_norm_layers
 
 
 def profile(

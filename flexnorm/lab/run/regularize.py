@@ -54,7 +54,7 @@ class StepHooks:
             self._gammas = [layer.gamma for layer in propagating if isinstance(layer.gamma, nn.Parameter)]
         elif config.gamma_decay:
             from flexnorm.optim import GammaDecay
-            from flexnorm.theory.regularization import batch_norm_layers
+            from flexnorm.probe import batch_norm_layers
 
             size = settings["batch_size"] or config.batch_size
             self._decay = GammaDecay(model, size, settings["coefficient"], seed=seed)

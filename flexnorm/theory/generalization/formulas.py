@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["gamma_decay_linear", "optimum", "resolvent", "ridge_strength", "sgd_linear", "sgd_relu"]
-
 
 def _check(alpha: float, noise: float) -> None:
     if not alpha > 0:

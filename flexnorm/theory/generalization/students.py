@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from flexnorm._messages import unknown_name
 
-__all__ = ["STUDENTS", "Simulated", "generalization_error", "simulate", "training_set"]
-
 STUDENTS: tuple[str, ...] = ("sgd", "gamma_decay", "batchnorm", "positive")
 """``"sgd"``: gradient descent from a small start to the end. ``"gamma_decay"``: WN with population variance and decay.
 ``"batchnorm"``: real BN with mini-batches. ``"positive"``: least squares on the samples with positive label, through

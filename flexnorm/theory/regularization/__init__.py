@@ -3,10 +3,16 @@
 Luo et al. 2019, Sec. 2.
 """
 
-from flexnorm.probe.capture import CURVED_LOSSES, ImageTables, batch_norm_layers, capture
 from flexnorm.theory.regularization.advice import Advice, LayerAdvice, advise
 from flexnorm.theory.regularization.montecarlo import Estimate, bn_gap
-from flexnorm.theory.regularization.strength import LayerStrength, joint_strength, layer_strength, merge_tables
+from flexnorm.theory.regularization.noise import DISTRIBUTIONS, inverse_std_bias, sample_noise
+from flexnorm.theory.regularization.strength import (
+    DecayRow,
+    LayerStrength,
+    joint_strength,
+    layer_strength,
+    merge_tables,
+)
 from flexnorm.theory.regularization.zeta import (
     CURVATURES,
     Curvature,
@@ -22,24 +28,24 @@ from flexnorm.theory.regularization.zeta import (
 
 __all__ = [
     "CURVATURES",
-    "CURVED_LOSSES",
+    "DISTRIBUTIONS",
     "Advice",
     "Curvature",
+    "DecayRow",
     "Estimate",
-    "ImageTables",
     "LayerAdvice",
     "LayerStrength",
     "PreactivationLoss",
     "StatisticsNoise",
     "advise",
-    "batch_norm_layers",
     "bn_gap",
-    "capture",
     "curvature",
+    "inverse_std_bias",
     "joint_strength",
     "layer_strength",
     "merge_tables",
     "own_batch_term",
+    "sample_noise",
     "special_zeta",
     "statistics_noise",
     "zeta",

@@ -9,39 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.probe import Selection
-from flexnorm.probe.capture import Loss, batch_norm_layers, capture
-from flexnorm.theory.regularization.strength import LayerStrength, joint_strength, layer_strength, merge_tables
+from flexnorm.probe import Loss, Selection, batch_norm_layers, capture
+from flexnorm.theory.regularization.strength import (
+    DecayRow,
+    LayerStrength,
+    joint_strength,
+    layer_strength,
+    merge_tables,
+)
 from flexnorm.theory.regularization.zeta import statistics_noise
-
-__all__ = ["Advice", "LayerAdvice", "advise"]
 
 
 @dataclass(frozen=True)
-class LayerAdvice:
-    """The regularization of one layer at the batch size asked for.
+class LayerAdvice(DecayRow):
+    """The regularization of one layer at the batch size asked for: zeta is the gamma decay that BN amounts to.
 
     Attributes:
-        layer: Name of the layer.
-        channels: Number of channels.
-        zeta: Mean of zeta over the channels: the gamma decay that BN amounts to.
         zeta_per_channel: All of them, as a tuple.
-        gamma_squared: Mean of gamma^2.
-        penalty: ``sum(zeta gamma^2)``: what the noise of this layer adds to the loss, its channels taken as
-            independent.
-        joint_penalty: The same with the channels of a batch noisy together, which is what happens.
+        joint_penalty: `penalty` with the channels of a batch noisy together, which is what happens.
         mean_share: Part of `penalty` that comes from the batch mean, in [0, 1]; the rest is the batch variance's.
         effective_batch_mean: Median over channels of the effective number of independent values behind the batch mean:
             the batch size for (N, C) inputs, more for images; batch size times positions where these are uncorrelated.
         effective_batch_std: The same for the batch standard deviation (in Gaussian values).
     """
 
-    layer: str
-    channels: int
-    zeta: float
     zeta_per_channel: tuple[float, ...]
-    gamma_squared: float
-    penalty: float
     joint_penalty: float
     mean_share: float
     effective_batch_mean: float
@@ -172,30 +164,27 @@ def advise(
         strengths[table.name] = strength
         weight = getattr(found[table.name.split("#")[0]], "weight", None)
         gamma = torch.ones_like(strength.mean_part) if weight is None else weight.detach().to(strength.mean_part)
-        zeta, square = strength.zeta(batch_size), gamma.square()
-        penalty = float((zeta * square).sum())
-        from_mean = float((strength.mean_part * square).sum()) / batch_size
-        from_std = float((strength.std_part * square).sum()) / batch_size
-        rows.append(
-            LayerAdvice(
-                table.name,
-                zeta.numel(),
-                float(zeta.mean()),
-                tuple(zeta.tolist()),
-                float(square.mean()),
-                penalty,
-                joint_strength(table, gamma) / batch_size,
-                from_mean / (from_mean + from_std) if from_mean + from_std > 0 else 0.0,
-                round(batch_size * float(_inverse(strength.mean_variance).median()), 6),
-                round(batch_size * float(_inverse(strength.square_variance / 2).median()), 6),
-            )
+        zeta = strength.zeta(batch_size)
+        from_mean, from_std = (
+            float((part * gamma.square()).sum()) / batch_size for part in (strength.mean_part, strength.std_part)
         )
+        means, deviations = (
+            round(batch_size * float(variance.clamp_min(1e-12).reciprocal().median()), 6)
+            for variance in (strength.mean_variance, strength.square_variance / 2)
+        )
+        row = LayerAdvice.of(
+            table.name,
+            zeta,
+            gamma,
+            zeta_per_channel=tuple(zeta.tolist()),
+            joint_penalty=joint_strength(table, gamma) / batch_size,
+            mean_share=from_mean / (from_mean + from_std) if from_mean + from_std > 0 else 0.0,
+            effective_batch_mean=means,
+            effective_batch_std=deviations,
+        )
+        rows.append(row)
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
     return Advice(batch_size, seen, name, tuple(rows), strengths)
-
-
-def _inverse(value: Tensor) -> Tensor:
-    return value.clamp_min(1e-12).reciprocal()
 
 
 def _split(batch: Tensor | Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:

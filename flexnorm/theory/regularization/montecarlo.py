@@ -14,8 +14,6 @@ from torch import Tensor
 from flexnorm._messages import unknown_name
 from flexnorm.theory.regularization.zeta import PreactivationLoss, statistics_noise
 
-__all__ = ["Estimate", "bn_gap"]
-
 MODES: tuple[str, ...] = ("own", "independent", "uncompensated")
 
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from flexnorm.probe.capture import ImageTables
-
-__all__ = ["LayerStrength", "joint_strength", "layer_strength", "merge_tables"]
+from flexnorm.probe import ImageTables
 
 _TINY = 1e-12  # variances below it belong to dead channels, which are neither noisy nor regularized
 
@@ -49,9 +48,41 @@ class LayerStrength:
     mean_variance: Tensor
     square_variance: Tensor
 
+    @property
+    def total(self) -> Tensor:
+        """M times zeta per channel, (C,), as estimated: noise may put a channel below 0."""
+        return self.mean_part + self.std_part + self.cross_part
+
     def zeta(self, batch_size: float) -> Tensor:
         """Return zeta per channel, (C,), at a batch size; the whole depends on it as 1/M. Not below 0."""
-        return (self.mean_part + self.std_part + self.cross_part).clamp_min(0.0) / batch_size
+        return self.total.clamp_min(0.0) / batch_size
+
+
+@dataclass(frozen=True)
+class DecayRow:
+    """The decay that acts on, or amounts to, one layer.
+
+    Attributes:
+        layer: Its name.
+        channels: Number of channels.
+        zeta: Mean of zeta over the channels.
+        zeta_max: Largest zeta of a channel.
+        gamma_squared: Mean of gamma^2 over the channels.
+        penalty: ``sum(zeta gamma^2)``: what the layer adds to the loss, its channels taken as independent.
+    """
+
+    layer: str
+    channels: int
+    zeta: float
+    zeta_max: float
+    gamma_squared: float
+    penalty: float
+
+    @classmethod
+    def of(cls, layer: str, zeta: Tensor, gamma: Tensor, **more: Any) -> Self:
+        """Return the row of a ``layer`` with ``zeta`` and ``gamma`` (C,); ``more`` are a subclass's own fields."""
+        square, penalty = gamma.square(), float((zeta * gamma.square()).sum())
+        return cls(layer, zeta.numel(), float(zeta.mean()), float(zeta.max()), float(square.mean()), penalty, **more)
 
 
 def merge_tables(batches: Sequence[Sequence[ImageTables]]) -> list[ImageTables]:
@@ -74,13 +105,7 @@ def merge_tables(batches: Sequence[Sequence[ImageTables]]) -> list[ImageTables]:
             "the layers that ran differ between batches; measure a model whose path does not depend on the data"
         )
     return [
-        ImageTables(
-            name,
-            *(
-                torch.cat([getattr(batch[index], field) for batch in batches])
-                for field in ("mean", "var", "shift", "scale")
-            ),
-        )
+        ImageTables(name, *map(torch.cat, zip(*(batch[index][1:] for batch in batches), strict=True)))
         for index, name in enumerate(names[0])
     ]
 
@@ -111,20 +136,12 @@ def layer_strength(tables: ImageTables) -> LayerStrength:
         ValueError: If there are fewer than 4 images.
     """
     m, q, shift, scale = _standardized(tables)
-    n = len(m)
     square = q - 1.0
-    v_m = m.square().mean(0)
-    v_q = square.square().mean(0)
-    c_mq = (m * square).mean(0)
-    return LayerStrength(
-        tables.name,
-        n,
-        0.5 * shift.square().mean(0) * v_m,
-        0.125 * scale.square().mean(0) * v_q,
-        0.5 * (shift * scale).mean(0) * c_mq,
-        v_m,
-        v_q,
-    )
+    v_m, v_q = m.square().mean(0), square.square().mean(0)
+    mean_part = 0.5 * shift.square().mean(0) * v_m
+    std_part = 0.125 * scale.square().mean(0) * v_q
+    cross_part = 0.5 * (shift * scale).mean(0) * (m * square).mean(0)
+    return LayerStrength(tables.name, len(m), mean_part, std_part, cross_part, v_m, v_q)
 
 
 def joint_strength(tables: ImageTables, gamma: Tensor) -> float:

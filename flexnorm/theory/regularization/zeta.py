@@ -22,19 +22,6 @@ from torch import Tensor
 
 from flexnorm._messages import unknown_name
 
-__all__ = [
-    "CURVATURES",
-    "Curvature",
-    "PreactivationLoss",
-    "StatisticsNoise",
-    "curvature",
-    "own_batch_term",
-    "special_zeta",
-    "statistics_noise",
-    "zeta",
-    "zeta_printed",
-]
-
 PreactivationLoss = Callable[[Tensor, Tensor], Tensor]
 """``loss(h_hat, u)``: the loss of every sample, shape (P,), from the normalized pre-activation h_hat and the
 standardized pre-activation u, both (P,); u may carry the label."""
