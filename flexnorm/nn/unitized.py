@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import Moments
+from flexnorm.kernels.tables import unitize_tables
 from flexnorm.nn._base import BatchStatistics, Shared, all_equal
-from flexnorm.nn._fused import unitize_tables
 
 
 def unitize(
@@ -43,7 +43,8 @@ def unitize(
     ``mean`` and ``var`` are (C,) or (1, C); ``alpha`` (C,) of 0 is the plain standardization, of 1 full unitization.
     """
     divisor = moments.count if unit_norm == "paper" else mean.shape[-1]
-    return unitize_tables(moments, mean, var, weight, bias, alpha, eps, divisor)
+    tables = (moments.mean, moments.var, mean, var, weight, bias, alpha)
+    return unitize_tables(*tables, eps, divisor, moments.backend)
 
 
 def unitized(
