@@ -181,7 +181,7 @@ def test_what_is_not_installed_is_named() -> None:
 def test_what_is_private_to_a_package_is_found_elsewhere(tmp_path: Path) -> None:
     """The check of `make imports` that import-linter does not have."""
     files = {
-        "nn/batch.py": "from flexnorm._messages import _words\nfrom flexnorm.nn._base import _Base\n",
+        "nn/batch.py": "from flexnorm._messages import unknown_name\nfrom flexnorm.nn._base import _Base\n",
         "shift/a.py": "from flexnorm.nn._base import Base\nfrom flexnorm.nn import _hidden\n",
         "shift/b.py": "from flexnorm.nn import batch\nbatch._Batch\nbatch.Batch.__name__\n",
         "lab/run/c.py": "from flexnorm.lab.report._page import page\n",
