@@ -99,7 +99,13 @@ def recalibrate(
                 "no statistics were changed"
             )
     for module, pool in pools.items():
-        _write(module, pool)
+        if bool(pool.count > 0):
+            mean, var = kept(module, pool)
+            module.get_buffer("running_mean").copy_(mean)
+            module.get_buffer("running_var").copy_(var)
+            tracked = module._buffers.get("num_batches_tracked")
+            if tracked is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                tracked.copy_(torch.where(tracked == 0, pool.batches, tracked))
     return model
 
 
@@ -175,7 +181,6 @@ class _Run:
                     self.forward(self.model, batch)
 
     def _gathered(self, value: Any) -> list[Any]:
-        """The value of every process."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * torch.distributed.get_world_size(self.group)
@@ -189,14 +194,3 @@ class _Run:
 
 def _call(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch_inputs(batch))
-
-
-def _write(module: nn.Module, pool: Pool) -> None:
-    if not bool(pool.count > 0):
-        return
-    mean, var = kept(module, pool)
-    module.get_buffer("running_mean").copy_(mean)
-    module.get_buffer("running_var").copy_(var)
-    tracked = module._buffers.get("num_batches_tracked")
-    if tracked is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        tracked.copy_(torch.where(tracked == 0, pool.batches, tracked))

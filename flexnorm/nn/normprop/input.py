@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
+from flexnorm.engine import Pool
 from flexnorm.nn.normprop.checks import sizes
 
 MODES = ("global", "batch")
@@ -107,24 +108,15 @@ class NormPropInput(nn.Module):
         Raises:
             ValueError: If there is no sample at all, or a batch has the wrong shape.
         """
-        count = 0
-        mean = torch.zeros_like(self.mean, dtype=torch.float64).flatten()
-        m2 = torch.zeros_like(mean)
+        pool = Pool(self.mean.numel(), self.mean.device)
         for item in [data] if isinstance(data, Tensor) else data:
             batch = item[0] if isinstance(item, tuple | list) else item
-            flat = self._flat(batch).to(mean)
-            if not len(flat):
-                continue
-            batch_mean = flat.mean(0)
-            delta, total = batch_mean - mean, count + len(flat)
-            m2 += (flat - batch_mean).square().sum(0) + delta.square() * (count * len(flat) / total)
-            mean += delta * (len(flat) / total)
-            count = total
-        if count == 0:
+            pool.add_values(self._flat(batch).to(pool.mean))
+        if not pool.batches:
             raise ValueError("fit() got no sample; pass a tensor (N, *shape) or an iterable of such batches")
-        self.mean.copy_(mean.view_as(self.mean))
-        self.var.copy_((m2 / count).view_as(self.var))
-        self.samples.fill_(count)
+        self.mean.copy_(pool.mean.view_as(self.mean))
+        self.var.copy_(pool.var.view_as(self.var))
+        self.samples.fill_(int(pool.count))
         self._fitted = True
         return self
 
