@@ -138,8 +138,7 @@ class _Run:
                 self.forward(self.model, batch)
                 seen += 1
         self._refuse_nothing(seen)
-        if self.group is not None:
-            pool_processes(list(pools.values()), self.group)
+        pool_processes(list(pools.values()), self.group)
         return pools
 
     def layer_by_layer(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
@@ -151,16 +150,13 @@ class _Run:
                 break
         self._refuse_nothing(len(calls))
         by_name = {name: module for module, name in layers.items()}
-        order = [layers[module] for module in calls]
         # A process without data does not know the order; all have to agree on one.
-        order = next(filter(None, self._gathered(order)), order)
+        orders = self._gathered([layers[module] for module in calls])
         pools: dict[nn.Module, Pool] = {}
-        for name in order:
-            module = by_name[name]
+        for module in (by_name[name] for name in next(filter(None, orders), [])):
             pool = pools[module] = new_pool(module)
             self._look_at(module, pool, calls[module])
-            if self.group is not None:
-                pool_processes([pool], self.group)
+            pool_processes([pool], self.group)
             put(module, *kept(module, pool))
         return pools
 

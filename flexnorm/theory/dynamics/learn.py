@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexnorm._messages import optional
-from flexnorm.theory.dynamics.averages import Activation, activation_function, averages
+from flexnorm.theory.dynamics.averages import Activation, activation_function, averages, value_and_slope
 from flexnorm.theory.dynamics.student import Student
 
 _DIVERGED = 1e6  # a trajectory whose gamma or L passes this value is cut there and called diverged
@@ -114,9 +114,9 @@ def simulate(
         student: Who learns.
         N: Number of inputs, at least 2.
         runs: Independent runs, at least 2; values are their means.
-        gamma0: Start of gamma, positive.
-        R0: Start of the overlap; every run starts exactly there.
-        L0: Start of the length.
+        gamma0: Start, as for `solve`, as are `R0` and `L0`.
+        R0: Every run starts exactly there.
+        L0: And there.
         times: As for `solve`; rounded to whole samples.
         seed: Of the samples.
 
@@ -200,12 +200,8 @@ def _delta(u: NDArray[np.float64], v: NDArray[np.float64], activation: Activatio
         return v - u
     if activation == "relu":
         return np.asarray((u > 0) * (np.maximum(v, 0) - np.maximum(u, 0)))
-    g = activation_function(activation)
-    with torch.enable_grad():
-        field = torch.from_numpy(u).requires_grad_()
-        value = g(field)
-        (slope,) = torch.autograd.grad(value.sum(), field)
-    return np.asarray((slope * (g(torch.from_numpy(v)) - value)).detach().numpy())
+    value, slope = value_and_slope(activation, torch.from_numpy(u))
+    return np.asarray((slope * (activation_function(activation)(torch.from_numpy(v)) - value)).numpy())
 
 
 def _time_grid(times: Sequence[float] | float) -> NDArray[np.float64]:
