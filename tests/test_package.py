@@ -60,7 +60,9 @@ def test_the_wheel_holds_what_runs(wheel: Path, tmp_path: Path) -> None:
         "flexnorm/kernels/normalization.c",
         "flexnorm/lab/recipes/demo.yaml",
         "flexnorm/lab/report/style.css",
+        "flexnorm/lab/report/page.html",
         "flexnorm/lab/report/page.js",
+        "flexnorm/lab/charts/chart.css",
     ):
         assert needed in names, needed
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -1,7 +1,7 @@
 """The engine: moments of an activation, a rule on two small tables, one affine pass; what a norm declares of itself."""
 
 from flexnorm.engine.declaration import NORMS, Norm, constructor_arguments
-from flexnorm.engine.engine import Rule, flex_norm
+from flexnorm.engine.functional import Rule, flex_norm
 from flexnorm.engine.module import FlexNorm, recomputing
 from flexnorm.engine.moments import Moments
 from flexnorm.engine.pool import Pool, active_group, pool_processes

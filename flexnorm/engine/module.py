@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine.declaration import Norm, constructor_arguments
-from flexnorm.engine.engine import flex_norm
+from flexnorm.engine.functional import flex_norm
 from flexnorm.engine.moments import Moments
 from flexnorm.engine.pool import active_group
+from flexnorm.kernels.tables import track
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,13 +24,6 @@ __all__ = ["FlexNorm"]
 def recomputing() -> bool:
     """Whether this forward runs inside a backward, as activation checkpointing does to recompute what it dropped."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _unbias(count: int | Tensor) -> float | Tensor:
-    """The factor count / (count - 1) from a biased to an unbiased variance; 1 for a single value."""
-    if isinstance(count, Tensor):
-        return (count / (count - 1).clamp_min(1)).float()
-    return count / max(count - 1, 1)
 
 
 class FlexNorm(Norm):
@@ -105,6 +99,9 @@ class FlexNorm(Norm):
             self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        for name, (size, _) in self.learned.items():
+            table = torch.empty(num_features if size is None else size, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(table))
         if track_running_stats:
             kept = torch.float64 if dtype == torch.float64 else torch.float32
             self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=kept))
@@ -130,8 +127,10 @@ class FlexNorm(Norm):
             self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, and reset the running statistics."""
+        """Set weight to 1, bias to 0, parameters of its own to what they start with, and reset the statistics."""
         self.reset_running_stats()
+        for name, (_, value) in self.learned.items():
+            nn.init.constant_(self.get_parameter(name), value)
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
@@ -185,21 +184,8 @@ class FlexNorm(Norm):
         mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None or tracked is None or self.frozen or recomputing():
             return
-        count = pooled.count
-        if isinstance(count, int) and count == 0:
-            return
-        native = pooled.native
-        if native is not None and isinstance(count, int) and mean.dtype == var.dtype == pooled.mean.dtype:
-            rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
-            tracked.add_(native.track(pooled.mean, pooled.var, mean, var, rate, count / max(count - 1, 1)))
-            return
-        new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
-        new_var = pooled.var.detach().reshape(-1).to(var.dtype) * _unbias(count)
-        usable = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
-        tracked.add_(usable.to(tracked.dtype))
-        share = self.momentum if self.momentum is not None else 1.0 / tracked.clamp_min(1).to(mean.dtype)
-        mean.copy_(torch.where(usable, mean + share * (new_mean - mean), mean))
-        var.copy_(torch.where(usable, var + share * (new_var - var), var))
+        if not (isinstance(pooled.count, int) and pooled.count == 0):
+            track(pooled.mean, pooled.var, pooled.count, mean, var, tracked, self.momentum, pooled.backend)
 
     def group(self) -> ProcessGroup | None:
         """Return the process group to synchronize over, or ``None`` where there is nothing to synchronize."""

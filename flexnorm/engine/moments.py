@@ -7,58 +7,19 @@ the variances plus the variance of the means. ``E[x^2] - E[x]^2`` is never forme
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine._distributed import gather_tables
-from flexnorm.kernels.passes import transformed
+from flexnorm.kernels.tables import pool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from flexnorm.kernels.normalization import CKernels
-
 __all__ = ["Moments"]
-
-
-def _var_mean(table: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean along one axis, kept; zeros where there is nothing to average."""
-    if table.numel() == 0:
-        zeros = table.sum(dim, keepdim=True)
-        return zeros, zeros
-    return torch.var_mean(table, dim, correction=0, keepdim=True)
-
-
-class _Pool(torch.autograd.Function):
-    """Pooling over samples or channels on the compiled kernels: one call each way instead of a dozen operations."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, native: CKernels, channels: bool) -> tuple[Tensor, Tensor]:
-        m, v = native.pool(mean, var, channels)
-        ctx.channels = channels
-        ctx.save_for_backward(mean, m)
-        ctx.set_materialize_grads(False)
-        ctx.native = native
-        return m, v
-
-    @staticmethod
-    def backward(ctx: Any, dm: Tensor | None, dv: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
-        mean, m = ctx.saved_tensors
-        pooled = mean.shape[1 if ctx.channels else 0]
-        dvar = None if dv is None else (dv / pooled).expand(mean.shape)
-        if not torch.is_grad_enabled() and not transformed(dm, dv):
-            if dm is None and dv is None:
-                return None, None, None, None
-            tables = (None if d is None else d.contiguous() for d in (dm, dv))
-            return ctx.native.unpool(*tables, mean, m, ctx.channels), dvar, None, None
-        dmean: Tensor | None = None if dm is None else (dm / pooled).expand(mean.shape)
-        if dv is not None:
-            through = 2 * dv * (mean - m) / pooled
-            dmean = through if dmean is None else dmean + through
-        return dmean, dvar, None, None
 
 
 class Moments:
@@ -79,7 +40,7 @@ class Moments:
         mean: Means of the entries.
         var: Biased variances of the entries.
         count: Number of values behind each entry.
-        native: The compiled kernels if they hold these tables, else ``None``. Not for rules.
+        backend: Where the tables come from (:mod:`flexnorm.kernels`); what works on them goes on there.
     """
 
     def __init__(
@@ -90,14 +51,14 @@ class Moments:
         *,
         process_group: ProcessGroup | None = None,
         _compute: Callable[[bool], tuple[Tensor, Tensor]] | None = None,
-        _native: CKernels | None = None,
+        _backend: str = "composed",
     ) -> None:
         if _compute is None and (mean is None or var is None):
             raise TypeError("Moments needs both mean and var")
         self._mean = mean
         self._var = var
         self._compute = _compute
-        self.native = _native
+        self.backend = _backend
         self.count = count
         self.process_group = process_group
 
@@ -131,7 +92,7 @@ class Moments:
                 mean, var = self._compute(False)
         else:
             mean, var = self._mean.detach(), self._var.detach()
-        return Moments(mean, var, self.count, process_group=self.process_group, _native=self.native)
+        return self._with(mean, var, self.count, self.backend)
 
     def pool(self, over: str, groups: int = 1) -> Moments:
         """Return the moments of larger groups of values, exactly.
@@ -158,6 +119,9 @@ class Moments:
         local = self if over == "batch" else self._pool_channels(1)
         return local._pool_batch()
 
+    def _with(self, mean: Tensor, var: Tensor, count: int | Tensor, backend: str = "composed") -> Moments:
+        return Moments(mean, var, count, process_group=self.process_group, _backend=backend)
+
     def _pool_channels(self, groups: int) -> Moments:
         mean, var = self._tables()
         samples, channels = mean.shape
@@ -166,22 +130,12 @@ class Moments:
         if groups == channels:
             return self
         count = self.count * (channels // groups)
-        if groups == 1 and self.native is not None and mean.is_contiguous() and var.is_contiguous():
-            pooled, pooled_var = _Pool.apply(mean, var, self.native, True)  # type: ignore[no-untyped-call]
-            return Moments(pooled, pooled_var, count, process_group=self.process_group)
         if groups == 1:
-            spread, pooled = _var_mean(mean, 1)
-            return Moments(pooled, var.mean(1, keepdim=True) + spread, count, process_group=self.process_group)
+            return self._with(*pool(mean, var, 1, self.backend), count)
         split = (samples, groups, channels // groups)
-        spread, pooled = _var_mean(mean.view(split), 2)
-        pooled_var = var.view(split).mean(2, keepdim=True) + spread
+        pooled, pooled_var = pool(mean.view(split), var.view(split), 2, "composed")
         shape = (samples, channels)
-        return Moments(
-            pooled.expand(split).reshape(shape),
-            pooled_var.expand(split).reshape(shape),
-            count,
-            process_group=self.process_group,
-        )
+        return self._with(pooled.expand(split).reshape(shape), pooled_var.expand(split).reshape(shape), count)
 
     def _pool_batch(self) -> Moments:
         mean, var = self._tables()
@@ -192,12 +146,8 @@ class Moments:
             local = Moments(zero, zero, 0)
         elif samples == 1:
             local = Moments(mean, var, self.count)
-        elif self.native is not None and mean.is_contiguous() and var.is_contiguous():
-            pooled, pooled_var = _Pool.apply(mean, var, self.native, False)  # type: ignore[no-untyped-call]
-            local = Moments(pooled, pooled_var, self.count * samples, _native=self.native)
         else:
-            spread, pooled = _var_mean(mean, 0)
-            local = Moments(pooled, var.mean(0, keepdim=True) + spread, self.count * samples)
+            local = Moments(*pool(mean, var, 0, self.backend), self.count * samples, _backend=self.backend)
         if self.process_group is None:
             return local
         means, variances, counts = gather_tables(local.mean, local.var, local.count, self.process_group)
@@ -205,7 +155,7 @@ class Moments:
         share = (counts / total.clamp_min(1)).to(means.dtype).view(-1, 1)
         pooled = (share * means).sum(0, keepdim=True)
         pooled_var = (share * (variances + (means - pooled).square())).sum(0, keepdim=True)
-        return Moments(pooled, pooled_var, total, process_group=self.process_group)
+        return self._with(pooled, pooled_var, total)
 
     def __repr__(self) -> str:
         known = "not computed yet" if self._mean is None else f"shape={tuple(self._mean.shape)}"

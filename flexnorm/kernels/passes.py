@@ -1,97 +1,26 @@
-"""The passes over an activation, on whichever kernels serve its device, type and layout.
+"""The passes over an activation, on whichever backend serves its device, type and layout.
 
-Four implementations give the same tables and activations (the tests hold them against each other):
+Three implementations give the same tables and activations (the tests hold them against each other):
 
-* ``compiled``: the C kernels of ``kernels.c`` (CPU, large activations, both memory formats).
-* ``native``: torch's own fused kernels (CPU, contiguous), with no compilation: the statistics pass of BatchNorm on the
+* ``"c"``: the C kernels of ``normalization.c`` (CPU, large activations, both memory formats).
+* ``"torch"``: torch's own fused kernels (CPU, contiguous), with no compilation: the statistics pass of BatchNorm on the
   view (1, N*C, P) yields the moments; BatchNorm in evaluation mode with weight = scale and bias = shift is the affine
   pass, and its backward yields ``sum g*x``, ``sum g`` and ``scale*g`` at once.
-* ``composed``: plain differentiable torch operations. Everything else: CUDA, tiny or empty tensors, double backward,
+* ``"composed"``: plain differentiable torch operations. Everything else: GPUs, tiny or empty tensors, double backward,
   ``torch.func`` transforms, and any code that torch.compile or torch.export traces and fuses with its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexnorm.kernels import normalization as _native
+from flexnorm.kernels.layout import Layout, over_positions, table_dtype
+from flexnorm.kernels.normalization import call, strided
 
-__all__ = [
-    "Layout",
-    "affine",
-    "combine",
-    "composed_affine",
-    "composed_moments",
-    "layout_of",
-    "moments",
-    "sums",
-    "table_dtype",
-]
-
-# Below this many values the compiled kernels are not worth loading (a first load may compile for a second or two).
-_SMALL = 1 << 14
-
-
-class Layout(NamedTuple):
-    """How an activation lies in memory, and which kernels run on it."""
-
-    kernels: str
-    order: str
-    size: tuple[int, int, int]
-
-
-def table_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of the tables and of all sums: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a torch.func transform is active or gradients come batched: such tensors have no memory of their own."""
-    functorch = torch._C._functorch
-    batched = any(t is not None and functorch.is_legacy_batchedtensor(t) for t in tensors)
-    return batched or functorch.peek_interpreter_stack() is not None
-
-
-def positions_of(x: Tensor) -> int:
-    """Number of positions per channel: the product of the spatial axes (1 for (N, C))."""
-    count = 1
-    for length in x.shape[2:]:
-        count *= length
-    return count
-
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _order(x: Tensor) -> str:
-    """Return "rows" if (N, C, P) is contiguous, "cols" if (N, P, C) is, "none" for any other strides."""
-    if x.is_contiguous():
-        return "rows"
-    last = _CHANNELS_LAST.get(x.dim())
-    dense = x.movedim(1, -1).is_contiguous() if last is None else x.is_contiguous(memory_format=last)
-    return "cols" if dense else "none"
-
-
-def layout_of(x: Tensor) -> Layout:
-    """Choose the kernels for ``x`` (N, C, *spatial) by device, size, type and strides."""
-    size = (x.shape[0], x.shape[1], positions_of(x))
-    order = _order(x)
-    if x.device.type != "cpu" or order == "none" or size[2] < 2 or x.numel() == 0:
-        return Layout("composed", order, size)
-    if x.numel() >= _SMALL and (loaded := _native.load()) is not None and x.dtype in loaded.dtypes:
-        return Layout("compiled", order, size)
-    if order == "rows" and x.dtype in (torch.float32, torch.float64):
-        return Layout("native", order, size)
-    return Layout("composed", order, size)
-
-
-def over_positions(table: Tensor, x: Tensor) -> Tensor:
-    """View a table (N, C) so that it broadcasts against ``x`` (N, C, *spatial)."""
-    return table.reshape(table.shape + (1,) * (x.dim() - 2))
+__all__ = ["affine", "combine", "composed_affine", "composed_moments", "moments", "sums"]
 
 
 def composed_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,35 +51,40 @@ def _reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     return reshaped
 
 
-def kernels() -> _native.CKernels:
-    """The compiled kernels, where the layout says that they are in use."""
-    loaded = _native.load()
-    assert loaded is not None
-    return loaded
+def _tables(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    dtype = table_dtype(x.dtype)
+    return torch.empty(layout.size[:2], dtype=dtype), torch.empty(layout.size[:2], dtype=dtype)
 
 
 def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the positions, each (N, C)."""
-    if layout.kernels == "compiled":
-        return kernels().moments(x, layout.order, layout.size, table_dtype(x.dtype))
-    if layout.kernels == "native":
+    if layout.backend == "c":
+        mean, var = _tables(x, layout)
+        call(f"moments_{layout.order}", x.dtype, x, mean, var, *layout.size, torch.get_num_threads())
+        return mean, var
+    if layout.backend == "torch":
         mean, var = torch.ops.aten.batch_norm_update_stats(_as_rows(x, layout.size), None, None, 0.0)
         return _reshaped(mean, layout.size[:2]), _reshaped(var, layout.size[:2])
     return composed_moments(x)
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor | None, layout: Layout) -> Tensor:
-    """``scale * x + shift``; tables (N, C), possibly expanded; no shift means zero."""
-    if layout.kernels == "compiled":
-        return kernels().affine(x, scale, shift, layout.order, layout.size)
-    if layout.kernels == "native":
-        return _native_affine(x, scale, shift, layout.size)
-    if shift is None:
-        return (x.to(scale.dtype) * over_positions(scale, x)).to(x.dtype)
-    return composed_affine(x, scale, shift)
+    """``scale * x + shift`` in the memory format of ``x``; tables broadcast to (N, C); no shift means zero."""
+    size = layout.size[:2]
+    if layout.backend == "composed":
+        if shift is None:
+            return (x.to(scale.dtype) * over_positions(scale, x)).to(x.dtype)
+        return composed_affine(x, scale, shift)
+    scale, shift = scale.expand(size), None if shift is None else shift.expand(size)
+    if layout.backend == "torch":
+        return _torch_affine(x, scale, shift, layout.size)
+    y = torch.empty_like(x)
+    tables = (*strided(scale), *strided(shift))
+    call(f"affine_{layout.order}", x.dtype, x, *tables, y, *layout.size, torch.get_num_threads())
+    return y
 
 
-def _native_affine(x: Tensor, scale: Tensor, shift: Tensor | None, size: tuple[int, int, int]) -> Tensor:
+def _torch_affine(x: Tensor, scale: Tensor, shift: Tensor | None, size: tuple[int, int, int]) -> Tensor:
     rows = size[0] * size[1]
     zero, one = scale.new_zeros(rows), scale.new_ones(rows)
     bias = zero if shift is None else shift.reshape(rows)
@@ -158,15 +92,29 @@ def _native_affine(x: Tensor, scale: Tensor, shift: Tensor | None, size: tuple[i
     return _reshaped(y, x.shape)
 
 
-def sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    """``sum g * x`` and ``sum g`` over the positions, each (N, C).
+def sums(
+    g: Tensor, x: Tensor, center: Tensor | None, layout: Layout, shapes: tuple[Sequence[int], Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """``sum g * x`` and ``sum g`` over the positions, (N, C), and further down to ``shapes``, which broadcast to that.
 
     The first is taken about ``center``, ``sum g * (x - center) + center * sum g``: summed directly, that of an
     activation with a large mean would lose its digits.
     """
-    if layout.kernels == "compiled":
-        return kernels().sums(g, x, center, layout.order, layout.size, table_dtype(x.dtype))
-    if layout.kernels == "native":
+    s1, s0 = _sums(g, x, center, layout)
+    samples, channels = layout.size[:2]
+    if layout.backend == "c" and tuple(shapes[0]) == tuple(shapes[1]) == (1, channels):
+        sum1, sum0 = s1.new_empty((1, channels)), s1.new_empty((1, channels))
+        call("add_samples", s1.dtype, s1, s0, sum1, sum0, samples, channels)
+        return sum1, sum0
+    return s1.sum_to_size(shapes[0]), s0.sum_to_size(shapes[1])
+
+
+def _sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    if layout.backend == "c":
+        s1, s0 = _tables(x, layout)
+        call(f"sums_{layout.order}", x.dtype, g, x, center, s1, s0, *layout.size, torch.get_num_threads())
+        return s1, s0
+    if layout.backend == "torch":
         rows = layout.size[0] * layout.size[1]
         mean = x.new_zeros(rows) if center is None else center.reshape(rows)
         one = torch.ones_like(mean)
@@ -188,19 +136,26 @@ def sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[T
 
 
 def combine(
-    g: Tensor, x: Tensor, scale: Tensor, dmean: Tensor | None, dvar: Tensor | None, mean: Tensor, layout: Layout
+    g: Tensor, x: Tensor, scale: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, mean: Tensor, layout: Layout
 ) -> Tensor:
-    """The gradient of ``x``: ``scale * g + dmean / P + 2 * dvar * (x - mean) / P``; tables may be expanded."""
+    """The gradient of ``x``: ``scale * g + dmean / P + 2 * dvar * (x - mean) / P``.
+
+    Tables broadcast to (N, C), ``mean`` (N, C) is dense; no scale means one, no other table means zero.
+    """
     positions = max(layout.size[2], 1)
-    if layout.kernels == "compiled":
-        factors = 1.0 / positions, 2.0 / positions
-        return kernels().combine(g, x, scale, dmean, factors[0], dvar, factors[1], mean, layout.order, layout.size)
+    size = layout.size[:2]
+    scale = (torch.ones((), dtype=mean.dtype, device=mean.device) if scale is None else scale).expand(size)
+    if layout.backend == "c":
+        dx = torch.empty_like(x)
+        tables = (*strided(scale), *strided(dmean), 1.0 / positions, *strided(dvar), 2.0 / positions)
+        call(f"combine_{layout.order}", x.dtype, g, x, *tables, mean, dx, *layout.size, torch.get_num_threads())
+        return dx
     a = torch.zeros_like(mean) if dmean is None else dmean / positions
     b = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / positions)
-    if layout.kernels == "native":
+    if layout.backend == "torch":
         # Two affine passes and one sum: torch has no fused kernel for all three.
-        dx = _native_affine(g, scale, a - b * mean, layout.size)
-        return dx.add_(_native_affine(x, b, None, layout.size))
+        dx = _torch_affine(g, scale, a - b * mean, layout.size)
+        return dx.add_(_torch_affine(x, b, None, layout.size))
     dtype = table_dtype(x.dtype)
     dx = over_positions(b, x) * (x.to(dtype) - over_positions(mean, x))
     dx = torch.addcmul(dx + over_positions(a, x), g.to(dtype), over_positions(scale, x))

@@ -265,16 +265,10 @@ class Cell:
         norm: The normalization.
         optim: The optimizer.
         runs: All its runs, whatever became of them.
-        test_accuracy: Shares, 0 to 1.
-        train_loss: Nats.
+        test_accuracy: As in :class:`Run`, and likewise ``train_loss``, ``step_ms`` and the shifts.
         difference: Test accuracy minus the baseline's at the same optimizer and seed, over the seeds that both
             completed; empty without a baseline and for the baseline itself.
-        shift_w1: Mean Wasserstein distance over layers and measurements.
-        shift_lower: The same mean of the lower bounds.
-        shift_upper: The same mean of the upper bounds.
-        shift_relative: Mean distance relative to the spread of the layer's output.
         interval_holds: Whether lower <= W1 <= upper in every measurement; None without measurements.
-        step_ms: Milliseconds per update.
         step_ratio: Step time over the baseline's at the same optimizer and seed.
     """
 

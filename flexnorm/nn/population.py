@@ -22,24 +22,19 @@ statistics. Strictly population normalization, each sample alike and training th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import FlexNorm, Moments, recomputing
+from flexnorm.kernels.tables import follow, guard, population_tables
 from flexnorm.nn._base import Shared, standardize
-from flexnorm.nn._fused import follow_statistics
 from flexnorm.nn.renorm import renormalize
-
-if TYPE_CHECKING:
-    from flexnorm.kernels.normalization import CKernels
 
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
 _FEW_VALUES = 16
-
-__all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d", "population"]
 
 
 def population(
@@ -67,11 +62,8 @@ class _PopulationNorm(FlexNorm):
     the very first batch by itself.
 
     Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the variance.
         momentum: Weight of the new batch in the bias-corrected moving average of the statistics; ``None`` for the
             cumulative average. Smaller batches want smaller values: about ``0.1 * batch / 64``.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
         statistics: ``"running"``: each training batch enters the statistics before it is normalized. ``"estimated"``:
             they change only from outside (recalibration, an estimator).
         gradient: The population statistics are functions of the weights before this layer, and their derivative is part
@@ -84,7 +76,7 @@ class _PopulationNorm(FlexNorm):
             mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None`` switches it off. It never
             acts in evaluation, on a batch with one value per channel, or on estimated statistics as constants
             (``gradient="none"``, or fewer than 16 values), which promise that no sample depends on the others.
-        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+        **kwargs: These and the others as of :class:`flexnorm.FlexNorm`.
 
     Attributes:
         clipped: Scalar buffer: share of the channels on which the guard acted in the last training batch.
@@ -144,8 +136,8 @@ class _PopulationNorm(FlexNorm):
         mean, var = self._bounded(pooled)
         if not through:
             return standardize(mean, var, self.weight, self.bias, self.eps)
-        if pooled.native is not None and pooled.mean.dtype == mean.dtype:
-            return follow_statistics(pooled.mean, pooled.var, mean, var, self.weight, self.bias, self.eps)
+        if pooled.backend == "c" and pooled.mean.dtype == mean.dtype:
+            return population_tables(pooled.mean, pooled.var, mean, var, self.weight, self.bias, self.eps)
         free = float("inf")
         return renormalize(
             pooled.mean, pooled.var, mean, var, self.weight, self.bias, r_max=free, d_max=free, eps=self.eps
@@ -170,29 +162,14 @@ class _PopulationNorm(FlexNorm):
     @torch.no_grad()
     def _bounded(self, pooled: Moments) -> tuple[Tensor, Tensor]:
         """Return the statistics within the guard about those of the batch."""
-        native = self._native(pooled)
-        if self.max_ratio is not None and native is not None:
-            mean, var, share = native.guard(pooled.mean, pooled.var, *self._population(), self.eps, self.max_ratio)
-            self.clipped.fill_(share)
-            return mean, var
+        mean, var = self._population()
         if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
-            mean, var = self._population()
             # Later batches change the buffers in place, before this one's backward has used its values.
             return mean.clone(), var.clone()
-        return self._guarded(pooled, self.max_ratio)
-
-    def _guarded(self, pooled: Moments, ratio: float) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        batch_mean, batch_var = pooled.mean.detach().reshape(-1), pooled.var.detach().reshape(-1)
-        floor = batch_var + self.eps
-        var = torch.minimum(torch.maximum(self.running_var + self.eps, floor / ratio**2), floor * ratio**2) - self.eps
-        reach = floor.sqrt() * (ratio - 1)
-        mean = torch.minimum(torch.maximum(self.running_mean, batch_mean - reach), batch_mean + reach)
-        acted = (mean != self.running_mean) | ((var - self.running_var).abs() > 1e-3 * self.running_var)
-        self.clipped.copy_(acted.float().mean())
-        usable = torch.isfinite(batch_mean) & torch.isfinite(batch_var)
-        return torch.where(usable, mean, self.running_mean), torch.where(usable, var, self.running_var)
+        limits = (self.eps, self.max_ratio)
+        mean, var, moved = guard(pooled.mean, pooled.var, mean, var, *limits, pooled.backend)
+        self.clipped.fill_(moved)
+        return mean, var
 
     @torch.no_grad()
     def track(self, pooled: Moments) -> None:
@@ -203,36 +180,7 @@ class _PopulationNorm(FlexNorm):
         assert tracked is not None
         if self.frozen or recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
-        native = self._native(pooled)
-        if native is not None:
-            seen = int(tracked) + 1
-            share = 1.0 / seen if seen == 1 or self.momentum is None else self._rate(self.momentum, seen)
-            tracked.add_(native.follow(pooled.mean, pooled.var, mean, var, share, seen == 1))
-            return
-        new_mean = pooled.mean.detach().reshape(-1).to(mean.dtype)
-        new_var = pooled.var.detach().reshape(-1).to(var.dtype)
-        usable = torch.isfinite(new_mean).all() & torch.isfinite(new_var).all()
-        tracked.add_(usable.to(tracked.dtype))
-        batches = tracked.clamp_min(1).to(mean.dtype)
-        # The first batch replaces the initial values.
-        first = (batches <= 1).to(mean.dtype)
-        later = 1.0 / batches if self.momentum is None else self._rate(self.momentum, batches)
-        rate = torch.maximum(later, first)
-        gap = new_mean - mean
-        between = rate * (1 - rate) * gap.square() * (1 - first)
-        var.copy_(torch.where(usable, (1 - rate) * var + rate * new_var + between, var))
-        mean.copy_(torch.where(usable, mean + rate * gap, mean))
-
-    @staticmethod
-    def _rate(momentum: float, batches: Any) -> Any:
-        """Weight of the newest of so many batches, whose weights (1 - momentum)^age are made to sum to 1."""
-        return momentum / (1.0 - (1.0 - momentum) ** batches + 1e-30)
-
-    def _native(self, pooled: Moments) -> CKernels | None:
-        """The compiled kernels, if they hold the batch's moments and the statistics can be theirs."""
-        mean, var = self._population()
-        alike = mean.dtype == var.dtype == pooled.mean.dtype and mean.is_contiguous() and var.is_contiguous()
-        return pooled.native if alike and isinstance(pooled.count, int) and pooled.count > 1 else None
+        follow(pooled.mean, pooled.var, mean, var, tracked, self.momentum, pooled.backend)
 
 
 class PopulationNorm1d(_PopulationNorm, ndims=(2, 3)):

@@ -15,15 +15,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from flexnorm._messages import unknown_name
-from flexnorm.optim.base import (
-    Params,
-    SphereOptimizer,
-    check_at_least_zero,
-    check_below_one,
-    fused_takes,
-    put_on_sphere,
-)
-from flexnorm.optim.rows import RowLayout, compute_dtype, local_part
+from flexnorm.optim.base import Params, SphereOptimizer, check_at_least_zero, check_below_one, fused_takes
+from flexnorm.optim.rows import compute_dtype
 from flexnorm.optim.step import Observe, Rotation, State, StepOptions, Workspace, take_step
 
 
@@ -91,17 +84,13 @@ class AdamG(SphereOptimizer):
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
         for p in params:
             if "step" not in self.state[p]:
-                put_on_sphere(p, options)
-                local = local_part(p, options.row_dim, needs_whole=False)
-                rows = RowLayout.of(local, options.row_dim, options.row_groups).rows
+                rows = self._put_on_sphere(p, options)
                 self.state[p]["step"] = torch.tensor(0.0)
                 self._fresh([p], "exp_avg")
                 self.state[p]["exp_avg_sq"] = torch.zeros(rows, dtype=compute_dtype(p), device=p.device)
-        return _state(*self._lists(params), group["betas"]), rotation(group["lr"], group["betas"], group["eps"])
-
-    def _lists(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        states = [self.state[p] for p in params]
-        return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
+        exp_avgs, exp_avg_sqs, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
+        state = State(exp_avgs if group["betas"][0] else [], exp_avg_sqs, steps)
+        return state, rotation(group["lr"], group["betas"], group["eps"])
 
     def _step_flat(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if group["off_manifold"] == "sgd":
@@ -145,10 +134,6 @@ def rotation(lr: float | Tensor, betas: tuple[float, float], eps: float) -> Rota
     return Rotation(push, -lr * (beta1 or 1.0), keep=beta1, beta1=beta1, beta2=beta2, eps=eps)
 
 
-def _state(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor], betas: tuple[float, float]) -> State:
-    return State(exp_avgs if betas[0] else [], exp_avg_sqs, steps)
-
-
 def adamg(
     params: list[Tensor],
     grads: list[Tensor],
@@ -171,25 +156,11 @@ def adamg(
 ) -> None:
     """Functional form of :class:`AdamG` on the manifold: updates parameters and state in place.
 
-    Args:
-        params: Weights whose rows have unit length (or any: they are taken as directions).
-        grads: Their gradients, not written to.
-        exp_avgs: First moments, of the shapes of the weights.
-        exp_avg_sqs: Second moments, ``(rows,)`` each.
-        state_steps: Steps taken so far, scalar tensors on the CPU; counted up here.
-        lr: Learning rate.
-        betas: Decay rates of the moments.
-        eps: Added to the second moment under the root.
-        grad_clip: Bound on the Riemannian gradient of a row, or None.
-        ortho: Weight of the orthogonality regularizer.
-        maximize: Maximize the objective.
-        row_dim: Axis of the output units, 0 or 1.
-        row_groups: Groups of the convolution.
-        foreach: False for one parameter after the other.
-        compile: Compile the arithmetic.
-        workspace: Buffers kept from step to step.
-        observe: Called per parameter with its index, the angle walked and the tangent norm of its rows.
+    ``params``, ``grads``, ``workspace`` and ``observe`` are as for :func:`sgdg`. ``exp_avgs`` are first moments, of
+    the shapes of the weights, ``exp_avg_sqs`` second moments, ``(rows,)`` each, ``state_steps`` the steps taken so far,
+    scalar tensors on the CPU, counted up here. ``lr``, ``betas``, ``eps``, ``grad_clip``, ``ortho``, ``maximize``,
+    ``row_dim``, ``row_groups``, ``foreach`` and ``compile`` are those of the class.
     """
     options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile)
-    state = _state(exp_avgs, exp_avg_sqs, state_steps, betas)
+    state = State(exp_avgs if betas[0] else [], exp_avg_sqs, state_steps)
     take_step(params, grads, state, rotation(lr, betas, eps), options, workspace, observe)

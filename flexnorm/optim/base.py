@@ -175,18 +175,24 @@ class SphereOptimizer(ExactState):
         if not group["manifold"]:
             self._step_flat(group, params)
             return
-        grads, options, observer = [cast(Tensor, p.grad) for p in params], StepOptions.of(group), self.observer
+        options, observer = StepOptions.of(group), self.observer
         state, rotation = self._prepare(group, params, options)
-
-        def tell(index: int, angle: Tensor, norm: Tensor) -> None:
-            cast(Observer, observer)(StepView(params[index], angle, norm, options))
-
-        observe: Observe | None = None if observer is None else tell
-        take_step(params, grads, state, rotation, options, self._workspace, observe)
+        observe: Observe | None = None
+        if observer is not None:
+            observe = lambda index, angle, norm: observer(StepView(params[index], angle, norm, options))  # noqa: E731
+        take_step(params, [cast(Tensor, p.grad) for p in params], state, rotation, options, self._workspace, observe)
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
         """Bring weights that are new to the sphere; return the state of all and the numbers of the step."""
         raise NotImplementedError
+
+    def _put_on_sphere(self, p: Tensor, options: StepOptions) -> int:
+        """Bring the rows of a weight to unit length, whatever their length is; return their number."""
+        p = local_part(p, options.row_dim, needs_whole=False)
+        layout = RowLayout.of(p, options.row_dim, options.row_groups)
+        if p.numel():
+            from_rows(unit(to_rows(p, layout).to(compute_dtype(p))), p, layout)
+        return layout.rows
 
     def _step_flat(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
@@ -234,12 +240,3 @@ def fused_takes(*tensors: Sequence[Tensor | None]) -> bool:
     if dtype not in (torch.float32, torch.float64) or present[0].device.type not in ("cpu", "cuda"):
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype and t.is_contiguous() for t in present)
-
-
-@torch.no_grad()
-def put_on_sphere(p: Tensor, options: StepOptions) -> None:
-    """Bring the rows of a weight to unit length, in place, whatever their length is."""
-    p = local_part(p, options.row_dim, needs_whole=False)
-    if p.numel():
-        layout = RowLayout.of(p, options.row_dim, options.row_groups)
-        from_rows(unit(to_rows(p, layout).to(compute_dtype(p))), p, layout)

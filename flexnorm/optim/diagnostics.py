@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from types import TracebackType
 
 from torch import Tensor
 
@@ -83,9 +82,7 @@ class SphereMonitor:
         self.optimizer.observer = self._listen
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.optimizer.observer = None
 
     def _listen(self, view: StepView) -> None:

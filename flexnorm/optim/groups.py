@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm.optim.invariance import InvarianceReport, Probe, WeightReport, scale_invariant_weights
+from flexnorm.optim.invariance import InvarianceReport, WeightReport, probing, scale_invariant_weights
 from flexnorm.optim.manifold import row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
 from flexnorm.probe import Selection, select_parameters
-
-__all__ = ["ParamGroups", "param_groups"]
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -56,7 +53,7 @@ def param_groups(
     decay_vectors: bool = False,
     exclude: Selection = (),
     normalize: bool = True,
-    verbose: bool = True,
+    verbose: bool = False,
 ) -> ParamGroups:
     r"""Sort the parameters of a model into groups for :class:`SGDG` and :class:`AdamG` (or any torch optimizer).
 
@@ -94,7 +91,7 @@ def param_groups(
     Examples:
         >>> from flexnorm.optim import SGDG
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-        >>> groups = param_groups(model, 0.01, 0.2, 5e-4, torch.zeros(8, 1, 4, 4), verbose=False)
+        >>> groups = param_groups(model, 0.01, 0.2, 5e-4, torch.zeros(8, 1, 4, 4))
         >>> [(group["manifold"], group["lr"], len(group["params"])) for group in groups]
         [(True, 0.2, 1), (False, 0.01, 1), (False, 0.01, 4)]
         >>> optimizer = SGDG(groups, momentum=0.9)
@@ -108,19 +105,9 @@ def param_groups(
         alpha = ortho if r.rows // r.row_groups <= r.n else 0.0
         # Blocks are of no concern to a weight without the orthogonality term, so all such share one group.
         blocks = r.row_groups if alpha or r.row_dim else 1
-        groups.setdefault(
-            (r.row_dim, blocks, alpha),
-            {
-                "params": [],
-                "lr": lr_manifold,
-                "weight_decay": 0.0,
-                "manifold": True,
-                "grad_clip": grad_clip,
-                "ortho": alpha,
-                "row_dim": r.row_dim,
-                "row_groups": blocks,
-            },
-        )["params"].append(r.parameter)
+        new: dict[str, Any] = {"params": [], "lr": lr_manifold, "weight_decay": 0.0, "manifold": True}
+        new |= {"grad_clip": grad_clip, "ortho": alpha, "row_dim": r.row_dim, "row_groups": blocks}
+        groups.setdefault((r.row_dim, blocks, alpha), new)["params"].append(r.parameter)
     on = {r.parameter for r in chosen}
     rest = [r.parameter for r in report.values() if r.parameter.requires_grad and r.parameter not in on]
     for parameters, decay in (
@@ -135,43 +122,33 @@ def param_groups(
     return result
 
 
-@dataclass(frozen=True)
-class _Follower:
-    """A normalization with running statistics that takes the output of a layer."""
-
-    layer: nn.Module
-    norm: nn.Module
-
-
 @torch.no_grad()
 def _normalize(model: nn.Module, chosen: list[WeightReport], example_input: Any, *, exact: bool) -> list[str]:
     """Bring rows to unit length, and running statistics along; return notes."""
     modules = dict(model.named_modules())
-    layers = {modules[name] for r in chosen for name in r.modules}
     used = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor) and _has_history(m)]
+    layers = {modules[name] for r in chosen for name in r.modules}
     followers = _followers(model, layers, used, example_input) if used and example_input is not None else []
     notes = []
     for r in chosen:
         layout = RowLayout.of(r.parameter, r.row_dim, r.row_groups)
         rows = to_rows(r.parameter.detach(), layout).to(compute_dtype(r.parameter))
         length = row_norm(rows).squeeze(1)
+        lengths = f"{r.name}: rows had lengths {float(length.min()):.3g} to {float(length.max()):.3g}"
         if bool((length == 0).any()):
             notes.append(f"{r.name}: {int((length == 0).sum())} rows are zero and stay so")
         if not exact:
-            notes.append(
-                f"{r.name}: rows had lengths {float(length.min()):.3g} to {float(length.max()):.3g}; if no "
-                "normalization follows directly, bringing them to 1 changed the function"
-            )
+            notes.append(f"{lengths}; if no normalization follows directly, bringing them to 1 changed the function")
         from_rows(unit(rows), r.parameter.data, layout)
         length = torch.where(length > 0, length, 1.0)
         mine = {modules[name] for name in r.modules}
-        behind = [f for f in followers if f.layer in mine and _matches(f, layout.rows)]
-        for follower in behind:
-            _scale_statistics(follower, length)
+        behind = [(layer, norm) for layer, norm in followers if layer in mine and len(norm.running_var) == layout.rows]
+        for layer, norm in behind:
+            _scale_statistics(layer, norm, length)
         if used and exact and not behind and not torch.allclose(length, torch.ones_like(length), rtol=1e-5):
             notes.append(
-                f"{r.name}: rows had lengths {float(length.min()):.3g} to {float(length.max()):.3g} and no running "
-                "statistics were found directly behind; re-estimate any that stand further on before evaluating"
+                f"{lengths} and no running statistics were found directly behind; re-estimate any that stand further "
+                "on before evaluating"
             )
     return notes
 
@@ -182,25 +159,20 @@ def _has_history(norm: nn.Module) -> bool:
     return bool((torch.as_tensor(mean) != 0).any() or (torch.as_tensor(var) != 1).any())
 
 
-def _matches(follower: _Follower, rows: int) -> bool:
-    return len(torch.as_tensor(follower.norm.running_var)) == rows
+def _scale_statistics(layer: nn.Module, norm: Any, length: Tensor) -> None:
+    """Divide the statistics behind a layer by the lengths of its rows; the bias of the layer is not divided."""
+    bias = getattr(layer, "bias", None)
+    shift = bias.detach().to(norm.running_mean) if isinstance(bias, Tensor) else torch.zeros_like(norm.running_mean)
+    norm.running_mean.sub_(shift).div_(length.to(shift)).add_(shift)
+    norm.running_var.div_(length.to(norm.running_var).square())
 
 
-def _scale_statistics(follower: _Follower, length: Tensor) -> None:
-    """Divide the statistics by the lengths of the rows; the bias of the layer is not divided."""
-    mean, var = follower.norm.running_mean, follower.norm.running_var
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-        raise TypeError("running statistics that are not tensors")
-    bias = getattr(follower.layer, "bias", None)
-    shift = bias.detach().to(mean) if isinstance(bias, Tensor) else torch.zeros_like(mean)
-    mean.sub_(shift).div_(length.to(mean)).add_(shift)
-    var.div_(length.to(var).square())
-
-
-def _followers(model: nn.Module, layers: set[nn.Module], norms: list[nn.Module], example: Any) -> list[_Follower]:
+def _followers(
+    model: nn.Module, layers: set[nn.Module], norms: list[nn.Module], example_input: Any
+) -> list[tuple[nn.Module, Any]]:
     """Find by identity of tensors which normalization takes the output of which layer."""
     produced: dict[int, tuple[nn.Module, Tensor]] = {}
-    found: list[_Follower] = []
+    found: list[tuple[nn.Module, Any]] = []
 
     def after(module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -208,16 +180,14 @@ def _followers(model: nn.Module, layers: set[nn.Module], norms: list[nn.Module],
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in produced:
-            found.append(_Follower(produced[id(args[0])][0], module))
+            found.append((produced[id(args[0])][0], module))
 
-    handles = [layer.register_forward_hook(after) for layer in layers]
-    handles += [norm.register_forward_pre_hook(before) for norm in norms]
-    try:
-        with Probe(model, example) as probe:
-            produced.clear()
-            found.clear()
+    with probing(model, example_input) as probe:
+        handles = [layer.register_forward_hook(after) for layer in layers]
+        handles += [norm.register_forward_pre_hook(before) for norm in norms]
+        try:
             probe.run({})
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     return found

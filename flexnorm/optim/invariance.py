@@ -20,9 +20,9 @@ How the test is made sharp:
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.optim.rows import RowLayout, from_rows, to_rows
-from flexnorm.probe import arguments, tensors
-
-__all__ = ["InvarianceReport", "WeightReport", "scale_invariant_weights"]
+from flexnorm.probe import arguments, isolated, private_randomness, tensors
 
 _PROBE_BATCH = 16  # batch normalization of two values gives +-1 whatever the weight, so a tiny batch proves nothing
 _EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
@@ -103,16 +101,6 @@ class InvarianceReport(Mapping[str, WeightReport]):
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    parameter: nn.Parameter
-    row_dim: int
-    row_groups: int
-    convolution: bool
-    modules: tuple[str, ...]
-
-
 def scale_invariant_weights(
     model: nn.Module,
     example_input: Any = None,
@@ -148,141 +136,116 @@ def scale_invariant_weights(
         raise ValueError(unknown_name("select", select, ["probe", "paper"]))
     candidates = _candidates(model)
     if select == "paper":
-        return InvarianceReport([_paper_rule(c) for c in candidates], select)
+        return InvarianceReport([_paper_rule(r, model) for r in candidates], select)
     if example_input is None:
         raise ValueError("probing needs example_input: what the model is called with, for example one batch of images")
-    with Probe(model, example_input) as probe:
-        return InvarianceReport([_test(c, probe, tolerance) for c in candidates], select)
+    with probing(model, example_input) as probe:
+        return InvarianceReport([_test(r, probe, tolerance) for r in candidates], select)
 
 
-def _candidates(model: nn.Module) -> list[_Candidate]:
-    users: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+def _candidates(model: nn.Module) -> list[WeightReport]:
+    """Return a report on every parameter, with the reason why it is out of the question, or none yet."""
+    users: dict[nn.Parameter, list[str]] = {}
     for prefix, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            users.setdefault(parameter, []).append((prefix, module))
+            users.setdefault(parameter, []).append(prefix)
     found = []
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} is lazy and has no shape yet: call the model once, then ask again")
-        module = users[parameter][0][1]
-        kernel = parameter.ndim >= 3 and hasattr(module, "kernel_size")
-        transposed = kernel and bool(getattr(module, "transposed", False))
-        groups = int(getattr(module, "groups", 1)) if kernel else 1
-        prefixes = tuple(prefix for prefix, _ in users[parameter])
-        found.append(_Candidate(name, parameter, int(transposed), groups, kernel, prefixes))
+        report = WeightReport(name, parameter, False, "", modules=tuple(users[parameter]))
+        if parameter.ndim >= 2:
+            module = model.get_submodule(report.modules[0]) if _is_convolution(report, model) else None
+            row_dim, groups = int(getattr(module, "transposed", False)), int(getattr(module, "groups", 1))
+            layout = RowLayout.of(parameter, row_dim, groups)
+            groups = groups if layout.rows else 1
+            report = replace(report, rows=layout.rows, n=layout.n, row_dim=row_dim, row_groups=groups)
+        found.append(replace(report, reason=_unfit(report)))
     if not found:
         raise ValueError("the model has no parameters")
     return found
 
 
-def _report(c: _Candidate, selected: bool, reason: str, change: float = float("nan")) -> WeightReport:
-    rows = n = 0
-    if c.parameter.ndim >= 2:
-        layout = RowLayout.of(c.parameter, c.row_dim, c.row_groups)
-        rows, n = layout.rows, layout.n
-    return WeightReport(
-        c.name, c.parameter, selected, reason, change, rows, n, c.row_dim, c.row_groups if rows else 1, c.modules
-    )
+def _is_convolution(report: WeightReport, model: nn.Module) -> bool:
+    return report.parameter.ndim >= 3 and hasattr(model.get_submodule(report.modules[0]), "kernel_size")
 
 
-def _unfit(c: _Candidate) -> str | None:
-    """Say why a parameter is out of the question whatever the network does with it, or None."""
-    if c.parameter.ndim < 2:
+def _unfit(report: WeightReport) -> str:
+    """Say why a parameter is out of the question whatever the network does with it, or nothing."""
+    if report.parameter.ndim < 2:
         return "a vector or scalar (bias, gain), no weight vectors"
-    if not c.parameter.is_floating_point():
-        return f"not a real floating point weight ({c.parameter.dtype})"
-    if c.parameter.numel() == 0:
+    if not report.parameter.is_floating_point():
+        return f"not a real floating point weight ({report.parameter.dtype})"
+    if report.parameter.numel() == 0:
         return "empty"
-    if RowLayout.of(c.parameter, c.row_dim, c.row_groups).n == 1:
-        return "rows of length one have no direction"
-    return None
+    return "rows of length one have no direction" if report.n == 1 else ""
 
 
-def _paper_rule(c: _Candidate) -> WeightReport:
-    if reason := _unfit(c):
-        return _report(c, False, reason)
-    if not c.convolution:
-        return _report(c, False, "not a convolution")
-    layout = RowLayout.of(c.parameter, c.row_dim, c.row_groups)
-    sides = f"{layout.n} inputs, {layout.rows} outputs"
-    if layout.n > layout.rows:
-        return _report(c, True, f"undercomplete convolution: {sides}")
-    return _report(c, False, f"overcomplete convolution: {sides}")
+def _paper_rule(report: WeightReport, model: nn.Module) -> WeightReport:
+    if report.reason:
+        return report
+    if not _is_convolution(report, model):
+        return replace(report, reason="not a convolution")
+    selected = report.n > report.rows
+    kind = "undercomplete" if selected else "overcomplete"
+    reason = f"{kind} convolution: {report.n} inputs, {report.rows} outputs"
+    return replace(report, selected=selected, reason=reason)
 
 
-def _test(c: _Candidate, probe: Probe, tolerance: float) -> WeightReport:
-    if reason := _unfit(c):
-        return _report(c, False, reason)
-    layout = RowLayout.of(c.parameter, c.row_dim, c.row_groups)
-    weight = probe.parameters[c.name]
-    influence = probe.distance(c.name, probe.another(weight))
+def _test(report: WeightReport, probe: Probe, tolerance: float) -> WeightReport:
+    if report.reason:
+        return report
+    name, weight = report.name, probe.parameters[report.name]
+    influence = probe.distance(name, probe.another(weight))
     if not influence > 0:
-        return _report(c, False, "has no influence on the output in training mode")
-    exponents = torch.arange(layout.rows) % 5 - 1  # neighbouring rows get different factors, 1/2 to 8
-    change = probe.distance(c.name, _scaled(weight, layout, 2.0**exponents)) / influence
+        return replace(report, reason="has no influence on the output in training mode")
+    layout = RowLayout.of(weight, report.row_dim, report.row_groups)
+    factors = 2.0 ** (torch.arange(layout.rows) % 5 - 1)  # neighbouring rows get different ones, 1/2 to 8
+    scaled = torch.empty_like(weight)
+    from_rows(to_rows(weight, layout) * factors.to(weight).unsqueeze(1), scaled, layout)
+    change = probe.distance(name, scaled) / influence
     if change <= tolerance:
-        return _report(c, True, "scale invariant", change)
-    jointly = probe.distance(c.name, weight * 4) / influence
-    if jointly <= tolerance:
+        return replace(report, selected=True, reason="scale invariant", change=change)
+    reason = f"rescaling rows changes the output ({change:.2g} of what a new direction does)"
+    if probe.distance(name, weight * 4) / influence <= tolerance:
         reason = "invariant only when all rows are scaled alike: the norm behind it mixes its outputs"
-        return _report(c, False, reason, change)
-    return _report(c, False, f"rescaling rows changes the output ({change:.2g} of what a new direction does)", change)
+    return replace(report, reason=reason, change=change)
 
 
-def _scaled(weight: Tensor, layout: RowLayout, factors: Tensor) -> Tensor:
-    out = torch.empty_like(weight)
-    rows = to_rows(weight, layout)
-    from_rows(rows * factors.to(rows).unsqueeze(1), out, layout)
-    return out
+@contextmanager
+def probing(model: nn.Module, example_input: Any) -> Iterator[Probe]:
+    """Within the block, a :class:`Probe` of a model; afterwards the model is as before."""
+    device = next(model.parameters()).device
+    with isolated(model, 0), torch.autocast(device.type, enabled=False):
+        yield Probe(model, example_input)
 
 
 class Probe:
-    """Runs a model with other parameters and inputs, leaving it as it was. A context manager.
+    """Runs a model, in training mode, with other parameters and inputs; see :func:`probing`.
 
     Attributes:
         parameters: The random parameters by name.
     """
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
-        self.model = model
+        self.model = model.train()
         self.device = next(model.parameters()).device
         self._generator = torch.Generator().manual_seed(0)
         self.args, self.kwargs = self._noise(example_input)
-        self.parameters: dict[str, Tensor] = {}
-        self._timid = False
-
-    def __enter__(self) -> Probe:
-        self._flags = {module: module.training for module in self.model.modules()}
         self._eps = [
             (module, name, value)
-            for module in self.model.modules()
+            for module in model.modules()
             for name in _EPS_NAMES
             if isinstance(value := getattr(module, name, None), float) and value > 0
         ]
-        self.model.train()
-        try:
-            self._find_base()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._flags.items():
-            module.training = training
-        self._set_eps(None)
-
-    def _set_eps(self, value: float | None) -> None:
-        for module, name, original in self._eps:
-            setattr(module, name, original if value is None else value)
-
-    def _find_base(self) -> None:
-        """Choose the parameters: random and without eps if the network bears it, else as they are."""
-        own = {name: _wide(p.detach()) for name, p in self.model.named_parameters()}
+        # Random parameters and no eps if the network bears it, else as they are.
+        self._timid = False
+        own = {name: _wide(p.detach()) for name, p in model.named_parameters()}
         drawn = {name: self.another(p) for name, p in own.items()}
         for self.parameters, eps in ((drawn, _NO_EPS), (own, _NO_EPS), (own, None)):
             self._timid = self.parameters is own
-            self._set_eps(eps)
+            for module, name, original in self._eps:
+                setattr(module, name, original if eps is None else eps)
             self._base = self.run({})
             if bool(self._base.isfinite().all()):
                 break
@@ -303,9 +266,9 @@ class Probe:
         noise = torch.randn(p.shape, generator=self._generator).to(p)
         return 1 + noise / 4 if p.ndim < 2 else noise / p[0].numel() ** 0.5
 
-    def _noise(self, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _noise(self, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments like the example: noise, in batches of 16, where all of it is floating point."""
-        args, kwargs = arguments(example)
+        args, kwargs = arguments(example_input)
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         noisy = all(t.is_floating_point() and t.ndim > 0 and len(t) == len(given[0]) for t in given)
 
@@ -318,20 +281,12 @@ class Probe:
 
         return tuple(like(t) for t in args), {name: like(t) for name, t in kwargs.items()}
 
-    @torch.no_grad()
     def run(self, changed: dict[str, Tensor]) -> Tensor:
-        """Return the outputs as one vector, with some parameters exchanged."""
+        """Return the outputs as one vector, with some parameters exchanged, from one state of buffers and one seed."""
         buffers = {name: _wide(b).clone() for name, b in self.model.named_buffers()}
-        devices = [self.device] if self.device.type == "cuda" else []
-        state = random.getstate()
-        try:
-            with torch.random.fork_rng(devices=devices), torch.autocast(self.device.type, enabled=False):
-                torch.manual_seed(0)
-                random.seed(0)
-                state_dict = {**self.parameters, **changed, **buffers}
-                output = torch.func.functional_call(self.model, state_dict, self.args, self.kwargs)
-        finally:
-            random.setstate(state)
+        with private_randomness({self.device}, 0):
+            state = {**self.parameters, **changed, **buffers}
+            output = torch.func.functional_call(self.model, state, self.args, self.kwargs)
         return torch.cat([t.detach().double().flatten() for t in tensors(output) if t.is_floating_point()])
 
     def distance(self, name: str, weight: Tensor) -> float:

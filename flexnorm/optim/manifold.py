@@ -52,11 +52,6 @@ def row_norm(x: Tensor) -> Tensor:
     return norm * largest
 
 
-def in_range(norm: Tensor) -> bool:
-    """Tell whether norms are those of rows whose squares neither vanish nor overflow; waits for the device."""
-    return bool(((norm > TINY) & norm.isfinite()).all())
-
-
 def unit(x: Tensor) -> Tensor:
     r"""Rows ``(*, n)`` of unit length, :math:`x / \lVert x \rVert`; a zero row stays zero."""
     scaled = x / _largest(x)
@@ -161,7 +156,7 @@ def orthogonality_gradient(
     else through that of the columns.
 
     Args:
-        y: Rows of one weight, ``(rows, n)``, of any length: they are taken as directions.
+        y: Rows of one weight, ``(rows, n)``, taken as directions (their squares must be in range).
         alpha: Weight of the penalty.
         blocks: As in :func:`orthogonality_penalty`.
         plus: What to add to it, ``(rows, n)``: the gradient of the loss.
@@ -174,9 +169,6 @@ def orthogonality_gradient(
     p = _in_blocks(y, blocks)
     added = p if plus is None else _in_blocks(plus, blocks)
     norm: Tensor = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
-    if p.device.type == "cpu" and not in_range(norm):
-        p = unit(p)
-        norm = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
     inv = norm.clamp_(min=TINY).reciprocal_()
     if p.shape[1] <= p.shape[2]:
         # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.

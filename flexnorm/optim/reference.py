@@ -1,8 +1,8 @@
 r"""SGD-G and Adam-G as the paper writes them: slow, obvious, in float64.
 
-Nothing here is shared with the fast optimizers, not even the geometry: this is the yardstick that the tests hold
-against them. One parameter is one matrix whose rows are the weight vectors, and gradients are handed in, not taken from
-``.grad``.
+Nothing here is shared with the fast step: every line is an operator of the paper, from :mod:`flexnorm.optim.manifold`.
+This is the yardstick that the tests hold against the fast optimizers. One parameter is one matrix whose rows are the
+weight vectors, and gradients are handed in, not taken from ``.grad``.
 
 Paper: Cho and Lee, "Riemannian approach to batch normalization", NeurIPS 2017, Algorithms 1 and 2, Eq. 6-9 and L^O.
 """
@@ -15,40 +15,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["ReferenceAdamG", "ReferenceSGDG"]
-
-
-def _regularized(rows: Tensor, gradient: Tensor, ortho: float) -> Tensor:
-    """Add the gradient of (alpha / 2) |Y Y^T - I|^2 to the gradient of the loss."""
-    return gradient + 2 * ortho * (rows @ rows.T @ rows - rows)
-
-
-def _tangent_clipped(y: Tensor, g: Tensor, nu: float) -> Tensor:
-    """Eq. 6, then the norm clip, for one weight vector."""
-    h: Tensor = g - torch.dot(y, g) * y
-    length = float(h.norm())
-    return h * (nu / length) if length > nu else h
-
-
-def _exp(y: Tensor, d: Tensor) -> Tensor:
-    """Eq. 7."""
-    length = d.norm()
-    return y if length == 0 else y * length.cos() + d / length * length.sin()
-
-
-def _transport(y: Tensor, v: Tensor, d: Tensor) -> Tensor:
-    """Eq. 8."""
-    length = d.norm()
-    if length == 0:
-        return v
-    u = d / length
-    carried: Tensor = v - torch.dot(u, v) * (length.sin() * y + (1 - length.cos()) * u)
-    return carried
+from flexnorm.optim.manifold import exp_map, norm_clip, parallel_transport, project, transport_along
 
 
 @dataclass
-class ReferenceSGDG:
-    """SGD-G on a list of matrices, one row at a time.
+class _Reference:
+    weights: Sequence[Tensor]
+    lr: float
+
+    def __post_init__(self) -> None:
+        """Put every row on the sphere, at rest."""
+        self.weights = [(w / w.norm(dim=1, keepdim=True)) for w in (w.detach().double() for w in self.weights)]
+        self.tau = [torch.zeros_like(w) for w in self.weights]
+
+
+def _descent(y: Tensor, gradient: Tensor, ortho: float, grad_clip: float) -> Tensor:
+    """Add the gradient of (alpha / 2) |Y Y^T - I|^2 to the gradient of the loss; project (Eq. 6) and clip each row."""
+    return norm_clip(project(y, gradient.double() + 2 * ortho * (y @ y.T @ y - y)), grad_clip)
+
+
+@dataclass
+class ReferenceSGDG(_Reference):
+    """SGD-G on a list of matrices.
 
     Attributes:
         weights: Matrices ``(rows, n)``; copied to float64 and brought to unit rows.
@@ -56,36 +44,24 @@ class ReferenceSGDG:
         momentum: Momentum, gamma.
         grad_clip: Bound nu on the Riemannian gradient of a row; ``inf`` for none.
         ortho: Weight alpha of the orthogonality regularizer.
+        tau: The momenta, matrices ``(rows, n)``.
     """
 
-    weights: Sequence[Tensor]
-    lr: float
     momentum: float = 0.9
     grad_clip: float = 0.1
     ortho: float = 0.1
-    tau: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Put every row on the sphere, at rest."""
-        doubles = [w.detach().double() for w in self.weights]
-        self.weights = [w / w.norm(dim=1, keepdim=True) for w in doubles]
-        self.tau = [torch.zeros_like(w) for w in doubles]
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Take one step against ``gradients``, matrices of the shapes of the weights."""
-        for w, tau, gradient in zip(self.weights, self.tau, gradients, strict=True):
-            total = _regularized(w, gradient.double(), self.ortho)
-            for i in range(len(w)):
-                h = _tangent_clipped(w[i], total[i], self.grad_clip)
-                d = self.momentum * tau[i] - self.lr * h
-                y = w[i].clone()
-                w[i] = _exp(y, d)
-                tau[i] = _transport(y, d, d)
+        for y, tau, gradient in zip(self.weights, self.tau, gradients, strict=True):
+            d = self.momentum * tau - self.lr * _descent(y, gradient, self.ortho, self.grad_clip)
+            tau.copy_(transport_along(y, d))
+            y.copy_(exp_map(y, d))
 
 
 @dataclass
-class ReferenceAdamG:
-    """Adam-G on a list of matrices, one row at a time.
+class ReferenceAdamG(_Reference):
+    """Adam-G on a list of matrices.
 
     Attributes:
         weights: Matrices ``(rows, n)``; copied to float64 and brought to unit rows.
@@ -94,37 +70,31 @@ class ReferenceAdamG:
         eps: Added to the second moment under the root.
         grad_clip: Bound nu on the Riemannian gradient of a row; ``inf`` for none.
         ortho: Weight alpha of the orthogonality regularizer.
+        tau: The first moments, matrices ``(rows, n)``.
+        second: The second moments, ``(rows,)`` each.
+        steps: Steps taken.
     """
 
-    weights: Sequence[Tensor]
-    lr: float
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     grad_clip: float = 0.1
     ortho: float = 0.1
-    tau: list[Tensor] = field(init=False)
-    second: list[Tensor] = field(init=False)
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         """Put every row on the sphere, at rest."""
-        doubles = [w.detach().double() for w in self.weights]
-        self.weights = [w / w.norm(dim=1, keepdim=True) for w in doubles]
-        self.tau = [torch.zeros_like(w) for w in doubles]
-        self.second = [torch.zeros(len(w), dtype=torch.float64) for w in doubles]
+        super().__post_init__()
+        self.second = [w.new_zeros(len(w)) for w in self.weights]
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Take one step against ``gradients``, matrices of the shapes of the weights."""
         self.steps += 1
         b1, b2 = self.betas
         correction = (1 - b2**self.steps) ** 0.5 / (1 - b1**self.steps)
-        for w, tau, v, gradient in zip(self.weights, self.tau, self.second, gradients, strict=True):
-            total = _regularized(w, gradient.double(), self.ortho)
-            for i in range(len(w)):
-                h = _tangent_clipped(w[i], total[i], self.grad_clip)
-                m = b1 * tau[i] + (1 - b1) * h
-                v[i] = b2 * v[i] + (1 - b2) * torch.dot(h, h)
-                d = -self.lr * correction * m / (v[i] + self.eps).sqrt()
-                y = w[i].clone()
-                w[i] = _exp(y, d)
-                tau[i] = _transport(y, m, d)
+        for y, tau, v, gradient in zip(self.weights, self.tau, self.second, gradients, strict=True):
+            h = _descent(y, gradient, self.ortho, self.grad_clip)
+            m = b1 * tau + (1 - b1) * h
+            v.copy_(b2 * v + (1 - b2) * h.square().sum(1))
+            d = -self.lr * correction * m / (v + self.eps).sqrt().unsqueeze(1)
+            tau.copy_(parallel_transport(y, d, m))
+            y.copy_(exp_map(y, d))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexnorm.optim.base import Params, SphereOptimizer, check_below_one, put_on_sphere
+from flexnorm.optim.base import Params, SphereOptimizer, check_below_one
 from flexnorm.optim.step import Observe, Rotation, State, StepOptions, Workspace, take_step
 
 
@@ -93,7 +93,7 @@ class SGDG(SphereOptimizer):
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
         for p in params:
             if "on_sphere" not in self.state[p]:
-                put_on_sphere(p, options)
+                self._put_on_sphere(p, options)
                 self.state[p]["on_sphere"] = True
         moments = self._fresh(params, "momentum_buffer") if group["momentum"] else []
         return State(moments), rotation(group["lr"], group["momentum"])
@@ -128,21 +128,11 @@ def sgdg(
 ) -> None:
     """Functional form of :class:`SGDG` on the manifold: updates ``params`` and ``momentum_buffers`` in place.
 
-    Args:
-        params: Weights whose rows have unit length (or any: they are taken as directions).
-        grads: Their gradients, not written to.
-        momentum_buffers: Tangent vectors of the shapes of the weights, or None where ``momentum`` is 0.
-        lr: Learning rate.
-        momentum: Momentum.
-        grad_clip: Bound on the Riemannian gradient of a row, or None.
-        ortho: Weight of the orthogonality regularizer.
-        maximize: Maximize the objective.
-        row_dim: Axis of the output units, 0 or 1.
-        row_groups: Groups of the convolution.
-        foreach: False for one parameter after the other.
-        compile: Compile the arithmetic.
-        workspace: Buffers kept from step to step.
-        observe: Called per parameter with its index, the angle walked and the tangent norm of its rows.
+    ``params`` are weights whose rows have unit length (or any: they are taken as directions), ``grads`` their
+    gradients, not written to, ``momentum_buffers`` tangent vectors of the shapes of the weights, or None where
+    ``momentum`` is 0. ``lr``, ``momentum``, ``grad_clip``, ``ortho``, ``maximize``, ``row_dim``, ``row_groups``,
+    ``foreach`` and ``compile`` are those of the class; ``workspace`` holds buffers from step to step; ``observe`` is
+    called per parameter with its index, the angle walked and the tangent norm of its rows.
     """
     state = State([buffer for buffer in momentum_buffers if buffer is not None])
     options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels import sphere
-from flexnorm.optim.manifold import TINY, in_range, orthogonality_gradient, row_norm, unit
+from flexnorm.optim.manifold import TINY, orthogonality_gradient, row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, local_parts
 
 Observe = Callable[[int, Tensor, Tensor], None]
@@ -43,17 +43,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a param group says about the step, whichever the optimizer.
-
-    Attributes:
-        grad_clip: Bound on the Riemannian gradient of a row, or None.
-        ortho: Weight of the orthogonality regularizer.
-        maximize: Whether to walk up the gradient of the loss (the regularizer is always minimized).
-        row_dim: Axis of the output units.
-        row_groups: Groups of the convolution.
-        foreach: False: one weight after the other, with torch's kernels.
-        compile: Whether to fuse the arithmetic with TorchInductor.
-    """
+    """What a param group says about the step whichever the optimizer; the arguments of :class:`SGDG` of these names."""
 
     grad_clip: float | None
     ortho: float
@@ -97,17 +87,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class State:
-    """What an optimizer keeps of its weights, lists as long as that of the weights or empty.
+    """What an optimizer keeps of its weights, lists as long as that of the weights or empty."""
 
-    Attributes:
-        moments: First moments, of the shapes of the weights, in the compute dtype.
-        seconds: Second moments, ``(rows,)`` each.
-        steps: Steps taken, scalar tensors on the CPU; raised by one with every step.
-    """
-
-    moments: Sequence[Tensor] = ()
-    seconds: Sequence[Tensor] = ()
-    steps: Sequence[Tensor] = ()
+    moments: Sequence[Tensor] = ()  # of the shapes of the weights, in the compute dtype
+    seconds: Sequence[Tensor] = ()  # (rows,) each
+    steps: Sequence[Tensor] = ()  # scalars on the CPU, raised by one with every step
 
 
 class Workspace:
@@ -148,15 +132,15 @@ def take_step(
     workspace: Workspace | None = None,
     observe: Observe | None = None,
 ) -> None:
-    """Move all weights by one step, and their state along, in place.
+    """Move all weights by one step against their gradients (not written to), and their state along, in place.
 
     Args:
         params: The weights; their rows are taken as directions.
-        grads: Their gradients, not written to.
+        grads: Their gradients.
         state: Their state.
         rotation: The numbers of the optimizer.
         options: What the group says.
-        workspace: Kept from step to step.
+        workspace: Buffers and plans, kept from step to step.
         observe: Told index, angle walked and tangent norm of the rows of every weight.
     """
     workspace, whole = workspace or Workspace(), options.ortho != 0
@@ -274,22 +258,23 @@ class Batch:
         self, grads: Sequence[Tensor], rotation: Rotation, options: StepOptions, workspace: Workspace, watched: bool
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
         """Move all rows by one step; return angle walked and tangent norm of the rows of every weight, if watched."""
-        mine = [grads[job.index] for job in self.jobs]
+        sign = -1 if options.maximize else 1
         if self._in_c is not None and not options.ortho:
-            mine = [_conforming(grad, job.weight) for grad, job in zip(mine, self.jobs, strict=True)]
-            return self._in_c.rotate(mine, _numbers(rotation, options, -1 if options.maximize else 1), watched)
+            mine = [_conforming(grads[job.index], job.weight) for job in self.jobs]
+            return self._in_c.rotate(mine, _numbers(rotation, options, sign), watched)
         back: list[tuple[list[Tensor], list[Tensor]]] = []
         weight = self._gather("weight", self._weights, workspace, back)
-        grad = self._gather("grad", [job.layout.view(g) for job, g in zip(self.jobs, mine, strict=True)], workspace, [])
+        grad = self._gather("grad", [job.layout.view(grads[job.index]) for job in self.jobs], workspace, [])
         if options.ortho:
+            if self._in_c is None:
+                _lengths(weight, weight.device.type == "cpu")
             blocks = sum(job.layout.blocks for job in self.jobs)
             out = workspace.take("total", self._shape, grad.device, self._dtype)
-            sign = -1 if options.maximize else 1
             grad = orthogonality_gradient(weight, options.ortho, blocks, plus=grad, sign=sign, out=out)
+            if self._in_c is not None:
+                return self._in_c.rotate(torch.split(grad, self._counts), _numbers(rotation, options, 1), watched)
         elif options.maximize:
             grad = grad.neg()
-        if self._in_c is not None:
-            return self._in_c.rotate(torch.split(grad, self._counts), _numbers(rotation, options, 1), watched)
         moment = self._gather("moment", self._moments, workspace, back) if self._moments else None
         second = None
         if self._seconds:
@@ -381,7 +366,7 @@ def rotate_(
     """Move rows by one step, in place, passing over memory as few times as possible.
 
     Args:
-        p: Points, ``(rows, n)``, of any length but zero; zero rows stay zero, at rest.
+        p: Points, ``(rows, n)``, of any length; zero rows stay zero, at rest.
         g: Gradients, ``(rows, n)``, not written to.
         moment: First moments, ``(rows, n)``, or None.
         second: Second moments, ``(rows, 1)``, or None.
@@ -393,14 +378,12 @@ def rotate_(
         Angle walked (signed) and tangent norm of every row, ``(rows, 1)`` each.
     """
     looks = p.device.type == "cpu" and not traced  # elsewhere a look at the numbers would mean to wait for the device
-    length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
-    if looks and not in_range(length):
-        length = torch.linalg.vector_norm(p.copy_(unit(p)), dim=1, keepdim=True)
+    length = _lengths(p, looks)
     alive = (length > TINY).to(p.dtype)
     length.clamp_(min=TINY)
     h = _tangent(g, p, length, traced)
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-    if traced or (looks and not bool(((norm >= 1e-3 * row_norm(g)) & norm.isfinite()).all())):
+    if traced or (looks and not (bool((norm >= 1e-3 * row_norm(g)).all()) and float(norm.max()) < math.inf)):
         # Nearly all of a gradient along its row leaves little but rounding errors: project once more. The norm is that
         # which has no squares in it, for those of a huge gradient leave the range of the numbers.
         h = _tangent(h, p, length, traced)
@@ -414,16 +397,16 @@ def rotate_(
     if moment is None:
         theta = norm * (clip * scale)
         cos, sin = theta.cos(), theta.sin()
-        p.mul_(cos.div_(length)).addcmul_(h, sin.div_(_nonzero(norm)))
+        p.mul_(cos.div_(length)).addcmul_(h, sin.div_(torch.where(norm > 0, norm, 1.0)))
         return theta, norm
-    e = moment.addcmul_(h, clip.mul_(rotation.push))
+    e, keep = moment.addcmul_(h, clip.mul_(rotation.push)), rotation.keep
     speed = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-    if looks and not bool(speed.isfinite().all()):
+    if looks and not float(speed.max()) < math.inf:
         speed = row_norm(e)
     speed.mul_(alive)  # a row that was pruned stays zero, whatever momentum it had
     theta = speed * scale
     cos, sin = theta.cos(), theta.sin()
-    along, keep = sin / _nonzero(speed), rotation.keep
+    along = sin / torch.where(speed > 0, speed, 1.0)
     if looks and bool(cos.amin() > 0.5):
         # Through the new point, e cos - y |e| sin = e / cos - y' |e| tan: all in place. Not near a quarter circle.
         p.mul_(cos / length).addcmul_(e, along)
@@ -436,16 +419,22 @@ def rotate_(
     return theta, norm
 
 
+def _lengths(p: Tensor, looks: bool) -> Tensor:
+    """Return the norms of rows; those whose squares leave the range of the numbers are brought to unit length first."""
+    length: Tensor = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+    if looks:
+        least, most = torch.aminmax(length)
+        if not (float(least) > TINY and float(most) < math.inf):
+            length = torch.linalg.vector_norm(p.copy_(unit(p)), dim=1, keepdim=True)
+    return length
+
+
 def _tangent(g: Tensor, p: Tensor, length: Tensor, traced: bool) -> Tensor:
     """Return ``g - p <p, g> / |p|^2``."""
     if traced:
         return g - (p * g).sum(1, keepdim=True) / length / length * p
     # That is the backward of weight normalization, in one fused pass per row.
     return cast(Tensor, torch.ops.aten._weight_norm_interface_backward(g, p, length, length, 0)[0])
-
-
-def _nonzero(norm: Tensor) -> Tensor:
-    return torch.where(norm > 0, norm, 1.0)
 
 
 def _compiled_(
@@ -456,7 +445,7 @@ def _compiled_(
     scalars = torch.stack([torch.as_tensor(number, dtype=p.dtype, device=p.device).reshape(()) for number in numbers])
     scale = torch.as_tensor(rotation.scale, dtype=p.dtype, device=p.device).reshape(-1, 1)
     try:
-        return compiled_rotation()(p, g, moment, second, scale, scalars, grad_clip is not None)
+        return compiled_rotation()((p, g, moment, second), scale, scalars, grad_clip is not None)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         # Nothing has been written yet: the failure is in generating code, not in running it.
         warnings.warn(f"the compiled step is not available here, going on without: {error}", RuntimeWarning)
@@ -465,18 +454,12 @@ def _compiled_(
 
 
 def traced_rotation(
-    p: Tensor,
-    g: Tensor,
-    moment: Tensor | None,
-    second: Tensor | None,
-    scale: Tensor,
-    scalars: Tensor,
-    clipped: bool,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None], scale: Tensor, scalars: Tensor, clipped: bool
 ) -> tuple[Tensor, Tensor]:
     """Give :func:`rotate_` to a compiler."""
     grad_clip, push, keep, beta2, eps = scalars.unbind()
     rotation = Rotation(push, scale, keep, 0.0, beta2, eps)
-    return rotate_(p, g, moment, second, rotation, grad_clip if clipped else None, traced=True)
+    return rotate_(*tensors, rotation, grad_clip if clipped else None, traced=True)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -50,15 +51,11 @@ def side_forward(
 
         return seen
 
-    handles = []
-    with isolated(model, seed, autocast=autocast):
+    with isolated(model, seed, autocast=autocast), ExitStack() as hooks:
         if mode == "eval":
             model.eval()
         elif not model.training:
             model.train()
-        try:
-            handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
-            forward(model, probe)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for name, module in layers.items():
+            hooks.callback(module.register_forward_hook(hook(name)).remove)
+        forward(model, probe)

@@ -109,7 +109,6 @@ def select(
     argument: str = "layers",
     *,
     kind: str = "layer",
-    keyword_first: bool = False,
     below: bool = False,
 ) -> dict[str, nn.Module]:
     r"""The candidates that a selection means.
@@ -117,7 +116,8 @@ def select(
     A selection is one of these, or a list of them:
 
     * a full name (``"layer1.0.bn1"``); where no candidate has it, all candidates below the module of that name;
-    * ``"norm"``: all normalization layers (a candidate that is itself called ``norm`` is ``"re:norm"``);
+    * ``"norm"``: all normalization layers, a candidate that is itself called ``norm`` being ``"re:norm"`` (but where
+      only normalization layers are candidates, the name goes first);
     * a glob pattern (``"layer?.*.bn*"``), or a regular expression, compiled or as ``"re:..."``, for the whole name;
     * a class of modules, which may fit nothing;
     * a module; where it is no candidate, all candidates inside it;
@@ -128,8 +128,6 @@ def select(
         selection: See above. Names hold for compiled submodules with or without their ``_orig_mod.``.
         argument: The option's name, for messages.
         kind: What a candidate is called in messages.
-        keyword_first: Whether ``"norm"`` means all normalization layers even if a candidate, or a module above some,
-            has that name.
         below: Whether a module stands for all candidates inside it even if it is one itself.
 
     Returns:
@@ -152,19 +150,12 @@ def select(
     def where(fits: Callable[[str, nn.Module], object]) -> set[str]:
         return {name for name, module in candidates.items() if fits(name, module)}
 
-    def norms() -> set[str]:
+    def by_name(text: str) -> set[str]:
         from flexnorm.nn import is_norm  # here, not above: the layers bring in the compiler
 
-        if not (found := where(lambda _, module: is_norm(module))):
-            raise ValueError(
-                f"{argument}: the model has no normalization layer among its {len(candidates)} modules; choose by a "
-                f"pattern ({argument}='*conv*') or by a list of names"
-            )
-        return found
-
-    def by_name(text: str) -> set[str]:
-        if text == "norm" and keyword_first:
-            return norms()
+        norms = where(lambda _, module: is_norm(module)) if text == "norm" else set()
+        if 0 < len(norms) < len(candidates):
+            return norms
         if found := text and named_like(lambda name: name == text):
             return set(found)
         if text.startswith("re:"):
@@ -173,7 +164,12 @@ def select(
         found = named_like(
             lambda name: ((name or len(named) == 1) and fnmatch.fnmatchcase(name, text)) or name.startswith(f"{text}.")
         )
-        return found or (norms() if text == "norm" else unknown(text))
+        if not (found := found or norms) and text == "norm":
+            raise ValueError(
+                f"{argument}: the model has no normalization layer among its {len(candidates)} modules; choose by a "
+                f"pattern ({argument}='*conv*') or by a list of names"
+            )
+        return found or unknown(text)
 
     def unknown(pattern: str) -> set[str]:
         names = [name for name in named if name]
@@ -239,7 +235,7 @@ def select_layers(model: nn.Module, layers: Selection) -> dict[str, nn.Module]:
     candidates = {_plain(name): module for name, module in model.named_modules()}
     if isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module)) and not (layers := list(layers)):
         raise ValueError("layers is an empty list; name at least one layer")
-    found = select(candidates, layers, keyword_first=True)
+    found = select(candidates, layers)
     if not found:
         raise ValueError(f"layers: {unknown_name('layer or pattern', layers, filter(None, candidates))}")
     return found

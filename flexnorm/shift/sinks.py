@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+from flexnorm._messages import optional
 from flexnorm.shift.records import Record
 
 
@@ -130,6 +131,7 @@ class TensorBoardSink(Sink):
         self.names = names
         self._own = isinstance(target, (str, os.PathLike))
         if self._own:
+            optional("tensorboard", "TensorBoardSink", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             target = SummaryWriter(str(target))

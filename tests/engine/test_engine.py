@@ -11,30 +11,30 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import flexnorm
 from flexnorm.engine import Moments, flex_norm
-from flexnorm.kernels import normalization as _native
-from flexnorm.kernels import passes
+from flexnorm.kernels import layout, normalization
+from flexnorm.kernels.layout import Layout, layout_of, memory_order, positions_of
 from flexnorm.nn import reference, rules
 
-KERNELS = ["compiled", "native", "composed"]
+BACKENDS = ["c", "torch", "composed"]
 SHAPES = [(6, 4), (5, 3, 7), (4, 6, 5, 3), (2, 3, 4, 3, 2), (1, 4, 6, 6), (3, 1, 4, 4), (3, 4, 1, 1), (3, 300, 2, 2)]
 
 
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test on one implementation of the passes, however small the tensors are."""
     name: str = request.param
-    if name == "compiled" and _native.load() is None:
+    if name == "c" and normalization.load() is None:
         pytest.skip("no C compiler on this machine")
 
-    def layout_of(x: Tensor) -> passes.Layout:
-        size = (x.shape[0], x.shape[1], passes.positions_of(x))
-        order = passes._order(x)
+    def layout_of(x: Tensor) -> Layout:
+        size = (x.shape[0], x.shape[1], positions_of(x))
+        order = memory_order(x)
         usable = order != "none" and size[2] >= 2 and x.numel() > 0
-        if name == "native":
+        if name == "torch":
             usable = usable and order == "rows" and x.dtype in (torch.float32, torch.float64)
-        return passes.Layout(name if usable else "composed", order, size)
+        return Layout(name if usable else "composed", order, size)
 
-    monkeypatch.setattr("flexnorm.kernels.passes.layout_of", layout_of)
+    monkeypatch.setattr("flexnorm.engine.functional.layout_of", layout_of)
     return name
 
 
@@ -79,7 +79,7 @@ def usable(name: str, shape: tuple[int, ...]) -> bool:
 
 @pytest.mark.quick(62)
 @pytest.mark.parametrize(("name", "shape"), [(n, s) for n in RULES for s in SHAPES if usable(n, s)], ids=str)
-def test_equals_the_float64_reference_in_values_and_gradients(name: str, shape: tuple[int, ...], kernels: str) -> None:
+def test_equals_the_float64_reference_in_values_and_gradients(name: str, shape: tuple[int, ...], backend: str) -> None:
     rule, expected = RULES[name]
     ours, theirs = tensors(shape), tensors(shape)
     with torch.no_grad():
@@ -109,7 +109,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 3, 7), (4, 6, 5, 3), (2, 3, 4, 3, 2), (3, 300, 3, 3)], ids=str)
-def test_types_and_layouts(shape: tuple[int, ...], layout: str, dtype: torch.dtype, kernels: str) -> None:
+def test_types_and_layouts(shape: tuple[int, ...], layout: str, dtype: torch.dtype, backend: str) -> None:
     x, w, b, a = tensors(shape)
     w, b, a = (t.detach().float().requires_grad_() if dtype != torch.float64 else t for t in (w, b, a))
     x = LAYOUTS[layout](x.detach().to(dtype)).detach().requires_grad_()
@@ -134,14 +134,14 @@ def test_types_and_layouts(shape: tuple[int, ...], layout: str, dtype: torch.dty
 @pytest.mark.quick(12)
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 3), (3, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", ["batch", "unitized", "layer", "user"])
-def test_gradcheck_and_gradgradcheck(name: str, shape: tuple[int, ...], kernels: str) -> None:
+def test_gradcheck_and_gradgradcheck(name: str, shape: tuple[int, ...], backend: str) -> None:
     rule = RULES[name][0]
     inputs = tensors(shape)
     assert gradcheck(lambda *t: flex_norm(t[0], rule, *t[1:]), inputs)
     assert gradgradcheck(lambda *t: flex_norm(t[0], rule, *t[1:]), inputs, atol=1e-4)
 
 
-def test_gradients_of_some_inputs_only(kernels: str) -> None:
+def test_gradients_of_some_inputs_only(backend: str) -> None:
     shape = (4, 3, 5, 5)
     everything = tensors(shape)
     g = torch.randn(shape, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_gradients_of_some_inputs_only(kernels: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-def test_a_tensor_captured_by_the_rule_gets_its_gradient(kernels: str) -> None:
+def test_a_tensor_captured_by_the_rule_gets_its_gradient(backend: str) -> None:
     x, w, b, _ = tensors((4, 3, 5, 5))
     g = torch.randn(x.shape, dtype=torch.float64)
     captured = torch.autograd.grad(flex_norm(x, lambda m: rules.batch(m, w, b)), (x, w, b), g)
@@ -165,7 +165,7 @@ def test_a_tensor_captured_by_the_rule_gets_its_gradient(kernels: str) -> None:
         torch.testing.assert_close(a, c)
 
 
-def test_backward_twice_over_one_graph_gives_the_same(kernels: str) -> None:
+def test_backward_twice_over_one_graph_gives_the_same(backend: str) -> None:
     inputs = tensors((4, 3, 5, 5))
     y = flex_norm(inputs[0], rules.unitized, *inputs[1:])
     g = torch.randn(y.shape, dtype=torch.float64)
@@ -212,14 +212,14 @@ def test_large_mean_keeps_its_digits() -> None:
 
 
 def test_compiled_kernels_are_used_for_large_activations() -> None:
-    if _native.load() is None:
+    if normalization.load() is None:
         pytest.skip("no C compiler on this machine")
     big = torch.zeros(8, 16, 16, 16)
-    assert passes.layout_of(big).kernels == "compiled"
-    assert passes.layout_of(big.to(memory_format=torch.channels_last)) == ("compiled", "cols", (8, 16, 256))
-    assert passes.layout_of(torch.zeros(2, 4, 4, 4)).kernels == "native"
-    assert passes.layout_of(torch.zeros(200, 200)).kernels == "composed"
-    assert passes.layout_of(big.transpose(2, 3)).order == "none"
+    assert layout_of(big).backend == "c"
+    assert layout_of(big.to(memory_format=torch.channels_last)) == ("c", "cols", (8, 16, 256))
+    assert layout_of(torch.zeros(2, 4, 4, 4)).backend == "torch"
+    assert layout_of(torch.zeros(200, 200)).backend == "composed"
+    assert layout_of(big.transpose(2, 3)).order == "none"
 
 
 def test_only_x_and_tables_are_saved() -> None:
@@ -237,7 +237,7 @@ def test_only_x_and_tables_are_saved() -> None:
     assert large == {x.untyped_storage().data_ptr()}
 
 
-def test_in_place_activation_may_follow(kernels: str) -> None:
+def test_in_place_activation_may_follow(backend: str) -> None:
     inputs = tensors((4, 3, 5, 5))
     y = torch.relu_(flex_norm(inputs[0], rules.unitized, *inputs[1:]))
     z = torch.relu(reference.unitized(*inputs))
@@ -370,14 +370,14 @@ def test_top_level_names() -> None:
 @pytest.mark.parametrize("shape", [(16, 40, 8, 8), (7, 300, 4, 4)], ids=str)
 def test_fused_tables_equal_the_composition(shape: tuple[int, ...], norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large activations take pooling, folding and unitization in compiled calls; FLEXNORM_KERNELS=0 takes none."""
-    if _native.load() is None:
+    if normalization.load() is None:
         pytest.skip("no C compiler on this machine")
-    monkeypatch.setattr(passes, "_SMALL", 1)
+    monkeypatch.setattr(layout, "_SMALL", 1)
     g = torch.randn(shape, dtype=torch.float64)
     inputs = tensors(shape)
     fused = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, unit_norm=norm), *inputs[1:])
     got = torch.autograd.grad(fused, inputs, g)
-    monkeypatch.setattr(_native, "load", lambda: None)
+    monkeypatch.setattr(normalization, "load", lambda: None)
     plain = flex_norm(inputs[0], lambda m, *p: rules.unitized(m, *p, unit_norm=norm), *inputs[1:])
     want = torch.autograd.grad(plain, inputs, g)
     torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
@@ -386,7 +386,7 @@ def test_fused_tables_equal_the_composition(shape: tuple[int, ...], norm: str, m
 
 
 def test_compiled_running_statistics_equal_the_composed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    if _native.load() is None:
+    if normalization.load() is None:
         pytest.skip("no C compiler on this machine")
     for momentum in (0.3, None):
         compiled, composed = (flexnorm.nn.BatchNorm2d(8, momentum=momentum) for _ in range(2))
@@ -398,7 +398,7 @@ def test_compiled_running_statistics_equal_the_composed_ones(monkeypatch: pytest
             compiled(x)
             assert compiled.running_mean._version > version
             with monkeypatch.context() as patch:
-                patch.setattr(_native, "load", lambda: None)
+                patch.setattr(normalization, "load", lambda: None)
                 composed(x)
         for a, b in zip(compiled.state_dict().values(), composed.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

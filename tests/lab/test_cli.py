@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from flexnorm import __version__
 from flexnorm.lab import cli
+from flexnorm.lab.commands import recipe as recipe_command
 
 FAST = ["--norm", "batch,none", "--optim", "sgd", "--limit", "100", "--epochs", "1", "--seeds", "1"]
 TINY = ["--set", "model_args.widths=[4,8]", "--set", "probe=16", "--set", "shift_samples=16"]
@@ -64,6 +66,22 @@ def test_help_needs_no_heavy_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_without_the_lab_one_line_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['typer'] = None; import flexnorm.__main__; flexnorm.__main__.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "the flexnorm command needs typer: pip install 'flexnorm[lab]'\n"
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"flexnorm": "flexnorm.__main__:main"}
+
+
+def test_options_are_the_same_wherever_they_are_taken(run):
+    compare, train = (run(command, "--help").stdout for command in ("compare", "train"))
+    options = [set(re.findall(r"--[a-z-]+", text)) for text in (compare, train)]
+    assert (options[0] - options[1], options[1] - options[0]) == ({"--seeds"}, {"--seed"})
 
 
 def test_compare_end_to_end(run, tmp_path):
@@ -138,7 +156,7 @@ def test_data(run, tmp_path):
 
 
 def test_recipes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "flexnorm" / "cli.py"))
+    monkeypatch.setattr(recipe_command, "__file__", str(tmp_path / "flexnorm" / "lab" / "commands" / "recipe.py"))
     assert "there are no recipes here" in run("recipe", "list", code=2).stderr
     (tmp_path / "recipes").mkdir()
     recipe = {
@@ -172,7 +190,7 @@ def test_every_recipe_of_the_house_is_a_valid_experiment_at_every_scale():
 
 
 def test_variants_of_a_recipe_are_experiments_in_folders_of_their_own(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "flexnorm" / "cli.py"))
+    monkeypatch.setattr(recipe_command, "__file__", str(tmp_path / "flexnorm" / "lab" / "commands" / "recipe.py"))
     (tmp_path / "recipes").mkdir()
     recipe = {
         "title": "Batch sizes",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import flexnorm.nn as ek
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.kernels import normalization as _native
+from flexnorm.kernels import normalization
 from flexnorm.nn import reference
 
 
@@ -420,7 +420,7 @@ def test_second_derivatives_of_large_activations(name: str, monkeypatch: pytest.
     for layer in (module, twin):
         with monkeypatch.context() as patch:
             if layer is twin:
-                patch.setattr(_native, "load", lambda: None)
+                patch.setattr(normalization, "load", lambda: None)
             layer(data[0])
             x = data[1].clone().requires_grad_()
             (first,) = torch.autograd.grad((layer(x) ** 3).sum(), x, create_graph=True)
@@ -634,7 +634,7 @@ class TestPopulation:
     def test_compiled_tables_equal_the_composed_ones(
         self, gradient: str, momentum: float | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if _native.load() is None:
+        if normalization.load() is None:
             pytest.skip("no C compiler on this machine")
         args = {"gradient": gradient, "momentum": momentum, "max_ratio": 1.5, "dtype": torch.float64}
         compiled, composed = (randomized(ek.PopulationNorm2d(8, **args)) for _ in range(2))
@@ -646,7 +646,7 @@ class TestPopulation:
             for layer in (compiled, composed):
                 with monkeypatch.context() as patch:
                     if layer is composed:
-                        patch.setattr(_native, "load", lambda: None)
+                        patch.setattr(normalization, "load", lambda: None)
                     y = layer(x)
                     results.append(
                         [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], g), layer.clipped.clone()]
@@ -674,7 +674,7 @@ class TestPopulation:
     @pytest.mark.parametrize("native", [True, False])
     def test_guard_bounds_estimates_that_lag_behind(self, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not native:
-            monkeypatch.setattr(_native, "load", lambda: None)
+            monkeypatch.setattr(normalization, "load", lambda: None)
         x = torch.randn(32, 2, 8, 8) * torch.tensor([1.0, 50.0])[:, None, None]
         y = {}
         for ratio in (2.0, None):

@@ -69,7 +69,7 @@ def test_what_cannot_be_done_on_shards_is_said(result):
 
 def test_groups_of_a_model_that_will_be_wrapped():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    assert param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 4), verbose=False)[0]["manifold"]
+    assert param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 4))[0]["manifold"]
 
 
 def test_placements_in_one_process(tmp_path):

@@ -23,7 +23,7 @@ def trained():
 
 def test_what_goes_where():
     model = zoo()
-    groups = param_groups(model, 0.01, 0.2, 5e-4, IMAGES, verbose=False)
+    groups = param_groups(model, 0.01, 0.2, 5e-4, IMAGES)
     names = {p: name for name, p in model.named_parameters()}
     placed = {names[p]: group for group in groups for p in group["params"]}
     assert set(placed) == set(names.values())
@@ -41,7 +41,7 @@ def test_what_goes_where():
 
 def test_more_rows_than_inputs_get_no_regularizer():
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.BatchNorm1d(4))
-    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3), verbose=False)
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3))
     assert {g["params"][0].shape: g["ortho"] for g in groups if g["manifold"]} == {(8, 3): 0.0, (4, 8): 0.1}
 
 
@@ -51,7 +51,7 @@ def test_the_function_is_unchanged_in_training_and_in_evaluation():
     model.dropout.p = 0.0
     before_train, before_eval = model.train()(x), model.eval()(x)
     state = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
-    groups = param_groups(model, 0.01, 0.2, 5e-4, IMAGES, verbose=False)
+    groups = param_groups(model, 0.01, 0.2, 5e-4, IMAGES)
     torch.testing.assert_close(model.eval()(x), before_eval, rtol=1e-3, atol=2e-4)
     torch.testing.assert_close(model.train()(x), before_train, rtol=1e-3, atol=2e-4)
     assert not torch.equal(model.stem_norm.running_var, state["stem_norm.running_var"])
@@ -65,7 +65,7 @@ def test_the_function_is_unchanged_in_training_and_in_evaluation():
 
 def test_fresh_running_statistics_stay_fresh():
     model = zoo()
-    param_groups(model, 0.01, 0.2, 0.0, IMAGES, verbose=False)
+    param_groups(model, 0.01, 0.2, 0.0, IMAGES)
     assert (model.stem_norm.running_mean == 0).all()
     assert (model.stem_norm.running_var == 1).all()
 
@@ -76,7 +76,7 @@ def test_weights_that_are_not_normalized_right_behind_are_named():
     with torch.no_grad():
         model[0].weight.mul_(3)
     model(torch.randn(16, 5))
-    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 5), verbose=False)
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 5))
     assert "0.weight" in groups.notes[0]
     assert "re-estimate" in groups.notes[0]
     assert "note: 0.weight" in str(groups)
@@ -84,7 +84,7 @@ def test_weights_that_are_not_normalized_right_behind_are_named():
 
 def test_paper_rule_says_that_lengths_mattered():
     model = zoo()
-    groups = param_groups(model, 0.01, 0.2, 0.0, select="paper", verbose=False)
+    groups = param_groups(model, 0.01, 0.2, 0.0, select="paper")
     assert any(note.startswith("block.conv2.weight: rows had lengths") for note in groups.notes)
 
 
@@ -92,7 +92,7 @@ def test_zero_rows_stay_and_are_named():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with torch.no_grad():
         model[0].weight[1] = 0
-    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3), verbose=False)
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3))
     assert "1 rows are zero" in groups.notes[0]
     assert (model[0].weight[1] == 0).all()
 
@@ -112,7 +112,6 @@ def test_options():
         decay_vectors=True,
         grad_clip=None,
         ortho=0.3,
-        verbose=False,
     )
     on = [p for g in groups if g["manifold"] for p in g["params"]]
     assert len(on) == 3
@@ -126,8 +125,12 @@ def test_options():
 
 
 def test_it_prints_what_went_where(capsys):
-    param_groups(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 0.1, 0.2, 0.0, torch.zeros(4, 3))
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.zeros(4, 3)
+    groups = param_groups(model, 0.1, 0.2, 0.0, x)
+    assert capsys.readouterr().out == ""
+    param_groups(model, 0.1, 0.2, 0.0, x, verbose=True)
     out = capsys.readouterr().out
+    assert out == f"{groups}\n"
     assert "1 tensors, 12 numbers: lr=0.2" in out
     assert "0.weight  (4, 3)  scale invariant" in out
     assert "2.weight  (2, 4)  rescaling rows changes the output" in out
@@ -139,7 +142,7 @@ def test_optimizers_take_the_groups_and_learn(make):
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
     x = torch.randn(64, 1, 8, 8)
     y = (x[:, 0, :4].mean((1, 2)) > x[:, 0, 4:].mean((1, 2))).long()
-    optimizer = make(param_groups(model, 0.05, 0.1, 1e-4, x, verbose=False))
+    optimizer = make(param_groups(model, 0.05, 0.1, 1e-4, x))
     for _ in range(30):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y)

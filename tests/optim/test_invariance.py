@@ -52,7 +52,7 @@ def test_convolutions_of_every_kind(ndim, conv, norm, groups):
     report = scale_invariant_weights(model, torch.zeros(4, 4, *[4] * ndim))
     assert report.selected == ["0.weight"]
     assert report["0.weight"].rows == 6
-    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 4, *[4] * ndim), verbose=False)
+    groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 4, *[4] * ndim))
     optimizer = SGDG(groups)
     model(torch.randn(4, 4, *[4] * ndim)).square().mean().backward()
     optimizer.step()

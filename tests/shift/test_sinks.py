@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ def test_tensorboard_makes_event_files(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("shift/a/w1")] == [(4, 0.25)]
+
+
+def test_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"TensorBoardSink needs tensorboard: pip install 'flexnorm\[tensorboard\]'"):
+        TensorBoardSink(tmp_path)
 
 
 def test_records_survive_a_dictionary() -> None:

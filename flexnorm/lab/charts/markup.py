@@ -1,7 +1,7 @@
 """HTML and SVG elements as strings that are escaped by construction.
 
 Every string that is not already `Markup` is escaped on its way into an element, so that a normalizer that is called
-``<script>`` can only ever be text. There is no other way in this room to make a tag.
+``<script>`` can only ever be text.
 """
 
 from __future__ import annotations
@@ -9,18 +9,13 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
+from markupsafe import Markup as Markup
+
 VOID = frozenset({"meta", "link", "br", "hr", "input", "col"})
 """HTML elements that have no closing tag."""
 
 SELF_CLOSING = frozenset({"path", "line", "rect", "circle", "polygon", "polyline", "use"})
 """SVG elements that are written ``<path ... />`` when they are empty."""
-
-
-class Markup(str):
-    """A string that is HTML or SVG already and is not escaped again."""
-
-    __slots__ = ()
-
 
 Child = object
 """What may stand inside an element: `Markup`, text, a number, None (nothing), or an iterable of these."""
@@ -32,7 +27,7 @@ def escape(value: object) -> str:
     Characters that HTML forbids (control characters, lone surrogates) become U+FFFD, so that the page stays valid.
     """
     if isinstance(value, Markup):
-        return str(value)
+        return value
     text = "".join(c if c in "\t\n" or (c >= " " and not "\x7f" <= c <= "\x9f") else "\ufffd" for c in str(value))
     return html.escape("".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text), quote=True)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flexnorm.lab.profile import Profile
 
 
+@friendly()
 def profile(
     model: Annotated[str, typer.Argument(help="A network of ours, timm:NAME, or package.module:factory.")] = "resnet8",
     norm: Annotated[str | None, typer.Option(help="Its normalization, for networks that are built here.")] = None,
@@ -30,20 +31,19 @@ def profile(
     everything: Annotated[bool, typer.Option("--all", help="Also print the findings that ask for nothing.")] = False,
 ) -> None:
     """Train a network for some steps, measure every normalization in it, and say what to change, with the numbers."""
-    with friendly():
-        show_profile(
-            model,
-            norm=norm,
-            data=data,
-            limit=limit,
-            checkpoint=checkpoint,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            device=device,
-            json_to=json_to,
-            everything=everything,
-        )
+    show_profile(
+        model,
+        norm=norm,
+        data=data,
+        limit=limit,
+        checkpoint=checkpoint,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        device=device,
+        json_to=json_to,
+        everything=everything,
+    )
 
 
 def show_profile(

@@ -13,8 +13,6 @@ from flexnorm.lab.commands.friendly import friendly
 if TYPE_CHECKING:
     from flexnorm.lab.figures import Figure
 
-__all__ = ["app"]
-
 app = typer.Typer(help="What theory says BatchNorm does: numbers, simulations, plots.", no_args_is_help=True)
 
 Plot = Annotated[Path | None, typer.Option(help="Write the figure here (.png, .svg, .pdf; needs flexnorm\\[plot]).")]
@@ -27,6 +25,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the simulations.")]
 @app.command(
     epilog="Example:  flexnorm theory dynamics --activation relu --zeta 0.125 --quantity R --plot dynamics.png"
 )
+@friendly()
 def dynamics(
     activation: Annotated[str, typer.Option(help="identity, relu, tanh, gelu, ...")] = "relu",
     lr: Annotated[float, typer.Option(help="Learning rate, the paper's eta.")] = 0.5,
@@ -40,24 +39,24 @@ def dynamics(
     as_json: AsJson = None,
 ) -> None:
     """Learning dynamics of BN, WN and SGD: equations of motion beside simulated online SGD (Luo et al., sec. 3)."""
-    with friendly():
-        from flexnorm.lab.figures import dynamics_figure
-        from flexnorm.theory import dynamics as room
+    from flexnorm.lab.figures import dynamics_figure
+    from flexnorm.theory import dynamics as room
 
-        settings: dict[str, Any] = {"activation": activation, "lr": lr, "zeta": zeta, "quantity": quantity}
-        figure = dynamics_figure(**settings, times=times, N=inputs, runs=runs, seed=seed)
-        rows = []
-        for method in room.METHODS:
-            decay = zeta if method == "bn" else 0.0
-            student = room.Student(method, activation, lr, decay)
-            point = student.fixed_point()
-            effective = student.effective_learning_rate(point.gamma, point.L)
-            rows.append([method.upper(), point.gamma, point.R, student.max_learning_rate(), effective])
-        _table("Fixed points", ["", "gamma", "R", "largest learning rate", "effective learning rate"], rows)
-        _show(figure, plot, as_json)
+    settings: dict[str, Any] = {"activation": activation, "lr": lr, "zeta": zeta, "quantity": quantity}
+    figure = dynamics_figure(**settings, times=times, N=inputs, runs=runs, seed=seed)
+    rows = []
+    for method in room.METHODS:
+        decay = zeta if method == "bn" else 0.0
+        student = room.Student(method, activation, lr, decay)
+        point = student.fixed_point()
+        effective = student.effective_learning_rate(point.gamma, point.L)
+        rows.append([method.upper(), point.gamma, point.R, student.max_learning_rate(), effective])
+    _table("Fixed points", ["", "gamma", "R", "largest learning rate", "effective learning rate"], rows)
+    _show(figure, plot, as_json)
 
 
 @app.command(epilog="Example:  flexnorm theory generalization --activation identity --plot generalization.png")
+@friendly()
 def generalization(
     activation: Annotated[str, typer.Option(help="identity (the paper's Fig. 1a) or relu (Fig. 1b).")] = "identity",
     batch_size: Annotated[int | None, typer.Option(help="M. (default: the paper's 32 or 16)")] = None,
@@ -69,19 +68,19 @@ def generalization(
     as_json: AsJson = None,
 ) -> None:
     """Generalization error of SGD, BN and WN + gamma decay against samples per input (Luo et al., sec. 4)."""
-    with friendly():
-        from flexnorm._messages import unknown_name
-        from flexnorm.lab.figures import figure_1a, figure_1b
+    from flexnorm._messages import unknown_name
+    from flexnorm.lab.figures import figure_1a, figure_1b
 
-        makers = {"identity": (figure_1a, 32), "relu": (figure_1b, 16)}
-        if activation not in makers:
-            raise ValueError(unknown_name("activation", activation, makers))
-        make, size = makers[activation]
-        chosen = size if batch_size is None else batch_size
-        _show(make(batch_size=chosen, noise=noise, N=inputs, runs=runs, seed=seed), plot, as_json)
+    makers = {"identity": (figure_1a, 32), "relu": (figure_1b, 16)}
+    if activation not in makers:
+        raise ValueError(unknown_name("activation", activation, makers))
+    make, size = makers[activation]
+    chosen = size if batch_size is None else batch_size
+    _show(make(batch_size=chosen, noise=noise, N=inputs, runs=runs, seed=seed), plot, as_json)
 
 
 @app.command(epilog="Example:  flexnorm theory regularization --plot regularization.png")
+@friendly()
 def regularization(
     samples: Annotated[int, typer.Option(help="Samples per simulated point.")] = 640_000,
     seed: Seed = 0,
@@ -89,10 +88,9 @@ def regularization(
     as_json: AsJson = None,
 ) -> None:
     """What batch statistics add to the loss, zeta gamma^2, against simulation and batch size (Luo et al., eq. 3)."""
-    with friendly():
-        from flexnorm.lab.figures import regularization_figure
+    from flexnorm.lab.figures import regularization_figure
 
-        _show(regularization_figure(samples=samples, seed=seed), plot, as_json)
+    _show(regularization_figure(samples=samples, seed=seed), plot, as_json)
 
 
 def _show(figure: Figure, plot: Path | None, as_json: Path | None) -> None:

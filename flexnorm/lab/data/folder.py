@@ -19,12 +19,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp", ".
 def load_folder(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
     """Load an image folder; images become RGB unless all of them are greyscale.
 
-    All images must have the same size. The classes are the folder names under ``train/`` in sorted order.
-
-    Args:
-        path: Folder that holds ``train`` and one of ``val``, ``valid``, ``validation``, ``test``.
-        limit: As in :func:`flexnorm.lab.data.load`.
-        seed: Likewise.
+    The folder holds ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. All images must have the same
+    size. The classes are the folder names under ``train/`` in sorted order.
 
     Raises:
         ValueError: If a folder is missing or empty, the classes differ, an image cannot be read or sizes differ.

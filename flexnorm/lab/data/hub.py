@@ -17,11 +17,6 @@ def load_hub(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
     The image column is the first of type ``Image``, the label column the first of type ``ClassLabel``; the test images
     are the split ``test``, or ``validation`` or ``valid`` where there is none.
 
-    Args:
-        spec: The name with its prefix.
-        limit: As in :func:`flexnorm.lab.data.load`.
-        seed: Likewise.
-
     Raises:
         ImportError: If ``datasets`` is not installed.
         ValueError: If the data set cannot be found or lacks a split, images or labels.

@@ -16,10 +16,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
     """Load ``x_train, y_train, x_test, y_test`` and, if present, ``classes`` (label names) from a ``.npz`` archive.
 
-    Args:
-        path: The archive. Any compression that :mod:`zipfile` reads; other members are ignored.
-        limit: As in :func:`flexnorm.lab.data.load`.
-        seed: Likewise.
+    It may have any compression that :mod:`zipfile` reads; other members are ignored.
 
     Raises:
         ValueError: If the file is no ``.npz`` archive, is damaged, lacks a key or holds unusable arrays.

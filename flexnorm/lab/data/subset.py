@@ -9,12 +9,7 @@ import numpy.typing as npt
 def shares(sizes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """Return how many of `count` draws each class gets: proportional to its size, by the largest-remainder rule.
 
-    Args:
-        sizes: (K,) number of examples of each class.
-        count: Total to hand out, at most ``sizes.sum()``.
-
-    Returns:
-        (K,) integers that sum to `count`; no entry exceeds the size of its class.
+    (K,) sizes give (K,) integers that sum to `count`, at most their sum; none exceeds the size of its class.
     """
     exact = sizes * (count / sizes.sum())
     given: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -14,20 +15,7 @@ from flexnorm.lab.models.conv4fc2 import conv4fc2
 from flexnorm.lab.models.networks import convnet, nin, vgg, watched_layers
 from flexnorm.lab.models.residual import resnet, resnet18, wide_resnet
 
-__all__ = [
-    "MODELS",
-    "Blocks",
-    "build",
-    "conv4fc2",
-    "convnet",
-    "nin",
-    "norm_names",
-    "resnet",
-    "resnet18",
-    "vgg",
-    "watched_layers",
-    "wide_resnet",
-]
+__all__ = ["MODELS", "build", "norm_names", "watched_layers"]
 
 _VGG13 = ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))
 _VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
@@ -36,13 +24,13 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "conv4fc2": conv4fc2,
     "convnet": convnet,
     "nin": nin,
-    "resnet8": partial(resnet, 8),
+    "resnet8": partial(resnet, depth=8),
     "resnet18": resnet18,
-    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 56, 110)},
-    "vgg_small": partial(vgg, ((32, 32), (64, 64), (128, 128))),
-    "vgg13": partial(vgg, _VGG13),
-    "vgg19": partial(vgg, _VGG19),
-    **{f"wrn{depth}": partial(wide_resnet, depth) for depth in (10, 16, 22, 28, 40)},
+    **{f"resnet{depth}": partial(resnet, depth=depth) for depth in (20, 56, 110)},
+    "vgg_small": partial(vgg, stages=((32, 32), (64, 64), (128, 128))),
+    "vgg13": partial(vgg, stages=_VGG13),
+    "vgg19": partial(vgg, stages=_VGG19),
+    **{f"wrn{depth}": partial(wide_resnet, depth=depth) for depth in (10, 16, 22, 28, 40)},
 }
 
 MODELS: tuple[str, ...] = tuple(_BUILDERS)
@@ -66,7 +54,10 @@ def build(
         in_channels: Channels of the images.
         num_classes: Number of outputs.
         norm_args: Options of the normalization, whatever they are called.
-        **kwargs: Options of the network (``width``, ``widths``); others are for the normalization (``momentum``).
+        **kwargs: Options of the network: ``width`` (all but ``convnet``, which has ``widths``, and ``wrn..``, which
+            have ``widen``), ``dropout`` (``conv4fc2``, ``resnet..``, ``wrn..``), ``depth`` (``resnet..``, ``wrn..``),
+            ``stages`` (``vgg..``), ``only`` and ``weight_norm`` (``conv4fc2``), see their modules. All others are for
+            the normalization (``momentum``, ``eps``).
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
@@ -81,4 +72,7 @@ def build(
     """
     if name not in _BUILDERS:
         raise ValueError(unknown_name("model", name, MODELS))
-    return _BUILDERS[name](norm=Blocks(norm, norm_args), in_channels=in_channels, num_classes=num_classes, **kwargs)
+    known = signature(_BUILDERS[name]).parameters
+    of_norm = {key: value for key, value in kwargs.items() if key not in known} | dict(norm_args or {})
+    blocks = Blocks(norm, of_norm, in_channels, num_classes)
+    return _BUILDERS[name](blocks, **{key: value for key, value in kwargs.items() if key in known})

@@ -8,7 +8,7 @@ combines residual branches with weights that keep unit variance.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flexnorm import nn as norms
 from flexnorm._messages import unknown_name
 
-NormSpec: TypeAlias = "str | Callable[[int], nn.Module] | Blocks"
+NormSpec: TypeAlias = str | Callable[[int], nn.Module]
+Layers: TypeAlias = Sequence[tuple[str, nn.Module]]
 
 
 def norm_names() -> tuple[str, ...]:
@@ -25,26 +26,40 @@ def norm_names() -> tuple[str, ...]:
     return (*norms.NORMS, "normprop")
 
 
+def initialized(head: nn.Linear | nn.Conv2d, channels: int) -> nn.Module:
+    """Return the last layer, a linear map of so many channels to the classes, with small weights."""
+    nn.init.normal_(head.weight, std=channels**-0.5)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return head
+
+
 class Blocks:
-    """Makes the layers of a network for one choice of normalization.
+    """Makes the layers of a network for one choice of normalization, and puts them together.
 
     Args:
-        norm: A name of :func:`norm_names`, a callable that builds the normalization of a number of channels, or blocks,
-            whose choice is taken over.
-        norm_args: Handed to the normalization (to the propagating layers for ``"normprop"``), beside those of the
-            blocks.
+        norm: A name of :func:`norm_names`, or a callable that builds the normalization of a number of channels.
+        norm_args: Handed to the normalization (to the propagating layers for ``"normprop"``).
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
 
     Raises:
         ValueError: For an unknown name, or ``norm_args`` with a callable.
     """
 
-    def __init__(self, norm: NormSpec = "batch", norm_args: Mapping[str, Any] | None = None) -> None:
-        self._norm: str | Callable[[int], nn.Module] = norm._norm if isinstance(norm, Blocks) else norm
-        self._args: dict[str, Any] = {**(norm._args if isinstance(norm, Blocks) else {}), **(norm_args or {})}
-        if isinstance(self._norm, str) and self._norm not in norm_names():
-            raise ValueError(unknown_name("norm", self._norm, norm_names()))
-        if not isinstance(self._norm, str) and self._args:
-            raise ValueError(f"norm is a callable: bind {sorted(self._args)} to it instead of passing them beside it")
+    def __init__(
+        self,
+        norm: NormSpec = "batch",
+        norm_args: Mapping[str, Any] | None = None,
+        in_channels: int = 3,
+        num_classes: int = 10,
+    ) -> None:
+        if isinstance(norm, str) and norm not in norm_names():
+            raise ValueError(unknown_name("norm", norm, norm_names()))
+        if not isinstance(norm, str) and norm_args:
+            raise ValueError(f"norm is a callable: bind {sorted(norm_args)} to it instead of passing them beside it")
+        self._norm, self._args = norm, dict(norm_args or {})
+        self.in_channels, self.num_classes = in_channels, num_classes
 
     @property
     def propagates(self) -> bool:
@@ -97,6 +112,21 @@ class Blocks:
             branch["dropout"] = nn.Dropout(dropout)
         branch["conv2"] = self.conv(cout, cout, 3)
         return norms.NormPropResidual(nn.Sequential(branch), shortcut)
+
+    def network(self, layers: Layers, channels: int, watched: Iterable[str], head: Layers = ()) -> nn.Sequential:
+        """Put together the layers by name, the mean over positions and a linear head; note which layers to watch.
+
+        Args:
+            layers: Name and module of each.
+            channels: What the last one puts out.
+            watched: For :func:`flexnorm.lab.models.watched_layers`.
+            head: What stands before the mean in place of the linear layer behind it.
+        """
+        last = () if head else (("head", initialized(nn.Linear(channels, self.num_classes), channels)),)
+        mean = (("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()))
+        net = nn.Sequential(OrderedDict([*layers, *head, *mean, *last]))
+        net.watched = tuple(watched)  # type: ignore[assignment]
+        return net
 
 
 class _ResidualBlock(nn.Module):

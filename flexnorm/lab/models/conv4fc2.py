@@ -7,36 +7,23 @@ map and lets every normalization of images stand behind it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from flexnorm.lab.models.blocks import Blocks, NormSpec
-from flexnorm.lab.models.networks import assemble
+from flexnorm.lab.models.blocks import Blocks
 from flexnorm.nn import NoNorm, PopulationNorm2d
 
 LAYERS = 5
 
 
 def conv4fc2(
-    norm: NormSpec = "batch",
-    in_channels: int = 3,
-    num_classes: int = 10,
-    *,
-    width: int = 64,
-    only: int | None = None,
-    weight_norm: bool = False,
-    dropout: float = 0.0,
-    **norm_args: Any,
+    blocks: Blocks, *, width: int = 64, only: int | None = None, weight_norm: bool = False, dropout: float = 0.0
 ) -> nn.Sequential:
     """Conv(w) Conv(w) pool Conv(2w) Conv(2w) pool Dense(4w) Dense(classes); a normalization behind all but the last.
 
     Args:
-        norm: As for :func:`flexnorm.lab.models.build`. ``"instance"`` builds, but cannot train: a dense layer has one
-            position.
-        in_channels: Channels of the images, of at least 8 pixels a side.
-        num_classes: Number of outputs.
+        blocks: Normalization, channels of the images (of at least 8 pixels a side) and number of classes.
+            ``"instance"`` builds, but cannot train: a dense layer has one position.
         width: Channels of the first two convolutions.
         only: Number of the only layer that is normalized, 1 to 5 (5 is the hidden dense layer); the others are plain
             layers with a bias. By default all are normalized.
@@ -45,7 +32,6 @@ def conv4fc2(
             or, with ``"none"``, one that only scales: so the scales of all variants are alike, and gamma decay
             finds them. Behind a normalization without a scale g is learned.
         dropout: Share of the activations that is dropped after each pooling and after the hidden layer, 0 to 1.
-        **norm_args: Handed to the normalization.
 
     Raises:
         ValueError: If ``only`` is no layer, or weight normalization is asked for under ``"normprop"``, whose weights
@@ -53,17 +39,17 @@ def conv4fc2(
     """
     if only is not None and not 1 <= only <= LAYERS:
         raise ValueError(f"only must be the number of a layer, 1 to {LAYERS}, got {only}")
-    normalized, plain = Blocks(norm, norm_args), Blocks("none")
-    if weight_norm and normalized.propagates:
+    plain = Blocks("none")
+    if weight_norm and blocks.propagates:
         raise ValueError("weight_norm is for other normalizations: the weights of normprop have unit norm as they are")
     layers: list[tuple[str, nn.Module]] = []
-    channels = in_channels
+    channels = blocks.in_channels
     for number, out in enumerate((width, width, 2 * width, 2 * width, 4 * width), start=1):
-        blocks = normalized if only in (None, number) else plain
+        maker = blocks if only in (None, number) else plain
         dense = number == LAYERS
         if dense:
             layers.append(("pool3", nn.AdaptiveAvgPool2d(2)))
-        layer = blocks.conv(channels, out, 2 if dense else 3, padding=0 if dense else 1)
+        layer = maker.conv(channels, out, 2 if dense else 3, padding=0 if dense else 1)
         if weight_norm:
             _normalize(layer, out)
         layers.append((f"layer{number}", layer))
@@ -72,7 +58,7 @@ def conv4fc2(
         if dropout > 0 and number in (2, 4, 5):
             layers.append((f"dropout{number}", nn.Dropout(dropout)))
         channels = out
-    return assemble(layers, channels, num_classes, [f"layer{number}" for number in range(1, LAYERS + 1)])
+    return blocks.network(layers, channels, [f"layer{number}" for number in range(1, LAYERS + 1)])
 
 
 def _normalize(layer: nn.Module, channels: int) -> None:

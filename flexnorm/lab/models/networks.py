@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
-from flexnorm.lab.models.blocks import Blocks, NormSpec
-
-Layers = Iterable[tuple[str, nn.Module]]
-
-
-def named(layers: Layers, watched: Iterable[str]) -> nn.Sequential:
-    """Return the layers in a row, and note which to watch; see :func:`watched_layers`."""
-    net = nn.Sequential(OrderedDict(layers))
-    net.watched = tuple(watched)  # type: ignore[assignment]
-    return net
-
-
-def _head(layer: nn.Linear | nn.Conv2d, inputs: int) -> nn.Module:
-    nn.init.normal_(layer.weight, std=inputs**-0.5)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def assemble(layers: Layers, channels: int, num_classes: int, watched: Iterable[str]) -> nn.Sequential:
-    """Put together the layers by name, the mean over positions and a linear head; note which layers to watch."""
-    head = _head(nn.Linear(channels, num_classes), channels)
-    return named([*layers, ("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", head)], watched)
+from flexnorm.lab.models.blocks import Blocks, initialized
 
 
 def watched_layers(model: nn.Module) -> tuple[str, ...]:
@@ -47,72 +23,48 @@ def watched_layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(getattr(model, "watched", ()))
 
 
-def convnet(
-    norm: NormSpec = "batch",
-    in_channels: int = 3,
-    num_classes: int = 10,
-    *,
-    widths: Sequence[int] = (16, 32, 64),
-    **norm_args: Any,
-) -> nn.Sequential:
+def convnet(blocks: Blocks, *, widths: Sequence[int] = (16, 32, 64)) -> nn.Sequential:
     """Plain network of 3x3 convolutions: the first keeps the size, each further one halves it; mean over positions.
 
     Args:
-        norm: As for :func:`flexnorm.lab.models.build`.
-        in_channels: Channels of the images.
-        num_classes: Number of outputs.
+        blocks: Normalization, channels of the images and number of classes.
         widths: Channels of each convolution.
-        **norm_args: Handed to the normalization.
     """
     if not widths:
         raise ValueError("widths must name at least one layer, got an empty sequence")
-    blocks, sizes = Blocks(norm, norm_args), (in_channels, *widths)
+    sizes = (blocks.in_channels, *widths)
     layers = [
         (f"layer{number}", blocks.conv(sizes[number - 1], sizes[number], stride=1 if number == 1 else 2))
         for number in range(1, len(sizes))
     ]
-    return assemble(layers, sizes[-1], num_classes, [name for name, _ in layers])
+    return blocks.network(layers, sizes[-1], [name for name, _ in layers])
 
 
-def vgg(
-    stages: Sequence[Sequence[int]],
-    norm: NormSpec = "batch",
-    in_channels: int = 3,
-    num_classes: int = 10,
-    *,
-    width: int | None = None,
-    **norm_args: Any,
-) -> nn.Sequential:
+def vgg(blocks: Blocks, *, stages: Sequence[Sequence[int]], width: int | None = None) -> nn.Sequential:
     """VGG-style network: stages of 3x3 convolutions, each followed by 2x2 max-pooling; mean over positions.
 
     Args:
+        blocks: Normalization, channels of the images and number of classes.
         stages: Widths of the convolutions of each stage; images must have at least ``2**len(stages)`` pixels a side.
-        norm: As for :func:`flexnorm.lab.models.build`.
-        in_channels: Channels of the images.
-        num_classes: Number of outputs.
         width: Channels of the first convolution, in place of those of ``stages``; all others scale with it.
-        **norm_args: Handed to the normalization.
 
     Raises:
         ValueError: If ``width`` is below 1.
     """
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1 channel, got {width}")
-    blocks, first = Blocks(norm, norm_args), stages[0][0]
+    first, channels = stages[0][0], blocks.in_channels
     layers: list[tuple[str, nn.Module]] = []
-    channels = in_channels
     for stage, widths in enumerate(stages, 1):
         for index, planned in enumerate(widths, 1):
             out = planned if width is None else max(1, planned * width // first)
             layers.append((f"stage{stage}_layer{index}", blocks.conv(channels, out)))
             channels = out
         layers.append((f"stage{stage}_pool", nn.MaxPool2d(2)))
-    return assemble(layers, channels, num_classes, [name for name, _ in layers if "_layer" in name])
+    return blocks.network(layers, channels, [name for name, _ in layers if "_layer" in name])
 
 
-def nin(
-    norm: NormSpec = "batch", in_channels: int = 3, num_classes: int = 10, *, width: int = 192, **norm_args: Any
-) -> nn.Sequential:
+def nin(blocks: Blocks, *, width: int = 192) -> nn.Sequential:
     """Network in network of the Normalization Propagation paper (Arpit et al. 2016, sec. 5): nine convolutions.
 
     C(192,5) C(160,1) maxpool(3,2) C(96,1) C(192,5) C(192,1) avgpool(3,2) C(192,1) C(192,5) C(192,1) C(classes,1), mean.
@@ -120,23 +72,18 @@ def nin(
     here the 5x5 is padded, so that the size stays 8.
 
     Args:
-        norm: As for :func:`flexnorm.lab.models.build`.
-        in_channels: Channels of the images.
-        num_classes: Number of outputs.
+        blocks: Normalization, channels of the images and number of classes.
         width: 192 in the paper; the other widths scale with it.
-        **norm_args: Handed to the normalization.
     """
-    blocks = Blocks(norm, norm_args)
-    head = _head(nn.Conv2d(width, num_classes, 1), width)
+    head = [("head", initialized(nn.Conv2d(width, blocks.num_classes, 1), width))]
     outs = (width, max(1, width * 160 // 192), max(1, width // 2), *[width] * 5)
     kernels = (5, 1, 1, 5, 1, 1, 5, 1)
     pools = {2: ("pool1", nn.MaxPool2d(3, 2, 1)), 5: ("pool2", nn.AvgPool2d(3, 2, 1))}
     layers: list[tuple[str, nn.Module]] = []
-    channels = in_channels
+    channels = blocks.in_channels
     for number, (out, kernel) in enumerate(zip(outs, kernels, strict=True), start=1):
         layers.append((f"layer{number}", blocks.conv(channels, out, kernel)))
         if number in pools:
             layers.append(pools[number])
         channels = out
-    layers += [("head", head), ("mean", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
-    return named(layers, [f"layer{number}" for number in range(1, 9)])
+    return blocks.network(layers, channels, [f"layer{number}" for number in range(1, 9)], head)

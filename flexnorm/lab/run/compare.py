@@ -151,10 +151,7 @@ def check(config: Config, data: ImageData) -> None:
 def collect(out: Path, config: Config, elapsed: float = 0.0) -> Study:
     """Write ``results.json`` from the summaries of all runs and return what it holds.
 
-    Args:
-        out: Folder of the experiment.
-        config: The experiment.
-        elapsed: Time of this call in seconds; ``total_seconds`` is this or the sum over the runs, if that is larger.
+    Its ``total_seconds`` is ``elapsed``, the time of this call, or the sum over the runs, if that is larger.
     """
     paths = [run_path(*cell) for cell in runs_of(config)]
     runs = [Run.read(read_json(out / path / "summary.json"), path=path) for path in paths]

@@ -11,7 +11,7 @@ from typing import Any
 
 from flexnorm._messages import unknown_name
 from flexnorm.lab.models import MODELS, norm_names
-from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, filled, is_number, schedule_settings
+from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES, filled, is_number
 
 REFERENCE_BATCH = 64
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -85,7 +85,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = _at_least(1, 64)
     lr: float | None = None
-    schedule: str = "onecycle"
+    schedule: str = _among(lambda: SCHEDULES, "onecycle")
     schedule_args: Mapping[str, Any] = field(default_factory=dict)
     label_smoothing: float = 0.0
     gamma_decay: Mapping[str, Any] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Config:
 
     def schedule_settings(self) -> dict[str, Any]:
         """Return the arguments of the schedule with the defaults filled in."""
-        return schedule_settings(self.schedule, self.schedule_args)
+        return filled("schedule", f"schedule {self.schedule}", SCHEDULES[self.schedule], self.schedule_args)
 
     def single(self, norm: str, optim: str, seed: int) -> Config:
         """Return the experiment that consists of one run of this one."""

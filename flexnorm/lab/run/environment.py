@@ -38,10 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 def settings(config: Config, device: torch.device, shape: tuple[int, int, int]) -> Iterator[None]:
     """Set threads and determinism for one run; afterwards these and torch's global generator are as they were.
 
-    Args:
-        config: The experiment.
-        device: Where it runs.
-        shape: (C, H, W) of an image, which decides the number of threads if the config leaves it open.
+    The ``shape`` (C, H, W) of an image decides the number of threads if the config leaves it open.
     """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()

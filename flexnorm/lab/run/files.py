@@ -31,10 +31,6 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file in one step: to a neighbour, to the disk, then rename.
 
-    Args:
-        path: Target; its folder must exist.
-        content: All of the new content.
-
     Raises:
         WriteError: If the disk does not take it; then `path` is as it was before.
     """

@@ -48,7 +48,7 @@ def make_optimizer(
         register_unit_norm(optimizer, model)
         return optimizer, []
     own = {key: s[key] for key in ("lr", "lr_manifold", "weight_decay", "grad_clip", "ortho")}
-    on_sphere = param_groups(model, example_input=example_input, verbose=False, **own)
+    on_sphere = param_groups(model, example_input=example_input, **own)
     notes = list(on_sphere.notes)
     if not any(group["manifold"] for group in on_sphere):
         notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")

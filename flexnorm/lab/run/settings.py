@@ -119,18 +119,3 @@ def filled(kind: str, where: str, defaults: Mapping[str, Any], given: Mapping[st
         if not fits(value):
             raise ValueError(f"{where}: {key} must be {words}, not {value!r}")
     return {**defaults, **given}
-
-
-def schedule_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a schedule with the defaults filled in.
-
-    Args:
-        name: One of :data:`SCHEDULES`.
-        given: The arguments that differ.
-
-    Raises:
-        ValueError: For an unknown schedule or argument, or a value that it does not take.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(unknown_name("schedule", name, SCHEDULES))
-    return filled("schedule", f"schedule {name}", SCHEDULES[name], given)

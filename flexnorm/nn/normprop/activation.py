@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.kernels import floor
+from flexnorm.kernels import shift_clamp
 from flexnorm.nn.normprop.checks import positive
 from flexnorm.nn.normprop.elementwise import (
     Activation,
@@ -293,10 +293,10 @@ class NormPropUnits(nn.Module):
     ) -> Tensor:
         """``act(scale z + shift) - offset`` for a rectifier."""
         relu = self.slope is None and act.negative_slope == 0.0
-        if relu and self._own_shift and floor.may(scale):
+        if relu and self._own_shift and shift_clamp.may(scale):
             u = linear(scale, None)
-            if u.dim() == self.spatial + 2 and floor.takes(u):
-                return floor.shift_and_floor_(u, shift - offset, -offset)
+            if u.dim() == self.spatial + 2 and shift_clamp.takes(u):
+                return shift_clamp.shift_and_clamp_(u, shift - offset, -offset)
             u = u + per_channel(shift, self.spatial, u)
         else:
             u = linear(scale, shift)

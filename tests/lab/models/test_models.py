@@ -206,7 +206,7 @@ def test_custom_normalization_and_norm_args() -> None:
 
 
 def test_options_of_a_norm_may_be_called_like_those_of_the_network() -> None:
-    for args in ({"num_features": 4}, {"widths": 3}, {"name": "x"}):
+    for args in ({"num_features": 4}, {"widths": 3}, {"name": "x"}, {"in_channels": 1}):
         with pytest.raises(TypeError, match=next(iter(args))):
             models.build("convnet", norm="unitized", widths=(4, 8), norm_args=args)
     net = models.build("convnet", norm="unitized", widths=(4, 8), norm_args={"eps": 0.1}, momentum=0.2)
@@ -267,12 +267,12 @@ def test_errors() -> None:
     for call, match in (
         (lambda: models.build("resnet2"), "did you mean 'resnet20'"),
         (lambda: models.build("convnet", norm="unitised"), "did you mean 'unitized'"),
-        (lambda: models.resnet(21), "got 21"),
-        (lambda: models.conv4fc2(only=6), "1 to 5, got 6"),
-        (lambda: models.conv4fc2("normprop", weight_norm=True), "unit norm as they are"),
-        (lambda: models.wide_resnet(20), "got 20"),
+        (lambda: models.build("resnet8", depth=21), "got 21"),
+        (lambda: models.build("conv4fc2", only=6), "1 to 5, got 6"),
+        (lambda: models.build("conv4fc2", norm="normprop", weight_norm=True), "unit norm as they are"),
+        (lambda: models.build("wrn10", depth=20), "got 20"),
         (lambda: models.build("vgg13", width=0), "width must be at least 1 channel, got 0"),
-        (lambda: models.convnet(widths=()), "at least one"),
+        (lambda: models.build("convnet", widths=()), "at least one"),
         (lambda: models.build("convnet", norm=nn.BatchNorm2d, eps=1.0), r"\['eps'\]"),
     ):
         with pytest.raises(ValueError, match=match):

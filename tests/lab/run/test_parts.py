@@ -13,7 +13,7 @@ from flexnorm.lab import records
 from flexnorm.lab.run import BusyError, WriteError, files, schedule, seeding, summary
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
-from flexnorm.lab.run.settings import schedule_settings
+from flexnorm.lab.run.settings import SCHEDULES, filled
 from flexnorm.lab.run.stop import Interrupted, StopRequest, stop_on_signals
 
 METRICS, SHIFT = (",".join(columns) for columns in (records.METRICS_COLUMNS, records.SHIFT_COLUMNS))
@@ -21,8 +21,8 @@ METRICS, SHIFT = (",".join(columns) for columns in (records.METRICS_COLUMNS, rec
 
 class TestSchedule:
     def curve(self, name, epochs=10, per_epoch=10, **args):
-        filled = schedule_settings(name, args)
-        return [schedule.factor(name, filled, step, per_epoch, epochs) for step in range(epochs * per_epoch)]
+        complete = filled("schedule", name, SCHEDULES[name], args)
+        return [schedule.factor(name, complete, step, per_epoch, epochs) for step in range(epochs * per_epoch)]
 
     def test_constant(self):
         assert set(self.curve("constant")) == {1.0}

@@ -1,4 +1,4 @@
-"""Shift and floor per channel in one pass: what a standardized rectifier is once 1 / std has moved into the weight.
+"""Shift and clamp per channel in one pass: what a standardized rectifier is once 1 / std has moved into the weight.
 
 ``relu(u + shift) - offset = max(u + shift - offset, -offset)``. Composed of torch's operations, that is two passes
 over the activations forward and four backward (mask, two sums, a bias); here it is one and one, compiled by
@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexnorm.kernels import passes
 from flexnorm.kernels.build import library
+from flexnorm.kernels.layout import memory_order, positions_of, transformed
 
-__all__ = ["may", "shift_and_floor_", "takes"]
+__all__ = ["may", "shift_and_clamp_", "takes"]
 
 _ALONE = 1 << 15  # numbers that one thread is done with before it has woken another
 
 
 @functools.cache
 def _kernel() -> ctypes.CDLL | None:
-    found = library(Path(__file__).with_name("floor.c"), "Normalization Propagation")
+    found = library(Path(__file__).with_name("shift_clamp.c"), "Normalization Propagation")
     if found is None:
         return None
     kernel, pointer, size = found[0], ctypes.c_void_p, ctypes.c_int64
-    kernel.floor_forward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
-    kernel.floor_forward.restype = None
-    kernel.floor_backward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
-    kernel.floor_backward.restype = ctypes.c_int
+    kernel.clamp_forward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
+    kernel.clamp_forward.restype = None
+    kernel.clamp_backward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
+    kernel.clamp_backward.restype = ctypes.c_int
     return kernel
 
 
@@ -52,7 +52,7 @@ def may(table: Tensor) -> bool:
 
 
 def takes(u: Tensor) -> bool:
-    """Tell whether :func:`shift_and_floor_` takes a tensor, where :func:`may` said yes."""
+    """Tell whether :func:`shift_and_clamp_` takes a tensor, where :func:`may` said yes."""
     plain = torch.compiler.is_compiling() or type(u) is Tensor
     return plain and u.dtype == torch.float32 and u.dim() >= 2 and u.numel() > 0 and _order(u) is not None
 
@@ -60,7 +60,7 @@ def takes(u: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def _transformed() -> bool:
     # Asked while a compiler traces, when transforms are in force as in eager code; Dynamo itself would guess yes.
-    return passes.transformed()
+    return transformed()
 
 
 @torch.compiler.assume_constant_result
@@ -68,29 +68,27 @@ def _available() -> bool:
     return _kernel() is not None
 
 
-def shift_and_floor_(u: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
-    """``max(u + shift, floor)``, written over ``u``.
+def shift_and_clamp_(u: Tensor, shift: Tensor, low: Tensor) -> Tensor:
+    """``max(u + shift, low)``, written over ``u``.
 
     Args:
         u: (N, C, *), one that :func:`takes`, whose old value nobody needs.
         shift: (C,).
-        floor: (C,).
+        low: (C,).
     """
     if torch.compiler.is_compiling():
         # Inductor's own reductions over the channels of an activation are slower than all of the rest.
-        compiled: Tensor = _forward(u, shift, floor)[0]
+        compiled: Tensor = _forward(u, shift, low)[0]
         return compiled
-    return _ShiftFloor.apply(u, shift, floor)  # type: ignore[no-untyped-call,no-any-return]
+    return _ShiftClamp.apply(u, shift, low)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _order(u: Tensor) -> tuple[int, int, int] | None:
     """Outer size, channels, inner size; None for other layouts."""
-    channels = u.shape[1]
     if u.is_contiguous():
-        return u.shape[0], channels, u.numel() // (u.shape[0] * channels)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(u.dim())
-    if last is not None and u.is_contiguous(memory_format=last):
-        return u.numel() // channels, channels, 1
+        return u.shape[0], u.shape[1], positions_of(u)
+    if u.dim() > 3 and memory_order(u) == "cols":
+        return u.numel() // u.shape[1], u.shape[1], 1
     return None
 
 
@@ -98,13 +96,13 @@ def _threads(u: Tensor) -> int:
     return torch.get_num_threads() if u.numel() > _ALONE else 1
 
 
-class _ShiftFloor(torch.autograd.Function):
+class _ShiftClamp(torch.autograd.Function):
     """The mask is kept and not the output, which whoever takes it may overwrite, as a residual sum in place does."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor, shift: Tensor, low: Tensor) -> Tensor:
         mask = torch.empty_like(u, dtype=torch.bool) if any(ctx.needs_input_grad) else None
-        _run_forward(u, u, mask, shift.contiguous(), floor.contiguous())
+        _run_forward(u, u, mask, shift.contiguous(), low.contiguous())
         ctx.mark_dirty(u)
         ctx.save_for_backward(mask)
         return u
@@ -112,7 +110,7 @@ class _ShiftFloor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (mask,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or passes.transformed(g) or type(g) is not Tensor or g.dtype != torch.float32:
+        if torch.is_grad_enabled() or transformed(g) or type(g) is not Tensor or g.dtype != torch.float32:
             d = g * mask.to(g.dtype)
             axes = [0, *range(2, g.dim())]
             return d, d.sum(axes), (g - d).sum(axes)
@@ -120,12 +118,12 @@ class _ShiftFloor(torch.autograd.Function):
         return d, sums[0], sums[1]
 
 
-def _run_forward(u: Tensor, y: Tensor, mask: Tensor | None, shift: Tensor, floor: Tensor) -> None:
+def _run_forward(u: Tensor, y: Tensor, mask: Tensor | None, shift: Tensor, low: Tensor) -> None:
     order, kernel = _order(u), _kernel()
     assert order is not None
     assert kernel is not None
-    pointers = (u, y, mask, shift, floor)
-    kernel.floor_forward(*order, *(None if t is None else t.data_ptr() for t in pointers), _threads(u))
+    pointers = (u, y, mask, shift, low)
+    kernel.clamp_forward(*order, *(None if t is None else t.data_ptr() for t in pointers), _threads(u))
 
 
 def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +135,7 @@ def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     assert kernel is not None
     sums = g.new_empty(2, order[1])
     pointers = (g, mask, d, sums[0], sums[1])
-    if kernel.floor_backward(*order, *(t.data_ptr() for t in pointers), _threads(mask)):
+    if kernel.clamp_backward(*order, *(t.data_ptr() for t in pointers), _threads(mask)):
         raise MemoryError("no memory for the sums of a backward pass")
     return d, sums
 
@@ -147,19 +145,19 @@ def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 _LAYOUT = (torch.Tag.flexible_layout,)
 
 
-@torch.library.custom_op("flexnorm::shift_and_floor", mutates_args=(), tags=_LAYOUT)
-def _forward(u: Tensor, shift: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("flexnorm::shift_and_clamp", mutates_args=(), tags=_LAYOUT)
+def _forward(u: Tensor, shift: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     y, mask = torch.empty_like(u), torch.empty_like(u, dtype=torch.bool)
-    _run_forward(u, y, mask, shift.contiguous(), floor.contiguous())
+    _run_forward(u, y, mask, shift.contiguous(), low.contiguous())
     return y, mask
 
 
 @_forward.register_fake
-def _(u: Tensor, shift: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(u: Tensor, shift: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return torch.empty_like(u), torch.empty_like(u, dtype=torch.bool)
 
 
-@torch.library.custom_op("flexnorm::shift_and_floor_backward", mutates_args=(), tags=_LAYOUT)
+@torch.library.custom_op("flexnorm::shift_and_clamp_backward", mutates_args=(), tags=_LAYOUT)
 def _backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return _run_backward(g, mask)
 

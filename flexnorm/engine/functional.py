@@ -3,7 +3,7 @@
 The graph of one call is ``x -> _Moments -> rule (ordinary autograd on (N, C) tables) -> _Affine -> y``. The backward
 takes two passes over the activation: ``_Affine`` reduces the incoming gradient g to the two tables that the rule's
 autograd needs, and leaves the rest of its work to ``_Moments``, which writes ``dx = scale*g + a + b*(x - mean)`` in one
-go. For that, ``_Affine`` passes g itself along the private edge to ``_Moments``, with the scale beside it.
+go. For that, ``_Affine`` passes g itself along a private way to ``_Moments``, with the scale beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexnorm.engine.moments import Moments
 from flexnorm.kernels import passes
-from flexnorm.kernels.passes import Layout
+from flexnorm.kernels.layout import Layout, layout_of, over_positions, positions_of, table_dtype, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,7 +26,7 @@ __all__ = ["Rule", "flex_norm"]
 Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 
 
-class _Edge:
+class _Pending:
     """What ``_Affine`` hands to ``_Moments`` besides the gradient: the scale still to be applied to it, if any."""
 
     __slots__ = ("scale",)
@@ -39,11 +39,11 @@ class _Moments(torch.autograd.Function):
     """Moments of x, and x itself for the affine pass, so that this node sees every gradient of x at once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, edge: _Edge) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, layout: Layout, pending: _Pending) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = passes.moments(x, layout)
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.edge = layout, edge
+        ctx.layout, ctx.pending = layout, pending
         return mean, var, x.view_as(x)
 
     @staticmethod
@@ -51,29 +51,26 @@ class _Moments(torch.autograd.Function):
         ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
         x, mean = ctx.saved_tensors
-        scale, ctx.edge.scale = ctx.edge.scale, None
+        scale, ctx.pending.scale = ctx.pending.scale, None
         layout = ctx.layout
-        if torch.is_grad_enabled() or passes.transformed(dmean, dvar, g):
+        if torch.is_grad_enabled() or transformed(dmean, dvar, g):
             # Double backward: g is the finished part of the gradient, everything stays in the graph.
             return _composed_gradient(x, dmean, dvar, g), None, None
         if dmean is None and dvar is None:
             return (g if g is None or scale is None else passes.affine(g, scale, None, layout)), None, None
-        if g is None:
-            g = torch.zeros_like(x)
-        if scale is None:
-            scale = torch.ones((), dtype=mean.dtype, device=mean.device).expand(layout.size[:2])
+        g = torch.zeros_like(x) if g is None else g
         return passes.combine(g, x, scale, dmean, dvar, mean, layout), None, None
 
 
 def _composed_gradient(x: Tensor, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> Tensor | None:
     mean, _ = passes.composed_moments(x)
-    positions = max(passes.positions_of(x), 1)
+    positions = max(positions_of(x), 1)
     total = None if g is None else g.to(mean.dtype)
     if dmean is not None:
-        term = passes.over_positions(dmean, x) / positions
+        term = over_positions(dmean, x) / positions
         total = term.expand(x.shape) if total is None else total + term
     if dvar is not None:
-        term = passes.over_positions(dvar, x) * (2.0 / positions) * (x.to(mean.dtype) - passes.over_positions(mean, x))
+        term = over_positions(dvar, x) * (2.0 / positions) * (x.to(mean.dtype) - over_positions(mean, x))
         total = term if total is None else total + term
     return None if total is None else total.to(x.dtype)
 
@@ -83,48 +80,48 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor | None, layout: Layout, edge: _Edge | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        center: Tensor | None,
+        layout: Layout,
+        pending: _Pending | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, center)
-        ctx.layout, ctx.edge, ctx.shift_shape = layout, edge, shift.shape
-        size = layout.size[:2]
-        return passes.affine(x, scale.expand(size), shift.expand(size), layout)
+        ctx.layout, ctx.pending, ctx.shift_shape = layout, pending, shift.shape
+        return passes.affine(x, scale, shift, layout)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, scale, center = ctx.saved_tensors
         layout = ctx.layout
-        size = layout.size[:2]
-        if ctx.edge is not None:
-            ctx.edge.scale = None
-        if torch.is_grad_enabled() or passes.transformed(g):
+        if ctx.pending is not None:
+            ctx.pending.scale = None
+        if torch.is_grad_enabled() or transformed(g):
             values, gradient = x.to(scale.dtype), g.to(scale.dtype)
             axes = tuple(range(2, x.dim()))
             s1, s0 = values * gradient, gradient
             if axes:
                 s1, s0 = s1.sum(axes), s0.sum(axes)
-            dx = (gradient * passes.over_positions(scale.expand(size), x)).to(x.dtype)
+            dx = (gradient * over_positions(scale.expand(layout.size[:2]), x)).to(x.dtype)
             return dx, s1.sum_to_size(scale.shape), s0.sum_to_size(ctx.shift_shape), None, None, None
         g = _like(g, x, layout)
         dscale: Tensor | None = None
         dshift: Tensor | None = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dscale, dshift = passes.sums(g, x, center, layout)
-            if layout.kernels == "compiled" and scale.shape == ctx.shift_shape == (1, size[1]):
-                dscale, dshift = passes.kernels().fold(dscale, dshift)
-            else:
-                dscale, dshift = dscale.sum_to_size(scale.shape), dshift.sum_to_size(ctx.shift_shape)
+            dscale, dshift = passes.sums(g, x, center, layout, (scale.shape, ctx.shift_shape))
         if not ctx.needs_input_grad[0]:
             return None, dscale, dshift, None, None, None
-        if ctx.edge is None:
-            return passes.affine(g, scale.expand(size), None, layout), dscale, dshift, None, None, None
-        ctx.edge.scale = scale.expand(size)
+        if ctx.pending is None:
+            return passes.affine(g, scale, None, layout), dscale, dshift, None, None, None
+        ctx.pending.scale = scale
         return g, dscale, dshift, None, None, None
 
 
 def _like(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """The gradient in the memory format of ``x``, which the kernels rely on."""
-    if layout.kernels == "composed" or g.stride() == x.stride():
+    if layout.backend == "composed" or g.stride() == x.stride():
         return g
     out = torch.empty_like(x)
     return out.copy_(g)
@@ -134,7 +131,7 @@ def _must_compose(x: Tensor) -> bool:
     """Where the plain composition has to run: traced, transformed or forward-mode code, and tensors without strides."""
     return (
         torch.compiler.is_compiling()
-        or passes.transformed()
+        or transformed()
         or torch.autograd.forward_ad._current_level >= 0
         or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)
@@ -155,7 +152,7 @@ def _validate(x: Tensor) -> None:
 
 def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
     """The scale or shift of a rule as a table of two axes that broadcast to (N, C), in the type of the tables."""
-    dtype = passes.table_dtype(x.dtype)
+    dtype = table_dtype(x.dtype)
     if not isinstance(table, Tensor):
         if not isinstance(table, (int, float)):
             raise TypeError(f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)")
@@ -210,33 +207,31 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
         True
     """
     _validate(x)
-    count = passes.positions_of(x)
+    count = positions_of(x)
     if _must_compose(x):
         moments = Moments(count=count, process_group=process_group, _compute=lambda _: passes.composed_moments(x))
         scale, shift = _apply_rule(rule, moments, params, x)
         return passes.composed_affine(x, scale, shift)
-    layout = passes.layout_of(x)
+    layout = layout_of(x)
     if layout.order == "none":
         x = x.contiguous()
-        layout = passes.layout_of(x)
-    edge = _Edge()
+        layout = layout_of(x)
+    pending = _Pending()
     through: Tensor | None = None
     center: Tensor | None = None
 
     def compute(differentiable: bool) -> tuple[Tensor, Tensor]:
         nonlocal through, center
         if differentiable and torch.is_grad_enabled() and x.requires_grad:
-            mean, var, through = _Moments.apply(x, layout, edge)  # type: ignore[no-untyped-call]
+            mean, var, through = _Moments.apply(x, layout, pending)  # type: ignore[no-untyped-call]
         else:
             mean, var = passes.moments(x, layout)
         center = mean.detach()
         return mean, var
 
-    native = passes.kernels() if layout.kernels == "compiled" else None
-    moments = Moments(count=count, process_group=process_group, _compute=compute, _native=native)
+    moments = Moments(count=count, process_group=process_group, _compute=compute, _backend=layout.backend)
     scale, shift = _apply_rule(rule, moments, params, x)
     if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad or shift.requires_grad):
-        size = layout.size[:2]
-        return passes.affine(x, scale.expand(size), shift.expand(size), layout)
-    source, link = (x, None) if through is None else (through, edge)
-    return cast("Tensor", _Affine.apply(source, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]
+        return passes.affine(x, scale, shift, layout)
+    origin, link = (x, None) if through is None else (through, pending)
+    return cast("Tensor", _Affine.apply(origin, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]

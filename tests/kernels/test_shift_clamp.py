@@ -1,4 +1,4 @@
-"""The fused shift and floor against the composition of torch's operations that it replaces."""
+"""The fused shift and clamp against the composition of torch's operations that it replaces."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flexnorm.kernels import floor
+from flexnorm.kernels import shift_clamp
 from flexnorm.nn.normprop import NormPropConv2d, NormPropConv3d, NormPropLinear
 
 SHAPES = [(5, 7), (3, 4, 9), (3, 5, 6, 2), (300, 3, 1, 1), (2, 3, 2, 3, 4), (600, 6)]
 
-pytestmark = pytest.mark.skipif(floor._kernel() is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(shift_clamp._kernel() is None, reason="needs a C compiler")
 
 
 def operands(shape: tuple[int, ...], last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,10 +35,10 @@ def composed(u: Tensor, shift: Tensor, low: Tensor) -> Tensor:
 def test_equals_the_composition(shape: tuple[int, ...], last: bool, threads: int) -> None:
     u, shift, low, g = operands(shape, last)
     results = []
-    for function in (lambda *x: floor.shift_and_floor_(x[0] * 1, *x[1:]), composed):
+    for function in (lambda *x: shift_clamp.shift_and_clamp_(x[0] * 1, *x[1:]), composed):
         leaves = [t.double() if function is composed else t.clone() for t in (u, shift, low)]
         leaves = [t.requires_grad_() for t in leaves]
-        with mock.patch.object(floor, "_threads", return_value=threads):
+        with mock.patch.object(shift_clamp, "_threads", return_value=threads):
             y = function(*leaves)
             results.append([y, *torch.autograd.grad(y, leaves, g.to(y.dtype))])
     assert results[0][0].stride() == u.stride()
@@ -52,15 +52,15 @@ def test_sums_do_not_depend_on_the_number_of_threads(last: bool) -> None:
     found = []
     for threads in (1, 2, 3):
         leaves = [t.clone().requires_grad_() for t in (u, shift, low)]
-        with mock.patch.object(floor, "_threads", return_value=threads):
-            found.append(torch.autograd.grad(floor.shift_and_floor_(leaves[0] * 1, *leaves[1:]), leaves, g))
+        with mock.patch.object(shift_clamp, "_threads", return_value=threads):
+            found.append(torch.autograd.grad(shift_clamp.shift_and_clamp_(leaves[0] * 1, *leaves[1:]), leaves, g))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_second_derivatives() -> None:
     u, shift, low, _ = operands((4, 3, 5, 5), last=False)
     seconds = []
-    for function in (lambda *x: floor.shift_and_floor_(x[0] * 1, *x[1:]), composed):
+    for function in (lambda *x: shift_clamp.shift_and_clamp_(x[0] * 1, *x[1:]), composed):
         leaves = [t.clone().requires_grad_() for t in (u, shift, low)]
         loss = function(*leaves).pow(3).sum()
         first = torch.autograd.grad(loss, leaves, create_graph=True)
@@ -85,9 +85,9 @@ def test_layers_are_the_same_on_both_paths(constants: str) -> None:
     for layer, x in cases:
         nn.init.normal_(layer.bias)
         found = []
-        for kernel in (floor._kernel(), None):
+        for kernel in (shift_clamp._kernel(), None):
             layer.zero_grad()
-            with mock.patch.object(floor, "_kernel", return_value=kernel):
+            with mock.patch.object(shift_clamp, "_kernel", return_value=kernel):
                 y = layer(x)
                 y.square().sum().backward()
             found.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
@@ -108,9 +108,9 @@ def test_a_gradient_of_another_layout() -> None:
     layer, x = NormPropConv2d(3, 4, 3), torch.randn(2, 3, 6, 6)
     weights = torch.randn(2, 4, 4, 4).contiguous(memory_format=torch.channels_last)
     found = []
-    for kernel in (floor._kernel(), None):
+    for kernel in (shift_clamp._kernel(), None):
         layer.zero_grad()
-        with mock.patch.object(floor, "_kernel", return_value=kernel):
+        with mock.patch.object(shift_clamp, "_kernel", return_value=kernel):
             layer(x).backward(weights)
         found.append(layer.weight.grad.clone())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
@@ -138,7 +138,7 @@ def test_exported_programs_hold_operations_of_torch_only() -> None:
 
 def test_the_operations_keep_to_the_rules_of_torch_library() -> None:
     u, shift, low, _ = operands((2, 3, 4, 4), last=False)
-    torch.library.opcheck(floor._forward, tuple(t.requires_grad_() for t in (u, shift, low)))
+    torch.library.opcheck(shift_clamp._forward, tuple(t.requires_grad_() for t in (u, shift, low)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -182,4 +182,4 @@ def test_compiled_code_calls_the_kernel() -> None:
         return graph
 
     torch.compile(NormPropConv2d(3, 5, 3), backend=record)(torch.randn(2, 3, 6, 6))
-    assert any("shift_and_floor" in name for name in called)
+    assert any("shift_and_clamp" in name for name in called)

@@ -1,4 +1,4 @@
-/* y = max(u + shift, floor) with one shift and one floor per channel (y may be u), and its backward in one pass.
+/* y = max(u + shift, low) with one shift and one bound per channel (y may be u), and its backward in one pass.
  *
  * Two layouts: contiguous (`inner` positions of one channel in a piece) and channels last (inner = 1, a row of C numbers
  * per position). Sums over a channel are taken in an order that does not depend on the number of threads.
@@ -10,7 +10,7 @@ typedef int64_t i64;
 
 enum { ROWS = 256 }; /* positions whose sums stay in float, channels last */
 
-void floor_forward(i64 outer, i64 channels, i64 inner, const float *u, float *y, unsigned char *mask,
+void clamp_forward(i64 outer, i64 channels, i64 inner, const float *u, float *y, unsigned char *mask,
                    const float *shift, const float *low, int threads) {
   if (inner > 1) {
     #pragma omp parallel for num_threads(threads) if(threads > 1)
@@ -36,9 +36,9 @@ void floor_forward(i64 outer, i64 channels, i64 inner, const float *u, float *y,
   }
 }
 
-/* d receives g where mask is 1 (y above its floor), 0 elsewhere; above and below the sums of g there and elsewhere, (C). Returns
+/* d receives g where mask is 1 (y above its bound), 0 elsewhere; above and below the sums of g there and elsewhere, (C). Returns
  * 0, or 1 where there is no memory for the partial sums. */
-int floor_backward(i64 outer, i64 channels, i64 inner, const float *g, const unsigned char *mask, float *d,
+int clamp_backward(i64 outer, i64 channels, i64 inner, const float *g, const unsigned char *mask, float *d,
                    float *above, float *below, int threads) {
   if (inner > 1) {
     #pragma omp parallel for num_threads(threads) if(threads > 1)

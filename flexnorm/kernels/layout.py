@@ -1,0 +1,75 @@
+"""How an activation lies in memory, and which backend serves it: decided here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexnorm.kernels import normalization
+
+# Below this many values the compiled kernels are not worth loading (a first load may compile for a second or two).
+_SMALL = 1 << 14
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class Layout(NamedTuple):
+    """An activation as the passes see it.
+
+    Attributes:
+        backend: ``"c"``, ``"torch"`` or ``"composed"``: which implementation of the passes runs.
+        order: ``"rows"``, ``"cols"`` or ``"none"``, as :func:`memory_order` tells.
+        size: Samples N, channels C, positions P.
+    """
+
+    backend: str
+    order: str
+    size: tuple[int, int, int]
+
+
+def memory_order(x: Tensor) -> str:
+    """Return "rows" if (N, C, P) is contiguous, "cols" if (N, P, C) is (channels last), "none" for other strides."""
+    if x.is_contiguous():
+        return "rows"
+    last = _CHANNELS_LAST.get(x.dim())
+    dense = x.movedim(1, -1).is_contiguous() if last is None else x.is_contiguous(memory_format=last)
+    return "cols" if dense else "none"
+
+
+def layout_of(x: Tensor) -> Layout:
+    """Choose the backend for ``x`` (N, C, *spatial) by device, size, type and strides."""
+    size = (x.shape[0], x.shape[1], positions_of(x))
+    order = memory_order(x)
+    if x.device.type != "cpu" or order == "none" or size[2] < 2 or x.numel() == 0:
+        return Layout("composed", order, size)
+    if x.numel() >= _SMALL and x.dtype in normalization.DTYPES and normalization.load() is not None:
+        return Layout("c", order, size)
+    if order == "rows" and x.dtype in (torch.float32, torch.float64):
+        return Layout("torch", order, size)
+    return Layout("composed", order, size)
+
+
+def positions_of(x: Tensor) -> int:
+    """Number of positions per channel: the product of the spatial axes (1 for (N, C))."""
+    count = 1
+    for length in x.shape[2:]:
+        count *= length
+    return count
+
+
+def table_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of the tables and of all sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def over_positions(table: Tensor, x: Tensor) -> Tensor:
+    """View a table (N, C) so that it broadcasts against ``x`` (N, C, *spatial)."""
+    return table.reshape(table.shape + (1,) * (x.dim() - 2))
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a torch.func transform is active or gradients come batched: such tensors have no memory of their own."""
+    functorch = torch._C._functorch
+    batched = any(t is not None and functorch.is_legacy_batchedtensor(t) for t in tensors)
+    return batched or functorch.peek_interpreter_stack() is not None
