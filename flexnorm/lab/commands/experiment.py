@@ -87,11 +87,11 @@ def run_one(
     """Run a comparison in its folder, print its table (of a single run its epochs) and write its report."""
     from flexnorm.lab.report import write_report
     from flexnorm.lab.run import compare as run_all
-    from flexnorm.lab.run.terminal import Display, print_table
+    from flexnorm.lab.run.terminal import display, print_table
 
     command = shlex.join(["flexnorm", *sys.argv[1:]])
-    with Display(screen, epochs=single) as display:
-        study = run_all(config, folder, data=data, notify=display, command=command)
+    with display(screen, epochs=single) as show:
+        study = run_all(config, folder, data=data, notify=show, command=command)
     path = write_report(folder)
     if not single:
         print_table(study, screen)
