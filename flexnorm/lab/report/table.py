@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flexnorm.lab.charts import Scale, accuracy, marker_shape
 from flexnorm.lab.charts.markup import Markup, element, number
-from flexnorm.lab.charts.numbers import MISSING, decimals_for, fixed, percent, signed, significant
+from flexnorm.lab.charts.numbers import MISSING, decimals_for, fixed, percent, power_of_ten, signed, significant
 from flexnorm.lab.charts.svg import XMLNS, group, line, marker
 from flexnorm.lab.records import Cell, Study
 from flexnorm.lab.replicates import Replicates
