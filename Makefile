@@ -1,4 +1,4 @@
-# The two commands of the house are `make demo` and `make test`. Both build .venv with pinned versions first.
+# The two commands are `make demo` and `make test`. Both build .venv with pinned versions first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,7 @@ types: $(STAMP)
 
 imports: $(STAMP)
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/private_imports.py flexnorm
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=95

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexnorm.lab.data import ImageData, load
+from flexnorm.lab.replicates import mean
 from flexnorm.lab.run import environment
 from flexnorm.nn import make_norm
 from flexnorm.shift import ShiftMonitor, layer_bound
@@ -115,13 +116,13 @@ def watch(norm: nn.Module, data: ImageData, seed: int, level: float) -> Row:
                 if not record.lower <= record.w1 <= min(record.upper, bound):
                     raise AssertionError(f"the bounds do not hold: {record}, {bound}")
                 bounds[record.anchor].append(bound)
-    row: Row = {"loss": statistics.fmean(losses[-20:]), "noise": float(layer.noise.mean())}
+    row: Row = {"loss": mean(losses[-20:]), "noise": float(layer.noise.mean())}
     for kind, prefix in (("previous", ""), ("initial", "start_")):
         records = [record for record in monitor.records if record.anchor == kind]
         chosen_records = records if kind == "previous" else records[-1:]
         for name in ("lower", "w1", "upper", "spread", "relative"):
-            row[prefix + name] = statistics.fmean(getattr(record, name) for record in chosen_records)
-        row[prefix + "bound"] = statistics.fmean(bounds[kind] if kind == "previous" else bounds[kind][-1:])
+            row[prefix + name] = mean([getattr(record, name) for record in chosen_records])
+        row[prefix + "bound"] = mean(bounds[kind] if kind == "previous" else bounds[kind][-1:])
     if (alpha := getattr(norm, "alpha", None)) is not None:
         row["alpha"] = [float(alpha.detach().min()), float(alpha.detach().max())]
     return row
@@ -172,7 +173,7 @@ def table(rows: list[Row], key: str, numbers: tuple[float, ...]) -> list[Row]:
             own = [row for row in rows if row["norm"] == norm and row[key] == value]
             if own:
                 names = [name for name, v in own[0].items() if isinstance(v, float) and name != key]
-                means = {name: statistics.fmean(row[name] for row in own) for name in names}
+                means = {name: mean([row[name] for row in own]) for name in names}
                 found.append({"norm": norm, key: value, "seeds": len(own), **means})
     return found
 
@@ -208,13 +209,13 @@ def training(spec: str) -> None:
             records = [record for run in measured for record in run if record["layer"] == layer]
             last = max(int(record["step"]) for record in records)
             for name in ("lower", "w1", "upper", "spread", "relative"):
-                row[name] = statistics.fmean(float(record[name]) for record in records)
+                row[name] = mean([float(record[name]) for record in records])
             for part, chosen in (
                 ("first_quarter", [r for r in records if 4 * int(r["step"]) <= last]),
                 ("last_quarter", [r for r in records if 4 * int(r["step"]) > 3 * last]),
             ):
                 for name in ("w1", "relative"):
-                    row[f"{name}_{part}"] = statistics.fmean(float(r[name]) for r in chosen)
+                    row[f"{name}_{part}"] = mean([float(r[name]) for r in chosen])
             rows.append(row)
     accuracy = {cell.norm: cell.test_accuracy.asdict() for cell in results.cells}
     config = {**results.config, "data": Path(spec).name}

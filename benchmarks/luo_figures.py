@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from benchmarks.luo_runs import POOLING, configs
 from flexnorm.lab.data import ImageData, load
 from flexnorm.lab.figures import Curve, Figure, plot
 from flexnorm.lab.records import Study
-from flexnorm.lab.replicates import Replicates
+from flexnorm.lab.replicates import Replicates, mean
 from flexnorm.lab.run import Config, compare
 from flexnorm.lab.run.files import read_json, read_rows
 
@@ -128,7 +127,7 @@ def gamma_squared(path: Path) -> float:
     weights = load_file(path)
     gammas = [value for name, value in weights.items() if re.search(r"norm\d?\.weight$", name) and value.dim() == 1]
     values = [float(v) for gamma in gammas for v in gamma.square()]
-    return statistics.fmean(values) if values else float("nan")
+    return mean(values)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

@@ -17,9 +17,11 @@ from typing import Any
 
 import yaml
 
+from flexnorm.lab.records import Cell, EpochRow, Study
+from flexnorm.lab.replicates import mean, plus_minus
 from flexnorm.lab.report import picture
 from flexnorm.lab.run import load_variants
-from flexnorm.lab.run.files import read_rows
+from flexnorm.lab.run.files import plain, read_json, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results of the demo -->", "<!-- end of the results -->"
@@ -35,11 +37,13 @@ def run(name: str, scale: str | None, data: str | None, folder: Path) -> None:
 
 def condense(name: str, scale: str | None, folder: Path) -> dict[str, Any]:
     """Return the result of a run without what depends on where it was run; of all its variants, if it has such."""
-    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = sorted(folder.glob("*/results.json"), key=lambda path: path.stat().st_mtime)
-    parts = {path.parent.name: _read(path) for path in found} or {"": _read(folder / "results.json")}
+    parts = {path.parent.name: Study.read(read_json(path)) for path in found}
+    parts = parts or {"": Study.read(read_json(folder / "results.json"))}
     first = next(iter(parts.values()))
-    data = first["config"]["data"]
+    data = Path(str(first.config["data"])).name
     result = {
         "recipe": name,
         "scale": scale,
@@ -47,46 +51,32 @@ def condense(name: str, scale: str | None, folder: Path) -> dict[str, Any]:
         "figure": recipe["figure"],
         "published": recipe["published"],
         "command": f"flexnorm recipe run {name}" + (f" --scale {scale} --data {data}" if scale else ""),
-        "environment": first["environment"],
-        "total_seconds": sum(part["total_seconds"] for part in parts.values()),
+        "environment": first.environment,
+        "total_seconds": sum(part.total_seconds for part in parts.values()),
     }
-    for variant, part in parts.items():
-        for row in part["table"]:
-            row["curves"] = curves([folder / variant / run["path"] for run in _runs(part, row)])
+    tables = {
+        variant: {
+            "config": {**part.config, "data": Path(str(part.config["data"])).name},
+            "table": [cell.asdict() | {"curves": curves(folder / variant, cell)} for cell in part.cells],
+        }
+        for variant, part in parts.items()
+    }
     if "" in parts:
-        return {**result, "config": first["config"], "table": first["table"]}
-    variants = {variant: {"config": part["config"], "table": part["table"]} for variant, part in parts.items()}
-    order = list(load_variants(ROOT / "recipes" / f"{name}.yaml", scale))
-    return {**result, "variants": {variant: variants[variant] for variant in order if variant in variants}}
+        return plain({**result, **tables[""]})
+    return plain({**result, "variants": {name: tables[name] for name in load_variants(path, scale) if name in tables}})
 
 
-def curves(runs: list[Path]) -> dict[str, list[float]]:
-    """Return the mean over the runs of training loss and test accuracy, epoch by epoch."""
-    tables = [read_rows(run / "metrics.csv") for run in runs]
+def curves(folder: Path, cell: Cell) -> dict[str, list[float]]:
+    """Return the mean over the complete runs of training loss and test accuracy, epoch by epoch."""
+    tables = [[EpochRow.read(row) for row in read_rows(folder / run.path / "metrics.csv")] for run in cell.complete]
     return {
-        column: [round(sum(float(row[column]) for row in rows) / len(rows), 5) for rows in zip(*tables, strict=True)]
+        column: [round(mean([getattr(row, column) for row in rows]), 5) for rows in zip(*tables, strict=True)]
         for column in ("train_loss", "test_accuracy")
     }
 
 
-def _runs(part: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the complete runs of one row."""
-    cell = (row["norm"], row["optim"])
-    return [run for run in part["runs"] if run["status"] == "complete" and (run["norm"], run["optim"]) == cell]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    results["config"]["data"] = Path(str(results["config"]["data"])).name
-    return results
-
-
-def _cell(value: dict[str, Any] | None, scale: float = 1.0, digits: int = 2, sign: str = "") -> str:
-    if value is None or value.get("mean") is None:
-        return "–"
-    spread = value.get("std")
-    text = f"{scale * value['mean']:{sign}.{digits}f}"
-    return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"
+def _cell(value: dict[str, Any] | None, form: str, scale: float = 1.0) -> str:
+    return plus_minus(value and value["mean"], value and value["std"], form, scale, missing="–")
 
 
 def variants_markdown(result: dict[str, Any]) -> str:
@@ -105,7 +95,9 @@ def variants_markdown(result: dict[str, Any]) -> str:
                 if row and row["diverged"] and row["complete"]
                 else ""
             )
-            texts.append("" if row is None else _cell(row["test_accuracy"], 100) + share if row["complete"] else bad)
+            texts.append(
+                "" if row is None else _cell(row["test_accuracy"], ".2f", 100) + share if row["complete"] else bad
+            )
         lines.append(f"| {variant} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -123,10 +115,10 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [
             row["norm"],
             row["optim"],
-            _cell(row["test_accuracy"], 100),
-            _cell(row["difference"], 100, sign="+"),
-            _cell(row["shift_w1"], digits=3),
-            _cell(row["shift_relative"], digits=4),
+            _cell(row["test_accuracy"], ".2f", 100),
+            _cell(row["difference"], "+.2f", 100),
+            _cell(row["shift_w1"], ".3f"),
+            _cell(row["shift_relative"], ".4f"),
             "–" if ratio is None else f"{ratio:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

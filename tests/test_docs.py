@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from norm_options import declared_for_now
 from torch import nn
 
 import flexnorm
@@ -55,7 +56,8 @@ def run(path: Path) -> dict[str, Any]:
 
 
 def test_rules_of_the_guide_are_those_of_the_package() -> None:
-    names = run(ROOT / "docs" / "rules.md")
+    with declared_for_now():
+        names = run(ROOT / "docs" / "rules.md")
     x = torch.randn(8, 6, 5, 5)
     w, b, a = (torch.rand(6) + 0.5 for _ in range(3))
     pairs = {
@@ -86,8 +88,9 @@ def test_rules_of_the_guide_are_those_of_the_package() -> None:
 def test_code_of_the_pages_runs(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     names: dict[str, Any] = {"FlexNorm": flexnorm.FlexNorm}
-    for block in blocks(text):
-        exec(compile(block, page, "exec"), names)
+    with declared_for_now():
+        for block in blocks(text):
+            exec(compile(block, page, "exec"), names)
     assert blocks(text)
 
 

@@ -176,3 +176,27 @@ def test_what_is_not_installed_is_named() -> None:
     assert optional("json.decoder", "this", "lab").JSONDecoder
     with pytest.raises(ImportError, match=r"^this needs no_such_module: pip install 'flexnorm\[plot\]'$"):
         optional("no_such_module.part", "this", "plot")
+
+
+def test_what_is_private_to_a_package_is_found_elsewhere(tmp_path: Path) -> None:
+    """The check of `make imports` that import-linter does not have."""
+    files = {
+        "nn/batch.py": "from flexnorm._messages import unknown_name\nfrom flexnorm.nn._base import _Base\n",
+        "shift/a.py": "from flexnorm.nn._base import Base\nfrom flexnorm.nn import _hidden\n",
+        "shift/b.py": "from flexnorm.nn import batch\nbatch._Batch\nbatch.Batch.__name__\n",
+        "lab/run/c.py": "from flexnorm.lab.report._page import page\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "flexnorm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    command = [sys.executable, str(ROOT / ".ci" / "private_imports.py"), str(tmp_path / "flexnorm")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    lines = sorted(line.removeprefix(f"{tmp_path}/flexnorm/") for line in done.stdout.splitlines())
+    assert lines == [
+        "lab/run/c.py:1: _page of flexnorm.lab.report._page is private",
+        "shift/a.py:1: _base of flexnorm.nn._base is private",
+        "shift/a.py:2: _hidden of flexnorm.nn is private",
+        "shift/b.py:2: _Batch of flexnorm.nn.batch is private",
+    ]

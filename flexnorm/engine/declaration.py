@@ -38,6 +38,7 @@ class Norm(nn.Module):
         defaults: Arguments that the factory gives where the layer's own defaults do not suit a network.
         torch_layer: The nearest layer of torch: ``"batch"``, ``"group"``, ``"layer"`` or ``"instance"``; ``""`` if
             there is none.
+        learned: Parameters of its own beside weight and bias: size (``None`` for one per channel) and initial value.
         no_decay: Names of parameters that take no weight decay, whatever other vectors take.
 
     Raises:
@@ -50,6 +51,7 @@ class Norm(nn.Module):
     options: ClassVar[tuple[str, ...]] = ("eps",)
     defaults: ClassVar[Mapping[str, Any]] = {}
     torch_layer: ClassVar[str] = ""
+    learned: ClassVar[Mapping[str, tuple[int | None, float]]] = {}
     no_decay: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, ndims: tuple[int, ...] | None = None, **kwargs: Any) -> None:
@@ -112,19 +114,20 @@ def constructor_arguments(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names of a layer's constructor arguments, those behind its ``**kwargs`` included.
 
     Args:
-        cls: A class of layers. Behind ``**kwargs`` are the arguments of the class above; only the keyword-only ones if
-            they are typed (``**kwargs: Unpack[...]``).
+        cls: A class of layers. Behind ``**kwargs`` are the arguments of the class above, unless their type
+            (``**kwargs: Unpack[Keywords]``) says which they are.
     """
     names: set[str] = set()
-    kinds = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for base in cls.__mro__:
         if "__init__" not in base.__dict__ or base in (nn.Module, object):
             continue
-        parameters = inspect.signature(base.__dict__["__init__"]).parameters.values()
+        init = base.__dict__["__init__"]
+        parameters = inspect.signature(init).parameters.values()
         names.update(p.name for p in parameters if p.kind in kinds)
         keywords = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        if keywords is None:
+        typed = keywords and init.__globals__.get(str(keywords.annotation).removeprefix("Unpack[").removesuffix("]"))
+        names.update(typed.__annotations__ if typed else ())
+        if typed or not keywords:
             break
-        if "Unpack" in str(keywords.annotation):
-            kinds = {inspect.Parameter.KEYWORD_ONLY}
     return frozenset(names - {"self"})

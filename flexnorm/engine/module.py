@@ -99,6 +99,9 @@ class FlexNorm(Norm):
             self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        for name, (size, _) in self.learned.items():
+            table = torch.empty(num_features if size is None else size, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(table))
         if track_running_stats:
             kept = torch.float64 if dtype == torch.float64 else torch.float32
             self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=kept))
@@ -124,8 +127,10 @@ class FlexNorm(Norm):
             self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, and reset the running statistics."""
+        """Set weight to 1, bias to 0, parameters of its own to what they start with, and reset the statistics."""
         self.reset_running_stats()
+        for name, (_, value) in self.learned.items():
+            nn.init.constant_(self.get_parameter(name), value)
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:

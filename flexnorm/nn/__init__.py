@@ -39,74 +39,23 @@ from flexnorm.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, Switchabl
 from flexnorm.nn.unitized import UnitizedBatchNorm1d, UnitizedBatchNorm2d, UnitizedBatchNorm3d
 from flexnorm.nn.variance_only import VarianceOnlyBatchNorm1d, VarianceOnlyBatchNorm2d, VarianceOnlyBatchNorm3d
 
-__all__ = [
-    "NORMS",
-    "TORCH_LAYERS",
-    "BatchInstanceNorm1d",
-    "BatchInstanceNorm2d",
-    "BatchInstanceNorm3d",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchRenorm1d",
-    "BatchRenorm2d",
-    "BatchRenorm3d",
-    "FilterResponseNorm1d",
-    "FilterResponseNorm2d",
-    "FilterResponseNorm3d",
-    "GroupNorm",
-    "InstanceNorm1d",
-    "InstanceNorm2d",
-    "InstanceNorm3d",
-    "LayerNorm1d",
-    "LayerNorm2d",
-    "LayerNorm3d",
-    "MeanOnlyBatchNorm1d",
-    "MeanOnlyBatchNorm2d",
-    "MeanOnlyBatchNorm3d",
-    "NoNorm",
-    "NormPropActivation",
-    "NormPropAdd",
-    "NormPropAvgPool1d",
-    "NormPropAvgPool2d",
-    "NormPropAvgPool3d",
-    "NormPropConcat",
-    "NormPropConv1d",
-    "NormPropConv2d",
-    "NormPropConv3d",
-    "NormPropConvTranspose1d",
-    "NormPropConvTranspose2d",
-    "NormPropConvTranspose3d",
-    "NormPropInput",
-    "NormPropLayer",
-    "NormPropLinear",
-    "NormPropMaxPool1d",
-    "NormPropMaxPool2d",
-    "NormPropMaxPool3d",
-    "NormPropResidual",
-    "NormPropUnits",
-    "PopulationNorm1d",
-    "PopulationNorm2d",
-    "PopulationNorm3d",
-    "RMSNorm1d",
-    "RMSNorm2d",
-    "RMSNorm3d",
-    "SwitchableNorm1d",
-    "SwitchableNorm2d",
-    "SwitchableNorm3d",
-    "UnitizedBatchNorm1d",
-    "UnitizedBatchNorm2d",
-    "UnitizedBatchNorm3d",
-    "VarianceOnlyBatchNorm1d",
-    "VarianceOnlyBatchNorm2d",
-    "VarianceOnlyBatchNorm3d",
-    "is_norm",
-    "make_norm",
-    "needs_batch",
-    "norm_class",
-    "norm_of",
-    "normprop",
-    "reference",
-    "rules",
-    "undecayed",
-]
+__all__ = ["NORMS", "TORCH_LAYERS", "NoNorm", "is_norm", "make_norm", "needs_batch", "norm_class", "norm_of"]
+__all__ += ["undecayed"]
+__all__ += ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ += ["BatchInstanceNorm1d", "BatchInstanceNorm2d", "BatchInstanceNorm3d"]
+__all__ += ["FilterResponseNorm1d", "FilterResponseNorm2d", "FilterResponseNorm3d"]
+__all__ += ["GroupNorm"]
+__all__ += ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
+__all__ += ["LayerNorm1d", "LayerNorm2d", "LayerNorm3d"]
+__all__ += ["MeanOnlyBatchNorm1d", "MeanOnlyBatchNorm2d", "MeanOnlyBatchNorm3d"]
+__all__ += ["NormPropActivation", "NormPropAdd", "NormPropAvgPool1d", "NormPropAvgPool2d", "NormPropAvgPool3d"]
+__all__ += ["NormPropConcat", "NormPropConv1d", "NormPropConv2d", "NormPropConv3d", "NormPropConvTranspose1d"]
+__all__ += ["NormPropConvTranspose2d", "NormPropConvTranspose3d", "NormPropInput", "NormPropLayer", "NormPropLinear"]
+__all__ += ["NormPropMaxPool1d", "NormPropMaxPool2d", "NormPropMaxPool3d", "NormPropResidual", "NormPropUnits"]
+__all__ += ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d"]
+__all__ += ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
+__all__ += ["RMSNorm1d", "RMSNorm2d", "RMSNorm3d"]
+__all__ += ["SwitchableNorm1d", "SwitchableNorm2d", "SwitchableNorm3d"]
+__all__ += ["UnitizedBatchNorm1d", "UnitizedBatchNorm2d", "UnitizedBatchNorm3d"]
+__all__ += ["VarianceOnlyBatchNorm1d", "VarianceOnlyBatchNorm2d", "VarianceOnlyBatchNorm3d"]
+__all__ += ["normprop", "reference", "rules"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from flexnorm.engine import FlexNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = ["BatchStatistics", "Placed", "SampleStatistics", "Shared", "all_equal", "standardize"]
 
 
 class Placed(TypedDict, total=False):
@@ -45,7 +43,15 @@ class BatchStatistics(FlexNorm):
 
 
 class SampleStatistics(FlexNorm):
-    """A layer that normalizes each sample by its own statistics, in training and in evaluation alike."""
+    """A layer that normalizes each sample by its own statistics, in training and in evaluation alike.
+
+    Args:
+        num_features: Number of channels C of the input (N, C) or (N, C, *spatial).
+        eps: Added to the variance or mean square.
+        affine: Whether to learn ``weight`` and ``bias``, each (C,).
+        bias: ``False`` leaves out the bias only.
+        **kwargs: ``device``, ``dtype`` of the parameters.
+    """
 
     statistics_from = "sample"
 
@@ -56,10 +62,9 @@ class SampleStatistics(FlexNorm):
         affine: bool = True,
         *,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **kwargs: Unpack[Placed],
     ) -> None:
-        super().__init__(num_features, eps, None, affine, False, bias=bias, device=device, dtype=dtype)
+        super().__init__(num_features, eps, None, affine, False, bias=bias, **kwargs)
 
 
 def all_equal(parameter: Tensor, value: float) -> bool:

@@ -7,8 +7,6 @@ from torch import Tensor
 from flexnorm.engine import Moments
 from flexnorm.nn._base import BatchStatistics, standardize
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch"]
-
 
 def batch(
     moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5

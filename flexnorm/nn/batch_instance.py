@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import BatchStatistics, Shared, all_equal, standardize
-
-__all__ = ["BatchInstanceNorm1d", "BatchInstanceNorm2d", "BatchInstanceNorm3d", "batch_instance"]
+from flexnorm.nn._base import BatchStatistics, all_equal, standardize
 
 
 def batch_instance(
@@ -43,36 +40,13 @@ class _BatchInstanceNorm(BatchStatistics):
 
     ``gate`` (C,) starts at 1, which is batch normalization, and is clipped to [0, 1] in the forward.
 
-    Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the variances.
-        momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
-        track_running_stats: Whether to keep running statistics for evaluation.
-        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+    Arguments as of :class:`flexnorm.FlexNorm`.
     """
 
     norm_name = "batch_instance"
     torch_layer = "batch"
+    learned: ClassVar = {"gate": (None, 1.0)}
     gate: nn.Parameter
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        **kwargs: Unpack[Shared],
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
-        self.gate = nn.Parameter(torch.ones(num_features, device=kwargs.get("device"), dtype=kwargs.get("dtype")))
-
-    def reset_parameters(self) -> None:
-        """Set weight and gate to 1, bias to 0, and reset the running statistics."""
-        super().reset_parameters()
-        if "gate" in self._parameters:
-            nn.init.ones_(self.gate)
 
     def same_as(self, training: bool) -> str:  # noqa: ARG002
         """With a gate of 1 it is batch normalization."""

@@ -10,8 +10,6 @@ from flexnorm._messages import unknown_name
 from flexnorm.engine import NORMS, Norm
 from flexnorm.nn.normprop import NormPropUnits
 
-__all__ = ["TORCH_LAYERS", "NoNorm", "is_norm", "make_norm", "needs_batch", "norm_class", "norm_of", "undecayed"]
-
 
 class NoNorm(Norm):
     """An identity that marks where a normalization would be, so that monitors can compare networks with and without.

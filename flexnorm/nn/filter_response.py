@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import Moments
 from flexnorm.nn._base import Placed, SampleStatistics
-
-__all__ = ["FilterResponseNorm1d", "FilterResponseNorm2d", "FilterResponseNorm3d", "filter_response"]
 
 
 def filter_response(
@@ -31,19 +29,15 @@ class _FilterResponseNorm(SampleStatistics):
     ``y = max(weight * x / sqrt(mean(x^2) + |eps|) + bias, tau)``, the mean per sample and channel over the positions.
 
     Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the mean square.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
         threshold: Whether to learn ``tau`` (C,), initialized to 0, and apply the thresholded linear unit. ``False``
             leaves the activation to another module; the default of :func:`make_norm`.
         learn_eps: Whether eps is a parameter ``learned_eps`` (1,), which the paper advises for 1x1 activations.
-        bias: ``False`` leaves out the bias only.
-        **kwargs: ``device``, ``dtype`` of the parameters.
+        **kwargs: ``bias``, ``device``, ``dtype``; these and the others as of :class:`flexnorm.FlexNorm`.
     """
 
     norm_name = "frn"
     options = ("eps", "threshold", "learn_eps")
-    defaults = {"threshold": False}  # noqa: RUF012
+    defaults: ClassVar = {"threshold": False}
     tau: nn.Parameter | None
     learned_eps: nn.Parameter | None
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.nn._base import standardize
 
-__all__ = ["GroupNorm", "group"]
-
 
 def group(
     moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, groups: int, eps: float = 1e-5

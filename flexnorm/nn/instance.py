@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.nn._base import Shared, standardize
-
-__all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "instance"]
 
 
 def instance(
@@ -24,15 +22,11 @@ class _InstanceNorm(FlexNorm):
     """Instance normalization (Ulyanov et al. 2016): each channel of each sample by its own moments.
 
     Args:
-        num_features: Number of channels C of the input (N, C, *spatial).
-        eps: Added to the variance.
-        momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
         affine: Whether to learn ``weight`` and ``bias``, each (C,). Off by default, as in torch; on in
             :func:`make_norm`.
         track_running_stats: Whether to use running statistics in evaluation. Off by default, as in torch. They average
             the instances' moments, not those of the batch.
-        **kwargs: ``bias``, ``process_group`` (of the running statistics), ``device``, ``dtype`` as of
-            :class:`flexnorm.FlexNorm`.
+        **kwargs: These and the others as of :class:`flexnorm.FlexNorm`.
 
     Raises:
         ValueError: In training, if there is only one position per channel.
@@ -40,7 +34,7 @@ class _InstanceNorm(FlexNorm):
 
     norm_name = torch_layer = "instance"
     statistics_from = "sample"
-    defaults = {"affine": True}  # noqa: RUF012
+    defaults: ClassVar = {"affine": True}
 
     def __init__(
         self,

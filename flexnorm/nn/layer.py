@@ -8,8 +8,6 @@ from flexnorm.engine import Moments
 from flexnorm.nn._base import SampleStatistics
 from flexnorm.nn.group import group
 
-__all__ = ["LayerNorm1d", "LayerNorm2d", "LayerNorm3d", "layer"]
-
 
 def layer(
     moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
@@ -22,14 +20,7 @@ class _LayerNorm(SampleStatistics):
     """Layer normalization over channels and positions (Ba et al. 2016), with one weight and bias per channel.
 
     The same function as ``nn.GroupNorm`` with one group. (``nn.LayerNorm`` learns one weight per position too.)
-
-    Args:
-        num_features: Number of channels C of the input (N, C) or (N, C, *spatial).
-        eps: Added to the variance.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
-        bias: ``False`` leaves out the bias only.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+    Arguments ``num_features``, ``eps``, ``affine``, ``bias``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
     """
 
     norm_name = torch_layer = "layer"

@@ -8,8 +8,6 @@ from torch import Tensor
 from flexnorm.engine import Moments
 from flexnorm.nn._base import BatchStatistics
 
-__all__ = ["MeanOnlyBatchNorm1d", "MeanOnlyBatchNorm2d", "MeanOnlyBatchNorm3d", "mean_only"]
-
 
 def mean_only(mean: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean-only batch normalization (Salimans & Kingma 2016, sec. 4): ``weight * (x - mean) + bias``.

@@ -35,8 +35,6 @@ from flexnorm.nn._base import Shared, standardize
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
 _FEW_VALUES = 16
 
-__all__ = ["PopulationNorm1d", "PopulationNorm2d", "PopulationNorm3d", "population"]
-
 
 def population(
     moments: Moments,  # noqa: ARG001 - a rule receives them; this one needs none, and so costs no pass over x
@@ -63,11 +61,8 @@ class _PopulationNorm(FlexNorm):
     the very first batch by itself.
 
     Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the variance.
         momentum: Weight of the new batch in the bias-corrected moving average of the statistics; ``None`` for the
             cumulative average. Smaller batches want smaller values: about ``0.1 * batch / 64``.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
         statistics: ``"running"``: each training batch enters the statistics before it is normalized. ``"estimated"``:
             they change only from outside (recalibration, an estimator).
         gradient: The population statistics are functions of the weights before this layer, and their derivative is part
@@ -80,7 +75,7 @@ class _PopulationNorm(FlexNorm):
             mean within ``max_ratio - 1`` batch standard deviations of the batch's. ``None`` switches it off. It never
             acts in evaluation, on a batch with one value per channel, or on estimated statistics as constants
             (``gradient="none"``, or fewer than 16 values), which promise that no sample depends on the others.
-        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+        **kwargs: These and the others as of :class:`flexnorm.FlexNorm`.
 
     Attributes:
         clipped: Scalar buffer: share of the channels on which the guard acted in the last training batch.

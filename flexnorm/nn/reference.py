@@ -9,22 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "batch",
-    "batch_instance",
-    "filter_response",
-    "group",
-    "instance",
-    "layer",
-    "mean_only",
-    "population",
-    "renorm",
-    "rms",
-    "switchable",
-    "unitized",
-    "variance_only",
-]
-
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view((1, -1) + (1,) * (x.dim() - 2))

@@ -14,8 +14,6 @@ from torch import Tensor
 from flexnorm.engine import Moments, recomputing
 from flexnorm.nn._base import BatchStatistics, Shared, standardize
 
-__all__ = ["BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d", "renorm", "renormalize"]
-
 
 def renorm(
     moments: Moments,
@@ -77,16 +75,13 @@ class _BatchRenorm(BatchStatistics):
     """Batch renormalization (Ioffe 2017, alg. 1): in training the output follows the running statistics too.
 
     Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the variances.
         momentum: Weight of the new batch in the running statistics; the paper uses 0.01.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
         r_max: Largest factor by which a batch standard deviation is corrected.
         d_max: Largest shift by which a batch mean is corrected, in running standard deviations.
         warmup: Number of batches as plain batch normalization before the corrections begin (5,000 in the paper).
         ramp: Number of batches over which they then grow: r_max over all of it, d_max over the first 4/7, which with
             the default are the 40,000 and 25,000 steps of the paper.
-        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+        **kwargs: These and the others as of :class:`flexnorm.FlexNorm`.
 
     Raises:
         ValueError: For ``r_max`` below 1, a negative ``d_max``, ``warmup`` or ``ramp``.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import SampleStatistics
-
-__all__ = ["RMSNorm1d", "RMSNorm2d", "RMSNorm3d", "rms"]
+from flexnorm.nn._base import Placed, SampleStatistics
 
 
 def rms(moments: Moments, weight: Tensor | None = None, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
@@ -21,26 +21,14 @@ def rms(moments: Moments, weight: Tensor | None = None, *, eps: float = 1e-5) ->
 class _RMSNorm(SampleStatistics):
     """Root mean square normalization (Zhang & Sennrich 2019) over channels and positions, no mean subtracted.
 
-    Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the mean square.
-        affine: Whether to learn ``weight`` (C,). There is no bias.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+    Arguments ``num_features``, ``eps``, ``affine`` (there is no bias), ``device``, ``dtype`` as of
+    :class:`flexnorm.FlexNorm`.
     """
 
     norm_name = "rms"
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, affine, bias=False, device=device, dtype=dtype)
+    def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, **kwargs: Unpack[Placed]) -> None:
+        super().__init__(num_features, eps, affine, bias=False, **kwargs)
 
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Divide each sample by its root mean square."""

@@ -21,21 +21,5 @@ from flexnorm.nn.switchable import switch
 from flexnorm.nn.unitized import unitize, unitized
 from flexnorm.nn.variance_only import variance_only
 
-__all__ = [
-    "batch",
-    "batch_instance",
-    "filter_response",
-    "group",
-    "instance",
-    "layer",
-    "mean_only",
-    "population",
-    "renorm",
-    "renormalize",
-    "rms",
-    "standardize",
-    "switch",
-    "unitize",
-    "unitized",
-    "variance_only",
-]
+__all__ = ["batch", "batch_instance", "filter_response", "group", "instance", "layer", "mean_only", "population"]
+__all__ += ["renorm", "renormalize", "rms", "standardize", "switch", "unitize", "unitized", "variance_only"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import BatchStatistics, Shared, standardize
-
-__all__ = ["SwitchableNorm1d", "SwitchableNorm2d", "SwitchableNorm3d", "switch"]
+from flexnorm.nn._base import BatchStatistics, standardize
 
 
 def switch(
@@ -43,39 +40,13 @@ class _SwitchableNorm(BatchStatistics):
     order instance, layer, batch. In evaluation the batch statistics are the running ones (the paper averages over
     batches, which recalibration does).
 
-    Args:
-        num_features: Number of channels C of the input.
-        eps: Added to the variance.
-        momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
-        track_running_stats: Whether to keep running statistics for evaluation.
-        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+    Arguments as of :class:`flexnorm.FlexNorm`.
     """
 
     norm_name = "switchable"
+    learned: ClassVar = dict.fromkeys(("mean_weight", "var_weight"), (3, 1.0))
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        **kwargs: Unpack[Shared],
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
-        for name in ("mean_weight", "var_weight"):
-            table = torch.ones(3, device=kwargs.get("device"), dtype=kwargs.get("dtype"))
-            self.register_parameter(name, nn.Parameter(table))
-
-    def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, equal mixture weights, and reset the running statistics."""
-        super().reset_parameters()
-        if "mean_weight" in self._parameters:
-            nn.init.ones_(self.mean_weight)
-            nn.init.ones_(self.var_weight)
 
     def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Standardize with the mixed statistics."""

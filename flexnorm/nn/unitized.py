@@ -11,17 +11,14 @@ released by the authors, with these deviations:
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import Moments
 from flexnorm.kernels import tables
 from flexnorm.nn._base import BatchStatistics, Shared, all_equal
-
-__all__ = ["UnitizedBatchNorm1d", "UnitizedBatchNorm2d", "UnitizedBatchNorm3d", "unitize", "unitized"]
 
 
 def unitize(
@@ -73,16 +70,11 @@ class _UnitizedBatchNorm(BatchStatistics):
     two of its output distributions is at most the sum of the two bounds and of the distance of the biases.
 
     Args:
-        num_features: Number of channels C of the input.
-        eps: Added to variances and squared norms.
-        momentum: Weight of the new batch in the running statistics; ``None`` for the cumulative average.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,). ``alpha`` is learned in any case.
-        track_running_stats: Whether to keep running statistics for evaluation.
         unit_norm: ``"paper"``: ``s_n = ||xhat_n||^2 / P^2`` for P positions. ``"rms"``: ``||xhat_n||^2 / (C P)``, which
             is about 1 whatever the shape, so that alpha does not rescale the layer.
         constrain_alpha: Clamp alpha to [0, 1] in the forward (the paper's code does not).
         norm: Former name of ``unit_norm``, which it overrides.
-        **kwargs: ``bias``, ``process_group``, ``device``, ``dtype`` as of :class:`flexnorm.FlexNorm`.
+        **kwargs: These and the others as of :class:`flexnorm.FlexNorm`.
 
     Raises:
         ValueError: For an unknown ``unit_norm``; in training, if there is only one value per channel.
@@ -91,6 +83,7 @@ class _UnitizedBatchNorm(BatchStatistics):
     norm_name = "unitized"
     options = ("eps", "unit_norm", "constrain_alpha")
     torch_layer = "batch"
+    learned: ClassVar = {"alpha": (None, 0.0)}
     no_decay = ("alpha",)  # it would pull the layer back to batch normalization
     alpha: nn.Parameter
 
@@ -113,13 +106,6 @@ class _UnitizedBatchNorm(BatchStatistics):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
         self.unit_norm = unit_norm
         self.constrain_alpha = constrain_alpha
-        self.alpha = nn.Parameter(torch.zeros(num_features, device=kwargs.get("device"), dtype=kwargs.get("dtype")))
-
-    def reset_parameters(self) -> None:
-        """Set weight to 1, bias and alpha to 0, and reset the running statistics."""
-        super().reset_parameters()
-        if "alpha" in self._parameters:
-            nn.init.zeros_(self.alpha)
 
     def same_as(self, training: bool) -> str:  # noqa: ARG002
         """At alpha = 0 it is batch normalization."""

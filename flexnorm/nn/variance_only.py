@@ -8,8 +8,6 @@ from torch import Tensor
 from flexnorm.engine import Moments
 from flexnorm.nn._base import BatchStatistics
 
-__all__ = ["VarianceOnlyBatchNorm1d", "VarianceOnlyBatchNorm2d", "VarianceOnlyBatchNorm3d", "variance_only"]
-
 
 def variance_only(
     var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5

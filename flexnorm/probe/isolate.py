@@ -56,30 +56,23 @@ def isolated(model: nn.Module, seed: int, *, autocast: torch.dtype | None = None
 @contextmanager
 def private_randomness(devices: set[torch.device], seed: int) -> Iterator[None]:
     """In the block every generator (CPU and ``devices``) starts from ``seed``; afterwards each goes on as before."""
-    accelerators = [device for device in devices if device.type in ("cuda", "xpu")]
-    modules = [torch.get_device_module(device) for device in accelerators]
-    numpy_random = sys.modules["numpy"].random if "numpy" in sys.modules else None
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    cpu_state = torch.default_generator.get_state()
-    states = [module.get_rng_state(device) for module, device in zip(modules, accelerators, strict=True)]
-    try:
+    with ExitStack() as restore:
+        restore.callback(random.setstate, random.getstate())
         random.seed(seed)
-        if numpy_random:
+        if "numpy" in sys.modules:
+            numpy_random = sys.modules["numpy"].random
+            restore.callback(numpy_random.set_state, numpy_random.get_state())
             numpy_random.seed(seed % 2**32)
         # Not torch.manual_seed: that would seed, or queue a seed for, devices whose state is not saved here.
+        restore.callback(torch.default_generator.set_state, torch.default_generator.get_state())
         torch.default_generator.manual_seed(seed)
-        for module, device in zip(modules, accelerators, strict=True):
-            with torch.device(device), module.device(device):
-                module.manual_seed(seed)
+        for device in devices:
+            if device.type in ("cuda", "xpu"):
+                module = torch.get_device_module(device)
+                restore.callback(module.set_rng_state, module.get_rng_state(device), device)
+                with torch.device(device), module.device(device):
+                    module.manual_seed(seed)
         yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
-        torch.default_generator.set_state(cpu_state)
-        for module, device, state in zip(modules, accelerators, states, strict=True):
-            module.set_rng_state(state, device)
 
 
 @contextmanager

@@ -94,14 +94,12 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
         self._batch = detached(batch)
         self._seed = seed
         self._owners = self._order()
-        wanted = None if layers is None else set(select_layers(self._model, layers).values())
-        modules = dict(self._model.named_modules())
-        self._measured = [
-            name
-            for name, parameters in self._owners.items()
-            if (wanted is None and any(self._model.get_parameter(p).ndim >= 2 for p in parameters))
-            or (wanted is not None and modules[name] in wanted)
-        ]
+        if layers is None:
+            wanted = {n for n, own in self._owners.items() if any(self._model.get_parameter(p).ndim >= 2 for p in own)}
+        else:
+            chosen = set(select_layers(self._model, layers).values())
+            wanted = {name for name, module in self._model.named_modules() if module in chosen}
+        self._measured = [name for name in self._owners if name in wanted]
         if not self._measured:
             raise ValueError(
                 "none of the layers holds parameters itself and is called by the loss; "

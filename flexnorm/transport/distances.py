@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexnorm._messages import unknown_name
 from flexnorm.transport.exact import exact_wasserstein
-from flexnorm.transport.line import line_wasserstein
+from flexnorm.transport.line import along_lines
 from flexnorm.transport.samples import Pair, Weights, check_order, power_mean, safe_norm
 
 Method = Literal["marginal", "sliced", "max_sliced", "exact", "coupled"]
@@ -84,7 +84,7 @@ def wasserstein(
     with torch.autocast(samples.x.device.type, enabled=False):
         if method == "marginal":
             # Sorting a transposed contiguous copy is faster than sorting along a strided axis.
-            return _lines(samples, samples.x.mT, samples.y.mT, p)
+            return along_lines(samples, samples.x.mT, samples.y.mT, p)
         if method == "sliced":
             return power_mean(_along(samples, directions(samples, projections, seed), p), p)
         if method == "max_sliced":
@@ -118,15 +118,11 @@ def directions(samples: Pair, projections: int | Tensor, seed: int, mean_differe
     return torch.cat((columns.expand(*gap.shape[:-1], d, projections), _unit_columns(gap.unsqueeze(-1))), -1)
 
 
-def _lines(samples: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
-    return line_wasserstein(x, y, p, *(None if mass is None else mass.unsqueeze(-2) for mass in samples[2:]))
-
-
 def _along(samples: Pair, columns: Tensor, p: float) -> Tensor:
     rows = columns.mT
     # A common move changes no distance; without it the rounding of a projection grows with the mean of the points.
     centre = _mean(samples.x.detach(), samples.x_mass).unsqueeze(-2)
-    return _lines(samples, rows @ (samples.x - centre).mT, rows @ (samples.y - centre).mT, p)
+    return along_lines(samples, rows @ (samples.x - centre).mT, rows @ (samples.y - centre).mT, p)
 
 
 def _coupled(samples: Pair, p: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.transport.distances import directions
-from flexnorm.transport.line import line_wasserstein, quantile_matching
+from flexnorm.transport.line import along_lines, quantile_matching
 from flexnorm.transport.samples import Pair, check_order, check_sample, power_mean, safe_norm
 
 _LARGEST_BASIS = 512
@@ -90,7 +90,7 @@ class PairStatistics:
 
     def lines(self, x: Tensor, y: Tensor) -> Tensor:
         """W_p between rows: x (k, n), y (k, m) -> (k,)."""
-        return line_wasserstein(x, y, self.p, *self.masses)
+        return along_lines(self.samples, x, y, self.p)
 
     @cached_property
     def means(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexnorm.transport.samples import power_mean
+from flexnorm.transport.samples import Pair, power_mean
 
 
 def line_wasserstein(
@@ -28,6 +28,11 @@ def line_wasserstein(
         return power_mean(x[..., i] - y[..., j], p, mass)
     i, j, mass = quantile_matching(x, y, x_mass, y_mass)
     return power_mean(x.gather(-1, i) - y.gather(-1, j), p, mass)
+
+
+def along_lines(samples: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
+    """The same for images of two samples, (..., k, n) and (..., k, m), with the weights of their points: (..., k)."""
+    return line_wasserstein(x, y, p, *(None if mass is None else mass.unsqueeze(-2) for mass in samples[2:]))
 
 
 def sort_rows(values: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
 from flexnorm.kernels import shift_clamp
-from flexnorm.nn.normprop.checks import positive
+from flexnorm.nn.normprop.checks import one_of, positive
 from flexnorm.nn.normprop.elementwise import (
     Activation,
     ActivationLike,
@@ -32,9 +31,6 @@ from flexnorm.nn.normprop.integrals import (
     initial_affine,
     rectifier_tables,
 )
-
-CONSTANTS = ("exact", "paper")
-INITS = ("stable", "paper")
 
 DEFAULT_EPS = 1e-5
 """Added to the variance of an activation, whose size at gamma = 1 is 0.34 for ReLU."""
@@ -88,6 +84,9 @@ class NormPropUnits(nn.Module):
 
     spatial: int = 0
     unitize: bool = False
+    gamma: nn.Parameter | None
+    bias: nn.Parameter | None
+    slope: nn.Parameter | None
     center: Tensor | None
     spread: Tensor | None
 
@@ -105,55 +104,44 @@ class NormPropUnits(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if constants not in CONSTANTS:
-            raise ValueError(unknown_name("constants", constants, CONSTANTS))
-        chosen = ("stable" if constants == "exact" else "paper") if init is None else init
-        if chosen not in INITS:
-            raise ValueError(unknown_name("init", chosen, INITS))
+        self.constants = one_of("constants", constants, ("exact", "paper"))
+        self.init = one_of("init", init or ("stable" if constants == "exact" else "paper"), ("stable", "paper"))
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real floating point type, got {dtype}")
         self.out_channels = out_channels
         self.activation: Activation | None = resolve_activation(activation)
-        self.constants = constants
-        self.init = chosen
         self.eps = float(eps)
-        self.gamma: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
-        self.slope: nn.Parameter | None = None
-        if not self._is_identity:
-            self.gamma = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-        if self.activation is not None and self.activation.slopes:
-            if self.activation.slopes not in (1, out_channels):
-                raise ValueError(
-                    f"PReLU has {self.activation.slopes} slopes, but the layer has {out_channels} channels; "
-                    f"use 1 or {out_channels}"
-                )
-            self.slope = nn.Parameter(torch.empty(self.activation.slopes, device=device, dtype=dtype))
+        slopes = 0 if self.activation is None else self.activation.slopes
+        if slopes not in (0, 1, out_channels):
+            raise ValueError(
+                f"PReLU has {slopes} slopes, but the layer has {out_channels} channels; use 1 or {out_channels}"
+            )
+        units = 0 if self.activation is not None and self.activation.is_identity else out_channels
+        for name, count in (("gamma", units), ("bias", units), ("slope", slopes)):
+            parameter = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if count else None
+            self.register_parameter(name, parameter)
         self.register_buffer("center", None)
         self.register_buffer("spread", None)
         # The fixed (mean, std) of Eq. 9-12 as Python numbers: they are no state and must survive meta devices and
         # dtype changes.
         self._paper_constants: tuple[float, float] | None = None
-        if constants == "paper" and self.activation is not None and not self.activation.slopes:
+        if constants == "paper" and self.activation is not None and not slopes:
             with torch.device("cpu"), torch.no_grad():
                 mean, var = activation_moments(self.activation)
                 self._paper_constants = float(mean), float(var.sqrt())
 
     @property
-    def _is_identity(self) -> bool:
-        return self.activation is not None and self.activation.is_identity
-
-    def _parameter_like(self) -> Tensor:
-        """A tensor whose dtype and device tables take."""
-        if self.gamma is None:
-            raise NotImplementedError
-        return self.gamma
+    def _stored(self) -> Tensor:
+        """A parameter, for its dtype and device."""
+        parameter = getattr(self, "weight", self.gamma)
+        assert isinstance(parameter, Tensor)
+        return parameter
 
     def _table_like(self) -> Tensor:
-        like = self._parameter_like()
+        """A table (C,) of the parameters' device and dtype, in float32 at least."""
+        like = self._stored
         half = like.dtype in (torch.float16, torch.bfloat16)
         return torch.empty(self.out_channels, dtype=torch.float32 if half else like.dtype, device=like.device)
 
@@ -185,9 +173,9 @@ class NormPropUnits(nn.Module):
         Raises:
             ValueError: For another shape, or a spread that is not positive.
         """
-        if (center is None) != (spread is None):
-            raise ValueError("give both center and spread, or neither")
         if center is None or spread is None:
+            if center is not spread:
+                raise ValueError("give both center and spread, or neither")
             self.center = self.spread = None
             return
         like = self._table_like()
@@ -221,7 +209,7 @@ class NormPropUnits(nn.Module):
         gamma, beta = self.affine() if exact else (torch.ones_like(like), torch.zeros_like(like))
         moments = activation_moments(self.activation, gamma, beta, slope=self.slope)
         # The identity has no gamma that could vanish.
-        return moments._replace(var=moments.var + self.eps) if exact and not self._is_identity else moments
+        return moments._replace(var=moments.var + self.eps) if exact and self.gamma is not None else moments
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Gamma and bias as ``(C,)`` tensors, 1 and 0 where the layer has none."""
@@ -315,13 +303,17 @@ class NormPropUnits(nn.Module):
     def fold(self) -> nn.Module:
         """Return plain modules for the same function: a linear map, then at most two elementwise ones.
 
-        For ReLU the result is the linear map followed by one elementwise maximum (:class:`ChannelFloor`), the cost of
-        a plain layer: ``relu(u) - m = max(u - m, -m)``. Others get their activation and a :class:`ChannelAffine`. The
-        parameters are copies, computed in float64.
+        Without a linear map, a scale and shift takes its place. For ReLU the result is the linear map followed by one
+        elementwise maximum (:class:`ChannelFloor`), the cost of a plain layer: ``relu(u) - m = max(u - m, -m)``. Others
+        get their activation and a :class:`ChannelAffine`. The parameters are copies, computed in float64.
 
         Raises:
             RuntimeError: For ``border="exact"``, whose correction depends on the size of the input.
         """
+        with torch.no_grad():
+            return self._folded()
+
+    def _folded(self) -> nn.Module:
         raise NotImplementedError
 
     def _has_shift(self) -> bool:
@@ -335,7 +327,7 @@ class NormPropUnits(nn.Module):
         if act is None or gamma is None or bias is None:
             return *twin._calibrated(gamma, bias), []
         mean, var = twin.standardization()
-        inverse, dtype = var.rsqrt(), self._parameter_like().dtype
+        inverse, dtype = var.rsqrt(), self._stored.dtype
         shift = -mean * inverse
         if not act.homogeneous:
             affine = ChannelAffine(self.spatial, dtype, scale=inverse, shift=shift)
@@ -351,14 +343,9 @@ class NormPropUnits(nn.Module):
 
     def _options(self) -> str:
         name = None if self.activation is None else self.activation.name
-        parts = [f"activation={name!r}", f"constants={self.constants!r}", f"init={self.init!r}"]
-        if self.unitize:
-            parts.append("unitize=True")
-        if self.spread is not None:
-            parts.append("calibrated")
-        if self.eps != DEFAULT_EPS:
-            parts.append(f"eps={self.eps}")
-        return ", ".join(parts)
+        text = f"activation={name!r}, constants={self.constants!r}, init={self.init!r}"
+        text += ", unitize=True" * self.unitize + ", calibrated" * (self.spread is not None)
+        return text + (f", eps={self.eps}" if self.eps != DEFAULT_EPS else "")
 
 
 class NormPropActivation(NormPropUnits):
@@ -424,12 +411,10 @@ class NormPropActivation(NormPropUnits):
             )
         return self._units(lambda scale, shift: self._affine_part(x, scale, shift))
 
-    @torch.no_grad()
-    def fold(self) -> nn.Module:
-        """Return plain modules for the same function: a scale and shift, the activation, and a shift or floor."""
+    def _folded(self) -> nn.Module:
         scale, shift, tail = self._folded_units()
         assert shift is not None
-        return nn.Sequential(ChannelAffine(self.spatial, self._parameter_like().dtype, scale=scale, shift=shift), *tail)
+        return nn.Sequential(ChannelAffine(self.spatial, self._stored.dtype, scale=scale, shift=shift), *tail)
 
     def extra_repr(self) -> str:
         """Arguments that define the layer."""

@@ -1,23 +1,28 @@
-"""Checks of arguments that several layers share."""
+"""Checks of arguments that several layers share; each returns what it checked or raises ValueError."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexnorm._messages import unknown_name
+
+
+def one_of(kind: str, value: str, valid: Sequence[str]) -> str:
+    """A name out of ``valid``."""
+    if value not in valid:
+        raise ValueError(unknown_name(kind, value, valid))
+    return value
+
 
 def positive(name: str, value: int) -> int:
-    """Return ``value`` as an int, or raise ValueError if it is not a positive integer."""
+    """A positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
 
 
 def sizes(name: str, value: int | Sequence[int], dims: int, minimum: int = 0) -> tuple[int, ...]:
-    """Return ``value`` as ``dims`` integers of at least ``minimum``; one integer stands for all axes.
-
-    Raises:
-        ValueError: For another length or a value that is too small.
-    """
+    """As many integers of at least ``minimum`` as ``dims``; one integer stands for all axes."""
     result = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(result) != dims or not all(isinstance(v, int) and v >= minimum for v in result):
         raise ValueError(f"{name} must be an integer >= {minimum} or {dims} of them, got {value!r}")

@@ -20,33 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
-from flexnorm.nn.normprop.checks import positive, sizes
+from flexnorm.nn.normprop.checks import one_of, positive, sizes
 from flexnorm.nn.normprop.elementwise import ActivationLike, ChannelPad
 from flexnorm.nn.normprop.layer import LayerOptions, NormPropLayer
 
-BORDERS = ("paper", "exact")
-"""Values of ``border=``: leave padding alone as the paper does, or divide by ``sqrt(v_c(p))``."""
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Size = int | Sequence[int]
 
 _UNSET = {"padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
 
 
 class ConvLayer(NormPropLayer):
-    """What convolutions and transposed convolutions share.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Number of filters.
-        groups: Groups of channels.
-        geometry: The sizes by name, ``kernel_size`` first.
-        border: One of `BORDERS`.
-        activation: As of :class:`NormPropLinear`.
-        constants: As of :class:`NormPropLinear`.
-        **options: See :class:`LayerOptions`.
-    """
+    """What convolutions and transposed convolutions share; ``geometry`` holds the sizes by name."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -73,14 +57,12 @@ class ConvLayer(NormPropLayer):
         channels, filters = positive("in_channels", in_channels), positive("out_channels", out_channels)
         if channels % positive("groups", groups) or filters % groups:
             raise ValueError(f"in_channels {channels} and out_channels {filters} must be divisible by groups {groups}")
-        if border not in BORDERS:
-            raise ValueError(unknown_name("border", border, BORDERS))
         checked = {k: sizes(k, v, self.spatial, 0 if k.endswith("padding") else 1) for k, v in geometry.items()}
         outer = (channels, filters // groups) if self.transposed else (filters, channels // groups)
         shape = (*outer, *checked["kernel_size"])
         super().__init__(shape, filters, activation, constants, groups=groups, **options)
         self.in_channels = channels
-        self.border = border
+        self.border = one_of("border", border, ("paper", "exact"))
         for name, value in checked.items():
             setattr(self, name, value)
 
@@ -106,10 +88,6 @@ class ConvLayer(NormPropLayer):
         # 1 where every tap falls on padding.
         scale = torch.where(variance > 0, variance, 1.0).rsqrt()
         return scale if x.dim() == 2 + self.spatial else scale[0]
-
-    def fold(self) -> nn.Module:
-        """Return plain modules that compute the same function; see :meth:`NormPropUnits.fold`."""
-        return self._folded()
 
     def _folded(self, **changed: Any) -> nn.Module:
         if self.border == "exact":
@@ -184,15 +162,14 @@ class NormPropConv(ConvLayer):
         border: str = "paper",
         **options: Unpack[LayerOptions],
     ) -> None:
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(unknown_name("padding_mode", padding_mode, PADDING_MODES))
+        one_of("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
         if border == "exact" and padding_mode != "zeros":
             raise ValueError(f"border='exact' corrects zero padding; padding_mode={padding_mode!r} does not need it")
         geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
         if not isinstance(padding, str):
             geometry["padding"] = padding
-        elif padding not in ("same", "valid"):
-            raise ValueError(unknown_name("padding", padding, ("same", "valid")))
+        else:
+            one_of("padding", padding, ("same", "valid"))
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
         if isinstance(padding, str):
             self.padding = padding
@@ -205,12 +182,9 @@ class NormPropConv(ConvLayer):
         """Padding in the order of ``F.pad`` (last axis first, left and right)."""
         pads: list[int] = []
         for axis in reversed(range(self.spatial)):
-            total = self.dilation[axis] * (self.kernel_size[axis] - 1)
-            if self.padding == "same":
-                pads += [total // 2, total - total // 2]
-            else:
-                side = 0 if isinstance(self.padding, str) else self.padding[axis]
-                pads += [side, side]
+            total = self.dilation[axis] * (self.kernel_size[axis] - 1) if self.padding == "same" else 0
+            side = total // 2 if isinstance(self.padding, str) else self.padding[axis]
+            pads += [side, total - side if total else side]
         return pads
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
@@ -251,11 +225,10 @@ class NormPropConv(ConvLayer):
         everywhere = (weight.reshape(self.groups, -1, *weight.shape[1:]) * taps).flatten(0, 1).flatten(1).sum(1)
         return everywhere.reshape(-1, *(1,) * self.spatial) - self._linear(image, weight, None)[0]
 
-    def fold(self) -> nn.Module:
-        """Return plain modules that compute the same function; see :meth:`NormPropUnits.fold`."""
+    def _folded(self, **changed: Any) -> nn.Module:
         if self.padding_value is None:
-            return self._folded()
-        folded = self._folded(padding=0)
+            return super()._folded(**changed)
+        folded = super()._folded(**changed, padding=0)
         pad = ChannelPad(self._explicit_padding(), self.spatial, self.weight.dtype, self.padding_value)
         return nn.Sequential(pad, *(folded if isinstance(folded, nn.Sequential) else [folded]))
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 
-UNITIZE_EPS = 1e-6
-"""Added to a sample's mean square, so that an all-zero sample stays zero."""
+UNITIZE_EPS = 1e-6  # added to a sample's mean square, so that an all-zero sample stays zero
 
 
 @dataclass(frozen=True)
@@ -172,17 +171,11 @@ def per_channel(table: Tensor, spatial: int, like: Tensor) -> Tensor:
 
 
 def channel_affine(x: Tensor, scale: Tensor, shift: Tensor, spatial: int) -> Tensor:
-    """``scale[c] * x[n, c, ...] + shift[c]``.
+    """``scale[c] * x[n, c, ...] + shift[c]`` with ``spatial`` axes after the channels.
 
     In eager mode this is torch's batch norm of evaluation: one pass forward, and a backward that yields the gradients
     of x, scale and shift together, where a separate multiply and add take twice as many passes. Compilers get the
     plain expression to fuse.
-
-    Args:
-        x: ``(N, C, *spatial)``, ``(C, *spatial)``, or ``(*, C)`` where ``spatial`` is 0.
-        scale: ``(C,)``.
-        shift: ``(C,)``.
-        spatial: Number of axes after the channels.
     """
     fits = x.dim() == 2 + spatial and x.numel() > 0 and torch.promote_types(x.dtype, scale.dtype) == scale.dtype
     if torch.compiler.is_compiling() or not fits:
@@ -219,12 +212,7 @@ def unitize_samples(x: Tensor, sample_dims: int, eps: float = UNITIZE_EPS) -> Te
 
 
 class UnitizeSamples(nn.Module):
-    """:func:`unitize_samples` as a module: each sample divided by its root mean square.
-
-    Args:
-        sample_dims: Number of trailing axes that form a sample.
-        eps: Added to the mean square.
-    """
+    """:func:`unitize_samples` as a module, with the same arguments."""
 
     def __init__(self, sample_dims: int, eps: float = UNITIZE_EPS) -> None:
         super().__init__()
@@ -241,12 +229,12 @@ class UnitizeSamples(nn.Module):
 
 
 class ChannelTables(nn.Module):
-    """Base of the following: numbers per channel, kept as buffers in the shape in which they broadcast.
+    """Base of the following: tables ``(C,)``, kept as buffers in the shape in which they broadcast over x.
 
     Args:
         spatial: Number of axes after the channels.
         dtype: Of the stored tables.
-        **tables: ``(C,)`` each, or None where a table has no effect.
+        **tables: By name; None where a table has no effect.
     """
 
     def __init__(self, spatial: int, dtype: torch.dtype, **tables: Tensor | None) -> None:
@@ -296,14 +284,7 @@ class ChannelAffine(ChannelTables):
 
 
 class ChannelPad(ChannelTables):
-    """Pad an image with a constant per channel, ``value[c]``.
-
-    Args:
-        pads: Widths as of :func:`torch.nn.functional.pad`: two per axis, last axis first.
-        spatial: Number of axes after the channels.
-        dtype: Of the stored table.
-        value: ``(C,)``.
-    """
+    """Pad an image with a constant per channel, ``value[c]``; ``pads`` are widths as of ``F.pad``."""
 
     value: Tensor
 
@@ -318,11 +299,7 @@ class ChannelPad(ChannelTables):
 
 
 class Elementwise(nn.Module):
-    """An elementwise function as a module.
-
-    Args:
-        activation: What is applied.
-    """
+    """An activation as a module."""
 
     def __init__(self, activation: Activation) -> None:
         super().__init__()

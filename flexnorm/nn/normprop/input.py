@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
-from flexnorm.nn.normprop.checks import sizes
-
-MODES = ("global", "batch")
-PER = ("element", "channel")
+from flexnorm.engine import Pool
+from flexnorm.nn.normprop.checks import one_of, sizes
 
 
 class NormPropInput(nn.Module):
@@ -64,16 +61,12 @@ class NormPropInput(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(unknown_name("mode", mode, MODES))
-        if per not in PER:
-            raise ValueError(unknown_name("per", per, PER))
+        self.mode = one_of("mode", mode, ("global", "batch"))
+        self.per = one_of("per", per, ("element", "channel"))
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must lie in (0, 1], got {momentum!r}")
         dims = 1 if isinstance(shape, int) else len(shape)
         self.shape = sizes("shape", shape, max(dims, 1), 1)
-        self.mode = mode
-        self.per = per
         self.momentum = float(momentum)
         self.eps = float(eps)
         entries = self.shape if per == "element" else self.shape[:1]
@@ -92,9 +85,7 @@ class NormPropInput(nn.Module):
         """(values, entries): one column per mean and variance."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"NormPropInput expects (N, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        return (
-            x.flatten(1) if self.per == "element" else x.flatten(2).transpose(1, 2).flatten(0, 1) if x.dim() > 2 else x
-        )
+        return x.flatten(1) if self.per == "element" else x.movedim(1, -1).flatten(0, -2)
 
     @torch.no_grad()
     def fit(self, data: Tensor | Iterable[Any]) -> NormPropInput:
@@ -107,24 +98,16 @@ class NormPropInput(nn.Module):
         Raises:
             ValueError: If there is no sample at all, or a batch has the wrong shape.
         """
-        count = 0
-        mean = torch.zeros_like(self.mean, dtype=torch.float64).flatten()
-        m2 = torch.zeros_like(mean)
+        pool = Pool(self.mean.numel(), self.mean.device)
         for item in [data] if isinstance(data, Tensor) else data:
-            batch = item[0] if isinstance(item, tuple | list) else item
-            flat = self._flat(batch).to(mean)
-            if not len(flat):
-                continue
-            batch_mean = flat.mean(0)
-            delta, total = batch_mean - mean, count + len(flat)
-            m2 += (flat - batch_mean).square().sum(0) + delta.square() * (count * len(flat) / total)
-            mean += delta * (len(flat) / total)
-            count = total
-        if count == 0:
+            flat = self._flat(item[0] if isinstance(item, tuple | list) else item)
+            if len(flat):
+                pool.add_values(flat.to(pool.mean))
+        if not pool.batches:
             raise ValueError("fit() got no sample; pass a tensor (N, *shape) or an iterable of such batches")
-        self.mean.copy_(mean.view_as(self.mean))
-        self.var.copy_((m2 / count).view_as(self.var))
-        self.samples.fill_(count)
+        self.mean.copy_(pool.mean.view_as(self.mean))
+        self.var.copy_(pool.var.view_as(self.var))
+        self.samples.copy_(pool.count)
         self._fitted = True
         return self
 
@@ -132,7 +115,15 @@ class NormPropInput(nn.Module):
         """Return the standardized ``x``, in its dtype."""
         flat = self._flat(x)
         if self.mode == "batch" and self.training:
-            return self._batch(x, flat)
+            if len(flat) < 2:
+                raise ValueError(
+                    f"NormPropInput(mode='batch') needs at least 2 values per entry to train, got a batch of "
+                    f"{len(flat)}; use mode='global', which works for single samples"
+                )
+            self._fitted = True
+            self.samples.add_(1)
+            values, running = flat if self.per == "element" else x, (self.mean.view(-1), self.var.view(-1))
+            return F.batch_norm(values, *running, None, None, True, self.momentum, self.eps).view_as(x)
         if self.mode == "global" and not self._fitted:
             raise RuntimeError(
                 "NormPropInput(mode='global') has no statistics yet; call fit(training_data) first, or use mode='batch'"
@@ -140,19 +131,6 @@ class NormPropInput(nn.Module):
         tail = (1,) * (x.dim() - 1 - self.mean.dim())
         scale = torch.rsqrt(self.var + self.eps)
         return ((x - self.mean.view(*self.mean.shape, *tail)) * scale.view(*scale.shape, *tail)).to(x.dtype)
-
-    def _batch(self, x: Tensor, flat: Tensor) -> Tensor:
-        if len(flat) < 2:
-            raise ValueError(
-                f"NormPropInput(mode='batch') needs at least 2 values per entry to train, got a batch of {len(flat)}; "
-                "use mode='global', which works for single samples"
-            )
-        self._fitted = True
-        self.samples.add_(1)
-        running = (self.mean.view(-1), self.var.view(-1))
-        if self.per == "element":
-            return F.batch_norm(flat, *running, training=True, momentum=self.momentum, eps=self.eps).view_as(x)
-        return F.batch_norm(x, *running, training=True, momentum=self.momentum, eps=self.eps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

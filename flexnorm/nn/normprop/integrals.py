@@ -44,17 +44,10 @@ from torch import Tensor
 
 from flexnorm.nn.normprop.elementwise import ACTIVATIONS, Activation, ActivationLike, resolve_activation
 
-LIMIT = 9.0
-"""Half-width L of the integration interval; the neglected tails weigh 2e-19."""
-
-DEFAULT_NODES = 128
-"""Trapezoidal nodes of a function without kinks."""
-
-PANEL_NODES = 80
-"""Nodes of every panel of a function with kinks."""
-
-TARGET_CHI = 0.9
-"""The chi that ``init="stable"`` asks for: 1 is marginal, a tenth of margin survives the fluctuations of layers."""
+LIMIT = 9.0  # half-width L of the integration interval; the neglected tails weigh 2e-19
+DEFAULT_NODES = 128  # trapezoidal nodes of a function without kinks
+PANEL_NODES = 80  # nodes of every panel of a function with kinks
+TARGET_CHI = 0.9  # what init="stable" asks for: 1 is marginal, a tenth of margin survives the fluctuations of layers
 
 
 class GaussianMoments(NamedTuple):
@@ -87,14 +80,7 @@ def fejer(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Fejer's first rule on [-1, 1]: Chebyshev nodes and weights, exact for polynomials of degree below ``nodes``.
 
     As accurate as Gauss-Legendre in practice, and unlike it made of cosines: no table that would have to be stored,
-    moved between devices or traced.
-
-    Args:
-        nodes: Number of nodes.
-        like: Tensor whose dtype and device the result has.
-
-    Returns:
-        Nodes and weights, ``(nodes,)`` each; the weights sum to 2.
+    moved between devices or traced. Nodes and weights, ``(nodes,)`` each, have dtype and device of ``like``.
     """
     theta = (torch.arange(nodes, dtype=like.dtype, device=like.device) + 0.5) * (math.pi / nodes)
     j = torch.arange(1, nodes // 2 + 1, dtype=like.dtype, device=like.device)
@@ -107,14 +93,8 @@ def gaussian_nodes(
 ) -> tuple[Tensor, Tensor]:
     """Nodes z and weights w with ``sum(w * f(z), -1) ~ E[f(Z)]``, Z ~ N(0, 1), for f smooth between the kinks.
 
-    Args:
-        gamma: Scales, any shape S.
-        beta: Shifts, shape S.
-        kinks: Arguments of the activation at which it is not smooth.
-        nodes: Number of nodes (of every panel where there are kinks); None takes the defaults of this module.
-
-    Returns:
-        z and w: ``(nodes,)`` without kinks, else ``S + (panels * nodes,)``. The weights sum to 1.
+    f is a function of an activation of ``gamma Z + beta``, whose shape is S; the kinks are those of the activation.
+    z and w are ``(nodes,)`` without kinks, else ``S + (panels * nodes,)``; the weights sum to 1.
     """
     if not kinks:
         z = torch.linspace(-LIMIT, LIMIT, nodes or DEFAULT_NODES, dtype=gamma.dtype, device=gamma.device)
@@ -162,14 +142,11 @@ def _slope(activation: Activation, slope: Tensor | None, like: Tensor) -> Tensor
     return float(activation.negative_slope or 0.0) if slope is None else slope.to(like.dtype)
 
 
-def _precise(table: Tensor) -> Tensor:
-    """Return the table in float64 where the device has it: the normal tails need more digits than float32 has."""
-    return table if table.device.type == "mps" else table.double()
-
-
 def _leaky_moments(gamma: Tensor, beta: Tensor, a: Tensor | float) -> GaussianMoments:
     dtype = gamma.dtype
-    gamma, beta, a = _precise(gamma), _precise(beta), _precise(a) if isinstance(a, Tensor) else a
+    if gamma.device.type != "mps":
+        # The normal tails need more digits than float32 has.
+        gamma, beta, a = gamma.double(), beta.double(), a.double() if isinstance(a, Tensor) else a
     s, r = _ratio(gamma, beta)
     Phi, Q, phi = torch.special.ndtr(r), torch.special.ndtr(-r), _density(r)
     v = (Phi + r * r * Phi * Q + r * phi * (Q - Phi) - phi * phi).clamp_min(0.0)
@@ -202,8 +179,8 @@ def activation_moments(
 
     Args:
         activation: A name, an activation module, an elementwise function or an :class:`Activation`.
-        gamma: Scale of the pre-activation, any shape, any sign, zero included.
-        beta: Shift of the pre-activation, broadcastable with gamma.
+        gamma: Scale, any shape, any sign, zero included.
+        beta: Shift, broadcastable with gamma.
         slope: Negative slope of PReLU where it is trainable, broadcastable with gamma.
         nodes: Quadrature nodes; None for the defaults, which reach float32 precision for the named activations with
             abs(gamma) <= 4.
@@ -309,9 +286,7 @@ def initial_affine(activation: Activation | None, init: str) -> tuple[float, flo
     depth. ReLU, GELU and PReLU get 1/2, SiLU 1, hard-swish 3/2; tanh, sigmoid, ELU and SELU contract by themselves
     and keep 0. Where no value of the grid reaches 0.9 (softplus), the one with the smallest chi is taken.
 
-    Args:
-        activation: The layer's activation; None (a last layer) and the identity start at (1, 0).
-        init: ``"stable"`` or ``"paper"``.
+    A last layer (no ``activation``) and the identity start at (1, 0).
     """
     if activation is None or activation.negative_slope == 1.0:
         return 1.0, 0.0
@@ -333,14 +308,7 @@ Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def plain_tables(gamma: Tensor, beta: Tensor, a: float, eps: float) -> Tables:
-    """``gamma / std, beta / std, mean / std`` of the leaky rectifier of slope ``a`` by ordinary operations.
-
-    Args:
-        gamma: ``(C,)``.
-        beta: ``(C,)``.
-        a: Negative slope.
-        eps: Added to the variance.
-    """
+    """``gamma / std, beta / std, mean / std`` of the leaky rectifier of slope ``a``, (C,), by ordinary operations."""
     slope = torch.full((), a, dtype=torch.float64, device=gamma.device) if a else None
     mean, var = activation_moments(ACTIVATIONS["leaky_relu" if a else "relu"], gamma, beta, slope=slope)
     inverse = (var + eps).rsqrt()
@@ -417,14 +385,7 @@ class _RectifierTables(torch.autograd.Function):
 
 
 def rectifier_tables(gamma: Tensor, beta: Tensor, a: float, eps: float) -> Tables:
-    """:func:`plain_tables` in one autograd node, differentiable to any order; ``a`` is 0 for ReLU.
-
-    Args:
-        gamma: ``(C,)``.
-        beta: ``(C,)``.
-        a: Negative slope.
-        eps: Added to the variance.
-    """
+    """:func:`plain_tables` in one autograd node, differentiable to any order; ``a`` is 0 for ReLU."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or gamma.device.type == "mps":
         return plain_tables(gamma, beta, a, eps)
     scale, shift, offset = _RectifierTables.apply(gamma, beta, a, eps)[:3]  # type: ignore[no-untyped-call]

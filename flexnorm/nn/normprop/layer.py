@@ -44,10 +44,7 @@ def safe_norm(rows: Tensor) -> Tensor:
     NaN forward and backward.
 
     Args:
-        rows: ``(C, K)``; half precision is accumulated in float32.
-
-    Returns:
-        ``(C,)``, at least float32.
+        rows: ``(C, K)``; half precision is accumulated in float32, and the result ``(C,)`` at least float32.
     """
     dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
     norm = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
@@ -73,8 +70,8 @@ class NormPropLayer(NormPropUnits):
     Args:
         weight_shape: Shape of the weight.
         out_channels: Number of filters C.
-        activation: As of :class:`NormPropUnits`.
-        constants: ``"exact"`` or ``"paper"``, as of :class:`NormPropUnits`.
+        activation: As of :class:`NormPropUnits`, like ``constants``.
+        constants: ``"exact"`` or ``"paper"``.
         groups: Groups of channels that the linear map keeps apart (1 for linear).
         unitize: Divide each sample by its root mean square first.
         **options: See :class:`UnitOptions`.
@@ -107,9 +104,6 @@ class NormPropLayer(NormPropUnits):
                 self._parameters[name] = self._parameters.pop(name)
         self.reset_parameters()
 
-    def _parameter_like(self) -> Tensor:
-        return self.weight
-
     # -- the pieces that depend on the kind of linear map
 
     def filters(self, weight: Tensor) -> Tensor:
@@ -128,6 +122,9 @@ class NormPropLayer(NormPropUnits):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def _check(self, x: Tensor) -> None:
+        raise NotImplementedError
+
     def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:  # noqa: ARG002
         """Factor (1, C, *spatial) that undoes the loss of variance at zero-padded borders; None if not asked for."""
         return None
@@ -135,9 +132,6 @@ class NormPropLayer(NormPropUnits):
     def _padding_shift(self, x: Tensor, weight: Tensor) -> Tensor | None:  # noqa: ARG002
         """What padding with other values than zero adds, (C, *spatial); None for zeros."""
         return None
-
-    def _check(self, x: Tensor) -> None:
-        raise NotImplementedError
 
     # -- parameters
 
@@ -198,7 +192,6 @@ class NormPropLayer(NormPropUnits):
 
     # -- inference
 
-    @torch.no_grad()
     def _fold_into(self, linear: nn.Module) -> nn.Module:
         scale, bias, tail = self._folded_units()
         weight, target = self.weight.detach().double(), linear.get_parameter("weight")

@@ -63,8 +63,7 @@ class NormPropLinear(NormPropLayer):
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def fold(self) -> nn.Module:
-        """Return plain modules that compute the same function; see :meth:`NormPropUnits.fold`."""
+    def _folded(self) -> nn.Module:
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
         return self._fold_into(nn.Linear(self.in_features, self.out_features, bias=self._has_shift(), **options))
 

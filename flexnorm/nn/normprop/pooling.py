@@ -177,9 +177,9 @@ class NormPropMaxPool(PoolLayer):
     """Maximum pooling of standardized units; used as ``NormPropMaxPool1d``, ``2d`` and ``3d``.
 
     Args:
-        kernel_size: The window, like the other sizes as of :class:`NormPropAvgPool`; padding is ignored.
-        stride: Step; None for the window's size.
-        padding: Positions outside the input on both sides.
+        kernel_size: The window.
+        stride: As of :class:`NormPropAvgPool`, like ``ceil_mode``.
+        padding: Positions outside the input on both sides; they are ignored.
         ceil_mode: Round the output size up.
         correlation: None: as in the paper, no correction. A number in [0, 1]: standardize by mean and standard
             deviation of the maximum of units with that pairwise correlation of their pre-activations

@@ -14,7 +14,7 @@ the moments of the pre-activations and of the output on that batch. Reading them
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,91 +154,80 @@ class LayerPropagation:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class PropagationReport:
-    """Result of :func:`propagate`: a sequence of :class:`LayerPropagation` that prints as a table.
+class PropagationReport(tuple[LayerPropagation, ...]):
+    """Result of :func:`propagate`: the rows in the order of execution where a batch was given, else of the model.
 
-    Attributes:
-        layers: In the order of execution where a batch was given, else in the order of ``model.named_modules()``.
+    Prints as a table.
     """
 
-    layers: tuple[LayerPropagation, ...]
+    __slots__ = ()
 
-    def __iter__(self) -> Iterator[LayerPropagation]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, index: int) -> LayerPropagation:
-        return self.layers[index]
+    @property
+    def layers(self) -> tuple[LayerPropagation, ...]:
+        """The rows as a plain tuple."""
+        return tuple(self)
 
     def asdicts(self) -> list[dict[str, Any]]:
         """One dictionary of plain Python values per layer."""
-        return [layer.asdict() for layer in self.layers]
+        return [layer.asdict() for layer in self]
 
     def __str__(self) -> str:
-        columns = [
-            ("layer", "name"),
-            ("chi", "chi"),
-            ("cum. chi", "cumulative_chi"),
-            ("J gain", "jacobian_gain"),
-            ("mean", "predicted_mean"),
-            ("var", "predicted_var"),
-            ("coherence", "coherence"),
-        ]
-        if any(layer.measured_var is not None for layer in self.layers):
-            columns += [
-                ("mean*", "measured_mean"),
-                ("var*", "measured_var"),
-                ("cond. var*", "conditional_var"),
-                ("chi*", "measured_chi"),
-                ("J gain*", "measured_jacobian_gain"),
-                ("in var*", "input_var"),
-                ("in kurt*", "input_kurtosis"),
-            ]
-        rows = [[title for title, _ in columns]]
-        for layer in self.layers:
-            values = [getattr(layer, field) for _, field in columns]
+        measured = any(layer.measured_var is not None for layer in self)
+        columns = {**_PREDICTED, **(_MEASURED if measured else {})}
+        rows = [list(columns)]
+        for layer in self:
+            values = [getattr(layer, field) for field in columns.values()]
             rows.append(["-" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in values])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
         lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
+            "  ".join([row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], widths, strict=True))])
             for row in rows
         ]
-        note = ["* measured on the batch"] if len(columns) > 7 else []
-        return "\n".join([*lines, *note])
+        return "\n".join(lines + ["* measured on the batch"] * measured)
 
 
-def _predict(name: str, layer: NormPropUnits, before: float) -> LayerPropagation:
-    # Without a linear map there are no filters that could be coherent.
+_PREDICTED = {
+    "layer": "name",
+    "chi": "chi",
+    "cum. chi": "cumulative_chi",
+    "J gain": "jacobian_gain",
+    "mean": "predicted_mean",
+    "var": "predicted_var",
+    "coherence": "coherence",
+}
+_MEASURED = {
+    "mean*": "measured_mean",
+    "var*": "measured_var",
+    "cond. var*": "conditional_var",
+    "chi*": "measured_chi",
+    "J gain*": "measured_jacobian_gain",
+    "in var*": "input_var",
+    "in kurt*": "input_kurtosis",
+}
+
+
+def _predict(name: str, layer: NormPropUnits, before: float) -> dict[str, Any]:
     gains = layer.gains()
-    error = canonical_error(layer) if isinstance(layer, NormPropLayer) else CanonicalError(0.0, 0.0, 0.0)
+    # Without a linear map there are no filters that could be coherent.
+    coherence, error, bound = canonical_error(layer) if isinstance(layer, NormPropLayer) else (0.0, 0.0, 0.0)
     mean, var = _pooled(layer.predicted_moments())
     chi = float(gains.chi.mean())
-    return LayerPropagation(
-        name=name,
-        kind=type(layer).__name__,
-        activation=None if layer.activation is None else layer.activation.name,
-        units=layer.out_channels,
-        fan_in=layer.weight.numel() // layer.out_channels if isinstance(layer, NormPropLayer) else 1,
-        chi=chi,
-        cumulative_chi=before * chi,
-        jacobian_gain=float(gains.jacobian.mean()),
-        correlation_gain=float(gains.correlation.mean()),
-        predicted_mean=mean,
-        predicted_var=var,
-        coherence=error.coherence,
-        canonical_error=error.error,
-        canonical_bound=error.bound,
-    )
-
-
-def _by_unit(x: Tensor, spatial: int) -> Tensor:
-    """(units, everything else) in float64."""
-    return x.movedim(-1 - spatial, 0).flatten(1).double()
+    return {
+        "name": name,
+        "kind": type(layer).__name__,
+        "activation": None if layer.activation is None else layer.activation.name,
+        "units": layer.out_channels,
+        "fan_in": layer.weight.numel() // layer.out_channels if isinstance(layer, NormPropLayer) else 1,
+        "chi": chi,
+        "cumulative_chi": before * chi,
+        "jacobian_gain": float(gains.jacobian.mean()),
+        "correlation_gain": float(gains.correlation.mean()),
+        "predicted_mean": mean,
+        "predicted_var": var,
+        "coherence": coherence,
+        "canonical_error": error,
+        "canonical_bound": bound,
+    }
 
 
 def _pooled(moments: GaussianMoments) -> tuple[float, float]:
@@ -247,7 +236,8 @@ def _pooled(moments: GaussianMoments) -> tuple[float, float]:
 
 
 def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    z = _by_unit(layer.preactivations(x), layer.spatial)
+    # (units, everything else)
+    z = layer.preactivations(x).movedim(-1 - layer.spatial, 0).flatten(1).double()
     mean, var = z.mean(1), z.var(1, correction=0)
     scaled = (z - mean.unsqueeze(1)) * var.clamp_min(1e-30).rsqrt().unsqueeze(1)
     direction = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
@@ -302,28 +292,25 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
     rows: list[LayerPropagation] = []
 
     def add(name: str, layer: NormPropUnits, measured: dict[str, Any]) -> None:
-        row = _predict(name, layer, rows[-1].cumulative_chi if rows else 1.0)
-        rows.append(dataclasses.replace(row, **measured))
+        rows.append(LayerPropagation(**_predict(name, layer, rows[-1].cumulative_chi if rows else 1.0), **measured))
 
+    # Shifted, so that the perturbation is not the very noise that a user made with the same small seed.
+    generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
+    names, calls = {id(layer): name for name, layer in named.items()}, Counter[str]()
+
+    def after(layer: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        if isinstance(layer, NormPropUnits):
+            name = names[id(layer)]
+            calls[name] += 1
+            # The measurement calls layer.forward, not the layer: it does not come back here.
+            add(name + f"#{calls[name]}" * (calls[name] > 1), layer, _measure(layer, args[0], generator))
+
+    modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad():
         if batch is None:
             for name, layer in named.items():
                 add(name, layer, {})
-            return PropagationReport(tuple(rows))
-        # Shifted, so that the perturbation is not the very noise that a user made with the same small seed.
-        generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
-        calls: dict[str, int] = {}
-        names = {id(layer): name for name, layer in named.items()}
-
-        def after(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-            if isinstance(module, NormPropUnits):
-                name = names[id(module)]
-                calls[name] = calls.get(name, 0) + 1
-                label = name if calls[name] == 1 else f"{name}#{calls[name]}"
-                # The measurement calls layer.forward, not the layer: it does not come back here.
-                add(label, module, _measure(module, args[0], generator))
-
-        modes = [(module, module.training) for module in model.modules()]
+            return PropagationReport(rows)
         handles = [layer.register_forward_hook(after) for layer in named.values()]
         try:
             model.eval()
@@ -333,4 +320,4 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
                 handle.remove()
             for module, mode in modes:
                 module.training = mode
-    return PropagationReport(tuple(rows))
+    return PropagationReport(rows)

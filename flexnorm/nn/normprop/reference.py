@@ -35,18 +35,8 @@ def reference_normprop(
 ) -> Tensor:
     """Eq. 9 of arXiv 1603.01431, unit by unit: ``(act(gamma W x / ||W|| + bias) - mean) / sqrt(var + eps)``.
 
-    Args:
-        x: ``(N, K)`` samples (for a convolution: patches).
-        weight: ``(C, K)`` filters.
-        gamma: ``(C,)``.
-        bias: ``(C,)``.
-        activation: Elementwise activation.
-        constants: ``"paper"``: mean and variance at gamma = 1, bias = 0; ``"exact"``: at the unit's own.
-        unitize: Divide each row of ``x`` by its root mean square.
-        eps: Added to the variance, for ``"exact"``.
-
-    Returns:
-        ``(N, C)``, float64.
+    ``x`` (N, K) are samples (for a convolution: patches), ``weight`` (C, K) the filters, ``gamma`` and ``bias`` (C,);
+    the other arguments are those of the layers. ``eps`` is added for exact constants only.
     """
     act = resolve_activation(activation)
     x, weight = x.double(), weight.double()
@@ -55,8 +45,7 @@ def reference_normprop(
     columns = []
     for w, g, b in zip(weight, gamma.tolist(), bias.tolist(), strict=True):
         u = g * (x @ w) / w.square().sum().sqrt() + b
-        mean, var = reference_moments(act or "identity", *((g, b) if constants == "exact" else (1.0, 0.0)))
-        columns.append(
-            ((u if act is None else act(u)) - mean) / math.sqrt(var + (eps if constants == "exact" else 0.0))
-        )
+        at, added = ((g, b), eps) if constants == "exact" else ((1.0, 0.0), 0.0)
+        mean, var = reference_moments(act or "identity", *at)
+        columns.append(((u if act is None else act(u)) - mean) / math.sqrt(var + added))
     return torch.stack(columns, 1)

@@ -24,12 +24,8 @@ __all__ = ["Network", "Stats", "activation_of", "dropout_of", "in_place", "is_ac
 Stats = dict[str, tuple[Tensor, Tensor]]
 """Mean and biased variance (C,) of a value over samples and positions, by the name of its node; float64."""
 
-_DROPOUTS: dict[Any, type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-}
+_DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d}
+_DROPOUTS |= {F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
 
 
 class _Leaves(_Tracer):
@@ -53,10 +49,6 @@ class _Watcher(fx.Interpreter):
 class Network:
     """A model as a graph of operations.
 
-    Args:
-        model: The model.
-        example_input: An input of it.
-
     Attributes:
         model: The model.
         graph: Its operations in evaluation mode.
@@ -78,7 +70,7 @@ class Network:
         if _text(self.graph) != _text(other):
             raise RefusedError("its forward does something else in training than in evaluation")
         self.shapes: dict[fx.Node, torch.Size] = {}
-        self._run([example_input], lambda n, value: self.shapes.update({n: value.shape}) if _is_tensor(value) else None)
+        self._run([example_input], lambda n, x: self.shapes.update({n: x.shape} if isinstance(x, Tensor) else {}))
         self._named = dict(model.named_modules(remove_duplicate=False))
         self._calls = Counter(id(self._named[str(n.target)]) for n in self.graph.nodes if n.op == "call_module")
         self._owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -102,10 +94,6 @@ class Network:
     def measure(self, batches: Iterable[Any]) -> Stats:
         """Mean and variance per channel (axis 1) of all values with channels, over all batches, in evaluation.
 
-        Args:
-            batches: Tensors, or tuples and lists whose first element is the input (the rest are targets), or mappings
-                of keyword arguments.
-
         Raises:
             ValueError: If there is no batch.
             RuntimeError: If a value is not finite.
@@ -114,10 +102,9 @@ class Network:
         first = next((t for t in (*self.model.parameters(), *self.model.buffers())), torch.empty(0))
 
         def look(node: fx.Node, value: Any) -> None:
-            if not _is_tensor(value) or len(self.shapes.get(node, ())) < 2 or not value.numel():
-                return
             # An in-place operation may come next, but only after this look.
-            pools.setdefault(node.name, Pool(value.shape[1], value.device)).add_values(value)
+            if isinstance(value, Tensor) and len(self.shapes[node]) >= 2 and value.numel():
+                pools.setdefault(node.name, Pool(value.shape[1], value.device)).add_values(value)
 
         self._run((map_tensors(lambda t: t.to(first.device), batch_inputs(batch)) for batch in batches), look)
         if not pools:
@@ -171,30 +158,10 @@ def _text(graph: fx.Graph) -> list[str]:
     return lines
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 # -- what the operations are
 
-_NAMES: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu_": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "celu": nn.CELU,
-    "selu": nn.SELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "mish": nn.Mish,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "softplus": nn.Softplus,
-    "relu6": nn.ReLU6,
-    "hardtanh": nn.Hardtanh,
-    "hardsigmoid": nn.Hardsigmoid,
-    "hardswish": nn.Hardswish,
-}
+_NAMES = {activation.__name__.lower(): activation for activation in ACTIVATION_MODULES if activation is not nn.PReLU}
+_NAMES = {"relu_": nn.ReLU, "leaky_relu": nn.LeakyReLU, **_NAMES}
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     getattr(place, name): kind for name, kind in _NAMES.items() for place in (torch, F) if hasattr(place, name)
 }

@@ -108,13 +108,9 @@ def _with(module: nn.Module, **parameters: nn.Parameter | None) -> Any:
 
 
 def through(module: Any, scaling: ScaleShift | None, shape: torch.Size, *, keep_padding: bool) -> LinearMap:
-    """A linear map of values that stand for others.
+    """A linear map of values that stand for others as ``scaling`` says (None: for themselves), of that ``shape``.
 
-    Args:
-        module: A convolution, transposed convolution or linear map.
-        scaling: Of its input; None if that is the original's.
-        shape: Of its input.
-        keep_padding: Pad with the values that stand for zero, instead of with zeros.
+    ``keep_padding``: pad with the values that stand for zero, instead of with zeros.
 
     Raises:
         RefusedError: If that is no linear map plus a constant per channel.
@@ -175,12 +171,8 @@ def linear_layer(
 ) -> tuple[NormPropLayer, ScaleShift]:
     """A NormProp layer for ``act(scale * (W x + b) + shift)``, and what its output stands for.
 
-    Args:
-        module: The linear map.
-        linear: The same, of standardized input.
-        moments: Mean and standard deviation of ``W x + b``; None: those that unit filters yield.
-        tail: Scale, shift and activation.
-        options: Constructor arguments of the layer.
+    ``linear`` is ``module`` in terms of standardized input, ``moments`` are those of ``W x + b`` (None: those that unit
+    filters yield), ``options`` the constructor arguments of the layer.
     """
     new = _blank(module, tail.activation, options)
     weight = linear.weight
@@ -238,13 +230,8 @@ def activation_layer(
 ) -> tuple[NormPropActivation, ScaleShift]:
     """A NormProp layer without linear map for ``act(x)``, and what its output stands for.
 
-    Args:
-        scaling: What the input stands for.
-        moments: Of x; None: those of standardized input.
-        activation: The activation, and trained slopes of PReLU.
-        spatial: Number of axes after the channels.
-        like: Device and dtype of the parameters.
-        options: Constructor arguments of the layer.
+    The input stands for x as ``scaling`` says; ``moments`` are those of x (None: those of standardized input); the
+    activation comes with trained slopes of PReLU; the parameters get device and dtype of ``like``.
     """
     taken: Any = {name: value for name, value in options.items() if name in ("constants", "eps")}
     taken |= {"device": like.device, "dtype": like.dtype}
@@ -259,14 +246,9 @@ def activation_layer(
 def add_layer(
     first: ScaleShift, second: ScaleShift, moments: Moments | None, spatial: int, like: Tensor
 ) -> tuple[NormPropAdd, ScaleShift]:
-    """A sum of standardized values that stands for the sum of the originals.
+    """A sum of standardized values that stands for the sum of the originals, and how.
 
-    Args:
-        first: What the first summand stands for.
-        second: What the second stands for.
-        moments: Of the sum; None: those of independent summands.
-        spatial: Number of axes after the channels.
-        like: Device and dtype of the weights.
+    ``moments`` are those of the sum; None: those of independent summands.
     """
     a, b = first.scale, second.scale
     new = NormPropAdd(a.numel(), spatial=spatial, device=like.device, dtype=like.dtype)

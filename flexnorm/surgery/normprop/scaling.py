@@ -61,12 +61,7 @@ def passed(
 ) -> ScaleShift | None:
     """What the output of an operation on one value stands for; None if the operation needs the original values.
 
-    Args:
-        node: The operation.
-        module: Its module, for ``call_module``.
-        scaling: Of its input.
-        before: Shape of the input.
-        after: Shape of the output.
+    ``module`` is the one that ``node`` calls, if any; ``scaling`` and ``before`` (a shape) are those of the input.
     """
     if after is None:
         return None
