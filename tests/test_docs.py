@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "engine",
     "kernels",
+    "lab.charts",
     "lab.data",
     "lab.models",
     "lab.profile",

@@ -157,17 +157,8 @@ def unitize(
     return cast("Pair", _Unitize.apply(eps, divisor, *inputs))  # type: ignore[no-untyped-call]
 
 
-def _compose_unitize(
-    own_mean: Tensor,
-    own_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    alpha: Tensor,
-    eps: float,
-    divisor: int | Tensor,
-) -> Pair:
+def _compose_unitize(*inputs: Any, eps: float, divisor: int | Tensor) -> Pair:
+    own_mean, own_var, mean, var, weight, bias, alpha = inputs
     power = (var + eps).reciprocal()
     square = ((own_var + (own_mean - mean).square()) * power).sum(1, keepdim=True) / divisor
     scale = torch.addcmul(1 - alpha, alpha, (square + eps).rsqrt()) * power.sqrt()
@@ -212,18 +203,11 @@ def follow_weights(
     """
     if backend == "c" and batch[0].dtype == kept[0].dtype:
         return cast("Pair", _FollowWeights.apply(eps, *batch, weight, bias, *kept))  # type: ignore[no-untyped-call]
-    return _compose_follow(*batch, weight, bias, kept[0], (kept[1] + eps).rsqrt(), eps)
+    return _compose_follow(*batch, weight, bias, mean=kept[0], inverse=(kept[1] + eps).rsqrt(), eps=eps)
 
 
-def _compose_follow(
-    batch_mean: Tensor,
-    batch_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    inverse: Tensor,
-    eps: float,
-) -> Pair:
+def _compose_follow(*inputs: Any, mean: Tensor, inverse: Tensor, eps: float) -> Pair:
+    batch_mean, batch_var, weight, bias = inputs
     own = (batch_var + eps).rsqrt()
     scale = own * (inverse / own).detach()
     shift = ((batch_mean - mean) * inverse).detach() - batch_mean * scale
@@ -233,16 +217,8 @@ def _compose_follow(
 
 class _FollowWeights(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        eps: float,
-        batch_mean: Tensor,
-        batch_var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-    ) -> Pair:
+    def forward(ctx: Any, eps: float, *inputs: Any) -> Pair:
+        batch_mean, batch_var, weight, bias, mean, var = inputs
         inverse = (var + eps).rsqrt().view(1, -1)
         scale = inverse if weight is None else inverse * weight
         shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexnorm.lab.replicates import Replicates
+from flexnorm.lab.replicates import Replicates, paired_difference
 
 COMPLETE, DIVERGED, REFUSED, UNFINISHED, MISSING_RUN = "complete", "diverged", "refused", "unfinished", "missing"
 
@@ -92,11 +92,6 @@ class ShiftRow:
         if relative:
             return self.relative_lower, self.relative, self.relative_upper
         return self.lower, self.w1, self.upper
-
-    @property
-    def holds(self) -> bool:
-        """Whether the interval contains its estimate, up to the rounding of numbers written in decimal."""
-        return holds(self.lower, self.w1, self.upper)
 
 
 def holds(lower: float, value: float, upper: float) -> bool:
@@ -191,7 +186,7 @@ class Run:
     @property
     def interval_holds(self) -> bool | None:
         """Whether lower <= W1 <= upper in every measurement, by the table where it has been read; None without any."""
-        checks = [row.holds for row in self.shifts if not math.isnan(row.w1)]
+        checks = [holds(row.lower, row.w1, row.upper) for row in self.shifts if not math.isnan(row.w1)]
         return all(checks) if checks else self.shift_holds
 
     @classmethod
@@ -358,11 +353,6 @@ def _cell(runs: Sequence[Run], baseline_runs: Sequence[Run], baseline: str) -> C
         step_ratio=Replicates.of(_step_ratio(run, base.get(run.seed)) for run in done),
         **{name: Replicates.of(getattr(run, name) for run in done) for name in _OVER_SEEDS},
     )
-
-
-def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Replicates:
-    """Return value minus base, seed by seed, over the seeds that both have."""
-    return Replicates.of(value - base[seed] for seed, value in values.items() if seed in base)
 
 
 def _step_ratio(run: Run, base: Run | None) -> float:

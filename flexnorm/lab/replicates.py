@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,11 @@ class Replicates:
     def text(self, form: str, scale: float = 1.0, missing: str = "") -> str:
         """Return ``mean ± std``, see :func:`plus_minus`."""
         return plus_minus(self.mean, self.std, form, scale, missing)
+
+
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Replicates:
+    """Return value minus base, seed by seed, over the seeds that both have."""
+    return Replicates.of(value - base[seed] for seed, value in values.items() if seed in base)
 
 
 def mean(values: Sequence[float]) -> float:

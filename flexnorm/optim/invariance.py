@@ -20,7 +20,7 @@ How the test is made sharp:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,7 +67,7 @@ class WeightReport:
     modules: tuple[str, ...] = ()
 
 
-class InvarianceReport(Mapping[str, WeightReport]):
+class InvarianceReport(dict[str, WeightReport]):
     """Verdicts by parameter name, in the order of ``model.named_parameters()``; prints as a table.
 
     Attributes:
@@ -75,28 +75,19 @@ class InvarianceReport(Mapping[str, WeightReport]):
     """
 
     def __init__(self, reports: list[WeightReport], select: str) -> None:
+        super().__init__({report.name: report for report in reports})
         self.select = select
-        self._reports = {report.name: report for report in reports}
-
-    def __getitem__(self, name: str) -> WeightReport:
-        return self._reports[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reports)
-
-    def __len__(self) -> int:
-        return len(self._reports)
 
     @property
     def selected(self) -> list[str]:
         """Names of the weights that belong on the manifold."""
-        return [name for name, report in self._reports.items() if report.selected]
+        return [name for name, report in self.items() if report.selected]
 
     def __str__(self) -> str:
-        width = max((len(name) for name in self._reports), default=0)
+        width = max((len(name) for name in self), default=0)
         lines = [
             f"{'manifold' if r.selected else '   -    '}  {name:<{width}}  {tuple(r.parameter.shape)!s:<18} {r.reason}"
-            for name, r in self._reports.items()
+            for name, r in self.items()
         ]
         return "\n".join(lines)
 

@@ -76,7 +76,7 @@ class Rotation:
     push: float | Tensor
     scale: float | Tensor
     keep: float | Tensor
-    beta1: float = 0.0
+    beta1: float | Tensor = 0.0
     beta2: float | Tensor = 1.0
     eps: float | Tensor = 0.0
 
@@ -441,11 +441,14 @@ def _compiled_(
     p: Tensor, g: Tensor, moment: Tensor | None, second: Tensor | None, rotation: Rotation, grad_clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """Compiled :func:`rotate_`. The numbers go in as tensors: new ones must not mean to compile again."""
-    numbers = (grad_clip or 0.0, rotation.push, rotation.keep, rotation.beta2, rotation.eps)
-    scalars = torch.stack([torch.as_tensor(number, dtype=p.dtype, device=p.device).reshape(()) for number in numbers])
-    scale = torch.as_tensor(rotation.scale, dtype=p.dtype, device=p.device).reshape(-1, 1)
+
+    def tensor(number: float | Tensor) -> Tensor:
+        return torch.as_tensor(number, dtype=p.dtype, device=p.device)
+
+    numbers = Rotation(*(tensor(getattr(rotation, field.name)) for field in fields(Rotation)))
+    clip = None if grad_clip is None else tensor(grad_clip)
     try:
-        return compiled_rotation()((p, g, moment, second), scale, scalars, grad_clip is not None)
+        return compiled_rotation()(p, g, moment, second, numbers, clip, True)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         # Nothing has been written yet: the failure is in generating code, not in running it.
         warnings.warn(f"the compiled step is not available here, going on without: {error}", RuntimeWarning)
@@ -453,16 +456,7 @@ def _compiled_(
         return rotate_(p, g, moment, second, rotation, grad_clip)
 
 
-def traced_rotation(
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None], scale: Tensor, scalars: Tensor, clipped: bool
-) -> tuple[Tensor, Tensor]:
-    """Give :func:`rotate_` to a compiler."""
-    grad_clip, push, keep, beta2, eps = scalars.unbind()
-    rotation = Rotation(push, scale, keep, 0.0, beta2, eps)
-    return rotate_(*tensors, rotation, grad_clip if clipped else None, traced=True)
-
-
 @cache
 def compiled_rotation() -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the rotation compiled by TorchInductor."""
-    return cast(Callable[..., tuple[Tensor, Tensor]], torch.compile(traced_rotation))
+    return cast(Callable[..., tuple[Tensor, Tensor]], torch.compile(rotate_))

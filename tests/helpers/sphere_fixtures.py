@@ -25,4 +25,4 @@ def foreach(request):
 @pytest.fixture
 def untraced(monkeypatch):
     """The path of ``compile=True`` with the function as it is, for compiling takes seconds per shape."""
-    monkeypatch.setattr(step, "compiled_rotation", lambda: step.traced_rotation)
+    monkeypatch.setattr(step, "compiled_rotation", lambda: step.rotate_)

@@ -72,8 +72,8 @@ def element(tag: str, *children: Child, **attributes: object) -> Markup:
             False leave an attribute out, True writes it without a value, a float is written as a coordinate.
 
     Examples:
-        >>> element("td", "a < b", class_="name")
-        '<td class="name">a &lt; b</td>'
+        >>> print(element("td", "a < b", class_="name"))
+        <td class="name">a &lt; b</td>
     """
     head = f"<{tag}{_attributes(attributes)}"
     if tag in VOID:

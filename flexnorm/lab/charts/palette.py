@@ -50,7 +50,7 @@ MARKERS = ("circle", "triangle", "square", "diamond", "down", "cross", "pentagon
 
 
 def hues(norms: Sequence[str], baseline: str) -> tuple[Hue, ...]:
-    """Return one colour per normalizer: ink for the baseline, fixed ones for known names, free ones for others."""
+    """Return one colour per name in `norms`: ink for the baseline, fixed ones for known names, free ones for others."""
     taken = {_KNOWN[n] for n in norms if n in _KNOWN and n != baseline}
     free = [i for i in range(len(HUES)) if i not in taken] or list(range(len(HUES)))
     chosen: list[Hue] = []

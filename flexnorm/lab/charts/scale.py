@@ -142,21 +142,22 @@ def logarithmic(values: Iterable[float], *, count: int = 6, at: Sequence[float] 
         low, high = low / 1.5, high * 1.5
     margin = 10.0 ** (0.04 * math.log10(high / low))
     low, high = low / (margin * (2.0 if has_zero else 1.0)), high * margin
-    bottom, top = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
-    for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,)):
-        marks = [m * 10.0**e for e in range(bottom, top) for m in mantissas if low <= m * 10.0**e <= high]
-        if len(marks) <= count and _apart(marks, math.log10, low, high):
-            break
-    stride = math.ceil(len(marks) / count)
-    ticks = [Tick(v, f"{v:g}" if at else log_label(v)) for v in at or marks[::stride]]
-    return Scale("log", low, high, tuple(ticks), has_zero)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    marks = at or _round_marks("log", low, high, decades, count)
+    return Scale("log", low, high, tuple(Tick(v, f"{v:g}" if at else log_label(v)) for v in marks), has_zero)
 
 
-def _apart(marks: Sequence[float], warp: Callable[[float], float], low: float, high: float) -> bool:
-    """Return whether no two marks are so close on a warped axis that their labels would touch."""
-    places = [warp(v) for v in marks]
+def _round_marks(kind: str, low: float, high: float, decades: Iterable[int], count: int) -> list[float]:
+    """Return values, or errors, of one digit in these decades: as many as have room, so that no labels touch."""
+    warp, marks = _WARPS[kind], [low]
     least = 0.085 * (warp(high) - warp(low))
-    return all(b - a >= least for a, b in itertools.pairwise(places))
+    for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        digits = [m * 10.0**e for e in decades for m in mantissas]
+        marks = digits if kind == "log" else sorted({round(1.0 - v, 12) for v in digits})
+        marks = [v for v in marks if low <= v <= high]
+        if len(marks) <= count and all(warp(b) - warp(a) >= least for a, b in itertools.pairwise(marks)):
+            break
+    return marks[:: math.ceil(len(marks) / count) or 1]
 
 
 def log_label(value: float) -> str:
@@ -169,7 +170,13 @@ def log_label(value: float) -> str:
 
 
 def log_or_linear(values: Iterable[float], *, ratio: float = 12.0, count: int = 5) -> Scale:
-    """Return a logarithmic scale where the positive values span more than ``ratio``, else a linear one from zero."""
+    """Return a logarithmic scale where the positive values span more than a ratio, else a linear one from zero.
+
+    Args:
+        values: The data.
+        ratio: The ratio.
+        count: At most about this many ticks.
+    """
     data = [v for v in values if abs(v) <= _HUGE]
     positive = [v for v in data if v > 1 / _HUGE]
     if positive and min(data) >= 0 and max(positive) / min(positive) > ratio:
@@ -180,27 +187,20 @@ def log_or_linear(values: Iterable[float], *, ratio: float = 12.0, count: int = 
 def accuracy(values: Iterable[float], *, count: int = 5) -> Scale:
     """Return a scale for fractions correct: logarithmic in the error where any reaches 90 %, else linear.
 
-    Values of exactly 1 are drawn at the upper edge, half of the smallest error seen.
+    Args:
+        values: The fractions; those of exactly 1 are drawn at the upper edge, half of the smallest error seen.
+        count: At most about this many intervals between ticks.
     """
     # An error below one in a billion is none: so many images nobody has tested.
     data = [1.0 if v > 1.0 - 1e-9 else max(v, 0.0) for v in values if math.isfinite(v)]
-
-    def write(value: float) -> str:
-        return f"{100 * round(value, 12):.10g}\u202f%"
-
     errors = [1.0 - v for v in data if v < 1.0]
     if not errors or max(data) < 0.9 or max(errors) / min(errors) < 3:
         return linear(data, count=count, percent=True, bounds=(0.0, 1.0))
     low = max(0.0, 1.0 - 1.15 * max(errors))
     high = 1.0 - min(errors) / (2.0 if max(data) == 1.0 else 1.15)
     decades = range(math.floor(math.log10(1.0 - high)), 1)
-    for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        marks = sorted({round(1.0 - m * 10.0**e, 12) for e in decades for m in mantissas})
-        marks = [v for v in marks if low <= v <= high]
-        if len(marks) <= count + 1 and _apart(marks, _WARPS["accuracy"], low, high):
-            break
-    marks = marks[:: math.ceil(len(marks) / (count + 1)) or 1]
-    return Scale("accuracy", low, high, tuple(Tick(v, write(v)) for v in marks))
+    marks = _round_marks("accuracy", low, high, decades, count + 1)
+    return Scale("accuracy", low, high, tuple(Tick(v, f"{100 * round(v, 12):.10g}\u202f%") for v in marks))
 
 
 def rows(names: Sequence[tuple[str, int]], *, height: float = 34.0, gap: float = 0.0) -> Scale:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flexnorm.lab.charts.numbers import decimals_for, duration, fixed, listing, percent, plural, signed, significant
 from flexnorm.lab.records import DIVERGED, REFUSED, Cell, Study
-from flexnorm.lab.replicates import Replicates
+from flexnorm.lab.replicates import Replicates, paired_difference
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _rival(study: Study, best: Cell, ranked: Sequence[Cell]) -> tuple[Cell | Non
     base = [c for c in others if c.norm == study.baseline and c.optim == best.optim]
     for candidate in base + [c for c in others if c.norm != best.norm] + others:
         mine, other = ({r.seed: r.test_accuracy for r in c.complete} for c in (best, candidate))
-        paired = Replicates.of(mine[seed] - other[seed] for seed in mine if seed in other)
+        paired = paired_difference(mine, other)
         if math.isfinite(paired.mean):
             return candidate, paired
     return None, Replicates(())

@@ -68,11 +68,11 @@
     block.append(button);
   }
 
-  // The pointer over a line plot: the values of all lines at the nearest position.
+  // The pointer or the arrow keys on a line chart: the values of all lines at the nearest position.
   const tip = make("div");
   tip.id = "tip";
   tip.hidden = true;
-  tip.setAttribute("aria-hidden", "true");
+  tip.setAttribute("role", "status");
   document.body.append(tip);
   for (const plot of all("svg[data-x]")) {
     const stops = plot.dataset.x.split(" ").filter(Boolean).map(Number);
@@ -83,30 +83,69 @@
     cross.setAttribute("class", "cross");
     cross.setAttribute("y1", top);
     cross.setAttribute("y2", bottom);
+    let shown = -1;
     const leave = () => { tip.hidden = true; cross.remove(); };
+    const show = (index, left, down) => {
+      const lines = all("g[data-v]:not(.off)", plot).reverse()
+        .map((line) => [line, line.dataset.v.split("|")[index]])
+        .filter(([, value]) => value && value !== "–");
+      if (!lines.length) return leave();
+      shown = index;
+      cross.setAttribute("x1", stops[index]);
+      cross.setAttribute("x2", stops[index]);
+      plot.append(cross);
+      tip.replaceChildren(make("b", names[index]), ...lines.map(([line, value]) => {
+        const row = make("div", undefined, `n${line.dataset.n}`);
+        row.append(make("i", undefined, "chip"), make("span", line.dataset.label), make("span", value));
+        return row;
+      }));
+      tip.hidden = false;
+      const x = left + 14 + tip.offsetWidth > document.documentElement.clientWidth
+        ? left - tip.offsetWidth - 14 : left + 14;
+      tip.style.left = `${Math.max(0, x) + scrollX}px`;
+      tip.style.top = `${down + 14 + scrollY}px`;
+    };
     plot.addEventListener("pointerleave", leave);
     plot.addEventListener("pointermove", (event) => {
       const box = plot.getBoundingClientRect();
       const at = (event.clientX - box.left) * plot.viewBox.baseVal.width / box.width;
       let best = 0;
       stops.forEach((stop, i) => { if (Math.abs(stop - at) < Math.abs(stops[best] - at)) best = i; });
-      const lines = all("g[data-v]:not(.off)", plot).reverse()
-        .map((line) => [line, line.dataset.v.split("|")[best]])
-        .filter(([, value]) => value && value !== "–");
-      if (!lines.length) return leave();
-      cross.setAttribute("x1", stops[best]);
-      cross.setAttribute("x2", stops[best]);
-      plot.append(cross);
-      tip.replaceChildren(make("b", names[best]), ...lines.map(([line, value]) => {
-        const row = make("div", undefined, `n${line.dataset.n}`);
-        row.append(make("i", undefined, "chip"), make("span", line.dataset.label), make("span", value));
-        return row;
-      }));
-      tip.hidden = false;
-      const x = event.clientX + 14 + tip.offsetWidth > document.documentElement.clientWidth
-        ? event.clientX - tip.offsetWidth - 14 : event.clientX + 14;
-      tip.style.left = `${Math.max(0, x) + scrollX}px`;
-      tip.style.top = `${event.clientY + 14 + scrollY}px`;
+      show(best, event.clientX, event.clientY);
     });
+    plot.tabIndex = 0;
+    plot.addEventListener("blur", leave);
+    plot.addEventListener("keydown", (event) => {
+      const last = stops.length - 1;
+      const next = { ArrowRight: shown + 1, ArrowLeft: shown < 0 ? last : shown - 1, Home: 0, End: last }[event.key];
+      if (event.key === "Escape") leave();
+      if (next === undefined) return;
+      event.preventDefault();
+      const box = plot.getBoundingClientRect();
+      const index = Math.min(Math.max(next, 0), last);
+      show(index, box.left + stops[index] * box.width / plot.viewBox.baseVal.width, box.top + box.height / 3);
+    });
+  }
+
+  // Every chart as a file of its own: with the page's styles, in the page's colours.
+  for (const plot of all("svg.plot")) {
+    const [box, button] = [make("div", undefined, "chart"), make("button", "SVG", "save")];
+    button.type = "button";
+    button.title = "Save this chart as a file";
+    button.setAttribute("aria-label", `Save as SVG: ${plot.querySelector("title").textContent}`);
+    button.addEventListener("click", () => {
+      const copy = plot.cloneNode(true);
+      all(".cross", copy).forEach((cross) => cross.remove());
+      const style = document.createElementNS("http://www.w3.org/2000/svg", "style");
+      style.textContent = document.querySelector("style").textContent;
+      copy.prepend(style);
+      const link = make("a");
+      link.href = URL.createObjectURL(new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" }));
+      link.download = `${plot.querySelector("title").textContent}.svg`;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    });
+    plot.replaceWith(box);
+    box.append(plot, button);
   }
 })();

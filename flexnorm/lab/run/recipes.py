@@ -21,7 +21,7 @@ def load_config(path: Path, scale: str | None = None) -> dict[str, Any]:
         The settings as plain values, not yet checked; :meth:`Config.from_dict` does that.
 
     Raises:
-        ValueError: As :func:`load_variants`, which see, and if the file consists of several experiments.
+        ValueError: As :func:`load_variants`, and if the file consists of several experiments.
     """
     variants = load_variants(path, scale)
     if list(variants) != [""]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -261,6 +263,14 @@ def test_shortcut_input_survives_the_in_place_activation() -> None:
     kept = x.clone()
     block(x)
     assert torch.equal(x, kept)
+
+
+def test_networks_need_no_dependency_of_the_lab() -> None:
+    lacking = ("scipy", "ot", "lightning_fabric", "safetensors", "sklearn", "yaml", "rich", "typer", "PIL")
+    code = f"import sys; sys.modules |= dict.fromkeys({lacking}); from flexnorm.lab import models; models.build('nin')"
+    code += "; import flexnorm.lab.run, flexnorm.lab.data as d, flexnorm.lab.profile; d.load('digits')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: data 'digits' needs sklearn.datasets: pip install 'flexnorm[lab]'" in done.stderr
 
 
 def test_errors() -> None:

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from xml.etree import ElementTree
 
 import pytest
 
@@ -109,6 +110,33 @@ def test_what_the_script_does(browser, study):
         "Copied",
         "Selected",
     )
+    quiet(tab, address)
+
+
+def test_the_keys_read_a_chart_and_it_can_be_saved(browser, study):
+    study.make()
+    address = write_report(study.out).resolve().as_uri()
+    tab = browser.open(address)
+    chart = "document.getElementById('curve-loss-0-t').ownerSVGElement"
+
+    def press(key):
+        tab.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        return tab.run("document.getElementById('tip').hidden || document.querySelector('#tip b').textContent")
+
+    tab.run(f"{chart}.focus()")
+    assert [press(key) for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home")] == [
+        *("epoch 1", "epoch 2", "epoch 1", "epoch 4", "epoch 4", "epoch 1")
+    ]
+    assert press("Escape") is True
+    press("End")
+    tab.run(f"{chart}.blur()")
+    assert tab.run("document.getElementById('tip').hidden") is True
+
+    tab.run("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
+    tab.run(f"{chart}.parentNode.querySelector('.save').click()")
+    root = ElementTree.fromstring(tab.run("window.saved.text()"))
+    assert "Training loss per epoch with sgd" in "".join(root.itertext())
+    assert "--paper" in root[0].text  # its style
     quiet(tab, address)
 
 
