@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,20 @@ __all__ = ["FlexNorm"]
 def recomputing() -> bool:
     """Whether this forward runs inside a backward, as activation checkpointing does to recompute what it dropped."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _documented(text: str, cls: type[FlexNorm]) -> str:
+    """The docstring of a layer with the arguments that it shares with all, as they are explained there."""
+    shared = re.findall(
+        r"^    ((\w+): .*?)(?=\n    \S|\n\n)", inspect.cleandoc(FlexNorm.__doc__ or ""), re.DOTALL | re.MULTILINE
+    )
+    have = constructor_arguments(cls)
+    wanted = [f"    {entry}" for entry, name in shared if name in have and f"\n    {name}: " not in text]
+    before, found, own = text.partition("\n\nArgs:\n")
+    if not found:
+        before, raises, own = text.partition("\n\nRaises:\n")
+        own = f"\nRaises:\n{own}" if raises else ""
+    return "\n".join([f"{before}\n\nArgs:", *wanted, own])
 
 
 class FlexNorm(Norm):
@@ -115,9 +130,9 @@ class FlexNorm(Norm):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for parent in cls.__bases__:
-            # The 1d, 2d and 3d forms of a layer share a private parent, which documents their arguments.
+            # The 1d, 2d and 3d forms of a layer share a private parent, which documents them.
             if parent.__name__.startswith("_") and cls.__doc__ and parent.__doc__:
-                cls.__doc__ = f"{cls.__doc__}\n\n{inspect.cleandoc(parent.__doc__)}"
+                cls.__doc__ = _documented(f"{cls.__doc__}\n\n{inspect.cleandoc(parent.__doc__)}", cls)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the counter to 0."""

@@ -170,17 +170,8 @@ def guard(
     return torch.where(usable, kept_mean, mean), torch.where(usable, kept_var, var), acted.float().mean()
 
 
-def _compose_unitize(
-    own_mean: Tensor,
-    own_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    alpha: Tensor,
-    eps: float,
-    divisor: int | Tensor,
-) -> tuple[Tensor, Tensor]:
+def _compose_unitize(tables: Sequence[Any], eps: float, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
+    own_mean, own_var, mean, var, weight, bias, alpha = tables
     power = (var + eps).reciprocal()
     square = ((own_var + (own_mean - mean).square()) * power).sum(1, keepdim=True) / divisor
     scale = torch.addcmul(1 - alpha, alpha, (square + eps).rsqrt()) * power.sqrt()
@@ -219,7 +210,7 @@ def unitize_tables(
     vectors = [t for t in inputs[2:] if t is not None]
     alike = all(t.dtype == own_mean.dtype and t.is_contiguous() and t.numel() == own_mean.shape[1] for t in vectors)
     if backend != "c" or not alike or isinstance(divisor, Tensor):
-        return _compose_unitize(own_mean, own_var, mean, var, weight, bias, alpha, eps, divisor)
+        return _compose_unitize(inputs, eps, divisor)
     result = _Unitize.apply(*inputs, eps, divisor)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)
 
@@ -241,8 +232,7 @@ class _Unitize(torch.autograd.Function):
         if torch.is_grad_enabled() or transformed(ds, dh):
 
             def composition(*tensors: Any) -> tuple[Tensor, Tensor]:
-                values: Any = (*tensors, ctx.eps, ctx.divisor)
-                return _compose_unitize(*values)
+                return _compose_unitize(tensors, ctx.eps, ctx.divisor)
 
             return (*_partial(composition, inputs, ctx.needs_input_grad[:7], (ds, dh)), None, None)
         own_mean, own_var, mean, var, weight, bias, alpha = inputs

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ThenAct", "with_act"]
-
 
 class ThenAct:
     """Mixin: ``act(drop(normalize(x)))``, with both as submodules. Made by :func:`with_act`."""

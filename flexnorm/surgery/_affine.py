@@ -77,18 +77,9 @@ def absorb(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
     else:
         new = weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))
     moved = shift if bias is None else shift + scale * bias.double()
-    linear.weight = nn.Parameter(new.to(weight), requires_grad=weight.requires_grad)
+    # In the memory format of the old weight.
+    linear.weight = nn.Parameter(torch.empty_like(weight).copy_(new), requires_grad=weight.requires_grad)
     linear.bias = nn.Parameter(moved.to(weight), requires_grad=weight.requires_grad)
-    if memory_format := _memory_format(weight):
-        linear.weight.data = linear.weight.data.contiguous(memory_format=memory_format)
-
-
-def _memory_format(weight: Tensor) -> torch.memory_format | None:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    wanted = formats.get(weight.dim())
-    if wanted is not None and not weight.is_contiguous() and weight.is_contiguous(memory_format=wanted):
-        return wanted
-    return None
 
 
 class MatrixOnly(nn.Module):

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from flexnorm.probe import call, isolated, map_tensors, tensors, unwrap
 
-__all__ = ["Difference", "difference", "outputs"]
-
 TOLERANCE = 1e-4
 EXACT = 1e-9
 

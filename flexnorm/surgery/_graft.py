@@ -17,20 +17,7 @@ from flexnorm.surgery._targets import of_batches
 
 UNKNOWN = "statistics unknown: recalibrate() before evaluation"
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 _HALF = (torch.float16, torch.bfloat16)
 # What layers of torch, and those that freezing and conversion have made, have besides what the norm's own layer has.
 _ALSO_OWN = {"num_channels", "num_groups", "normalized_shape", "elementwise_affine", "plain", "drop", "act"}

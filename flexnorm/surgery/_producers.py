@@ -6,8 +6,9 @@ the two is used once. Both ways establish that; tracing needs no input, watching
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,6 @@ from flexnorm.engine import FlexNorm
 from flexnorm.nn import NormPropUnits
 from flexnorm.probe import call, isolated, tensors
 from flexnorm.surgery._reading import is_candidate
-
-__all__ = ["LINEAR", "Edges", "executed", "traced"]
 
 LINEAR = (
     nn.Conv1d,
@@ -34,7 +33,7 @@ LINEAR = (
 
 
 @dataclass
-class Edges:
+class Producers:
     """What feeds the normalizations of a model.
 
     Attributes:
@@ -47,6 +46,25 @@ class Edges:
     reasons: dict[int, str] = field(default_factory=dict)
     axes: dict[int, set[int]] = field(default_factory=dict)
 
+    def settle(
+        self, norm: nn.Module, producer: nn.Module | None, calls: Counter[int], *, elsewhere: bool, borrowed: bool
+    ) -> None:
+        """Note the linear map before a normalization, or why it has none, given how often modules were called."""
+        if calls[id(norm)] != 1:
+            reason = "used more than once" if calls[id(norm)] else "not reached in evaluation"
+        elif producer is None:
+            reason = "no convolution or linear map directly before it"
+        elif elsewhere:
+            reason = "the output of the linear map before it is used elsewhere too"
+        elif calls[id(producer)] > 1:
+            reason = "the linear map before it is used more than once"
+        elif borrowed:
+            reason = "the weight of the linear map before it is used elsewhere too"
+        else:
+            self.into[id(norm)] = producer
+            return
+        self.reasons[id(norm)] = reason
+
 
 class _Tracer(fx.Tracer):
     """Keeps normalizations and the layers of this package in one piece."""
@@ -57,8 +75,8 @@ class _Tracer(fx.Tracer):
         return bool(super().is_leaf_module(m, qualified_name))
 
 
-def traced(model: nn.Module) -> Edges:
-    """Find the edges by ``torch.fx``, in evaluation mode.
+def traced(model: nn.Module) -> Producers:
+    """Find the producers by ``torch.fx``, in evaluation mode.
 
     Raises:
         Exception: Whatever the model raises when it is traced.
@@ -69,8 +87,8 @@ def traced(model: nn.Module) -> Edges:
     modules = dict(model.named_modules(remove_duplicate=False))
     called = {node: modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
     calls = Counter(id(module) for module in called.values())
-    borrowed = {id(_attribute(model, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
-    edges = Edges()
+    borrowed = {id(operator.attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr"}
+    found = Producers()
     for node, norm in called.items():
         if not is_candidate(norm):
             continue
@@ -80,26 +98,11 @@ def traced(model: nn.Module) -> Edges:
             users = max(users, len(before.users))
             before = before.args[0]
         producer = called.get(before) if isinstance(before, fx.Node) else None
-        if calls[id(norm)] > 1:
-            edges.reasons[id(norm)] = "used more than once"
-        elif not isinstance(producer, LINEAR) or not isinstance(before, fx.Node):
-            edges.reasons[id(norm)] = "no convolution or linear map directly before it"
-        elif max(users, len(before.users)) > 1:
-            edges.reasons[id(norm)] = "the output of the linear map before it is used elsewhere too"
-        elif calls[id(producer)] > 1:
-            edges.reasons[id(norm)] = "the linear map before it is used more than once"
-        elif any(id(p) in borrowed for p in producer.parameters()):
-            edges.reasons[id(norm)] = "the weight of the linear map before it is used elsewhere too"
-        else:
-            edges.into[id(norm)] = producer
-    return edges
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    value: Any = model
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+        linear = producer if isinstance(producer, LINEAR) else None
+        elsewhere = isinstance(before, fx.Node) and max(users, len(before.users)) > 1
+        lent = linear is not None and any(id(p) in borrowed for p in linear.parameters())
+        found.settle(norm, linear, calls, elsewhere=elsewhere, borrowed=lent)
+    return found
 
 
 @dataclass
@@ -128,9 +131,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def executed(model: nn.Module, example_input: Any) -> Edges:
-    """Find the edges by watching one forward pass in evaluation mode."""
-    watch, edges = _Watch(), Edges()
+def executed(model: nn.Module, example_input: Any) -> Producers:
+    """Find the producers by watching one forward pass in evaluation mode."""
+    watch, found = _Watch(), Producers()
     calls: Counter[int] = Counter()
     inputs: dict[int, _Output | None] = {}
 
@@ -141,7 +144,7 @@ def executed(model: nn.Module, example_input: Any) -> Edges:
     def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[id(module)] += 1
         x = args[0] if args else None
-        edges.axes.setdefault(id(module), set()).add(x.dim() if isinstance(x, Tensor) else -1)
+        found.axes.setdefault(id(module), set()).add(x.dim() if isinstance(x, Tensor) else -1)
         inputs[id(module)] = output = watch.outputs.get(id(x))
         if output is not None:
             output.consumers.append(module)
@@ -150,35 +153,22 @@ def executed(model: nn.Module, example_input: Any) -> Edges:
     def after_norm(*_: Any) -> None:
         watch.inside.pop()
 
-    handles: list[Any] = []
-    register: Callable[[Any], None] = handles.append
     norms = [module for module in model.modules() if is_candidate(module)]
-    try:
+    with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, LINEAR):
-                register(module.register_forward_hook(after_linear))
+                hooks.enter_context(module.register_forward_hook(after_linear))
         for module in norms:
-            register(module.register_forward_pre_hook(before_norm))
-            register(module.register_forward_hook(after_norm))
+            hooks.enter_context(module.register_forward_pre_hook(before_norm))
+            hooks.enter_context(module.register_forward_hook(after_norm))
         with isolated(model, 0), torch.no_grad():
             model.eval()
             with watch:
                 returned = {id(t) for t in tensors(call(model, example_input))}
-    finally:
-        for handle in handles:
-            handle.remove()
     for norm in norms:
         output = inputs.get(id(norm))
-        if not calls[id(norm)]:
-            edges.reasons[id(norm)] = "not reached in evaluation"
-        elif calls[id(norm)] > 1:
-            edges.reasons[id(norm)] = "used more than once"
-        elif output is None:
-            edges.reasons[id(norm)] = "no convolution or linear map directly before it"
-        elif output.used_elsewhere or len(output.consumers) > 1 or id(output.tensor) in returned:
-            edges.reasons[id(norm)] = "the output of the linear map before it is used elsewhere too"
-        elif calls[id(output.producer)] > 1:
-            edges.reasons[id(norm)] = "the linear map before it is used more than once"
-        else:
-            edges.into[id(norm)] = output.producer
-    return edges
+        used = output is not None and (
+            output.used_elsewhere or len(output.consumers) > 1 or id(output.tensor) in returned
+        )
+        found.settle(norm, output.producer if output else None, calls, elsewhere=used, borrowed=False)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,14 +196,12 @@ def axes_of(model: nn.Module, modules: Iterable[nn.Module], example_input: Any) 
             seen.setdefault(id(module), set()).add(inputs[0].dim())
 
     inner = unwrap(model)
-    handles = [module.register_forward_pre_hook(look) for module in modules]
-    try:
-        with isolated(inner, 0):
-            inner.eval()
-            call(inner, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(module.register_forward_pre_hook(look))
+        stack.enter_context(isolated(inner, 0))
+        inner.eval()
+        call(inner, example_input)
     return seen
 
 

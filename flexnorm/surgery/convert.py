@@ -18,7 +18,7 @@ from flexnorm.surgery._compare import difference, outputs
 from flexnorm.surgery._graft import UNKNOWN, effect, final_class, graft, graft_hooks, move_tensors, notes
 from flexnorm.surgery._reading import RefusedError, Source, axes_of, common_ndim, is_candidate, read
 from flexnorm.surgery._targets import Target, To, resolve
-from flexnorm.surgery.plan import ConversionPlan, ConversionRow
+from flexnorm.surgery.plan import ConversionPlan, ConversionRow, first_three
 
 
 @dataclass
@@ -254,11 +254,8 @@ def _spatial_axes(source: Source, target: Target, seen: set[int], neighbours: in
 def _warn(steps: Sequence[_Step]) -> None:
     refused = [step.row for step in steps if step.row.status == "refuse"]
     if refused:
-        shown = "; ".join(f"{row.name} ({row.source}): {row.reason}" for row in refused[:3])
-        more = f"; and {len(refused) - 3} more, see conversion_plan()" if len(refused) > 3 else ""
-        warnings.warn(
-            f"{len(refused)} of {len(steps)} normalization layers stay as they are: {shown}{more}", stacklevel=3
-        )
+        shown = first_three([f"{row.name} ({row.source}): {row.reason}" for row in refused], "conversion_plan")
+        warnings.warn(f"{len(refused)} of {len(steps)} normalization layers stay as they are: {shown}", stacklevel=3)
     blank = [step.row.name for step in steps if UNKNOWN in step.row.notes]
     if blank:
         warnings.warn(

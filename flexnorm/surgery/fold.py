@@ -16,11 +16,9 @@ from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
 from flexnorm.surgery._affine import MatrixOnly, absorb, as_affine
 from flexnorm.surgery._compare import Difference, difference
-from flexnorm.surgery._producers import LINEAR, Edges, executed, traced
+from flexnorm.surgery._producers import LINEAR, Producers, executed, traced
 from flexnorm.surgery._reading import RefusedError, is_candidate
-from flexnorm.surgery._report import Report
-
-__all__ = ["FoldPlan", "FoldRow", "fold", "fold_plan"]
+from flexnorm.surgery.plan import Report, first_three
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,6 @@ class FoldPlan(Report[FoldRow]):
     def folded(self) -> list[FoldRow]:
         """Rows of the layers that are folded."""
         return [row for row in self.rows if row.folded]
-
-    def names(self, row: FoldRow) -> list[str]:
-        """All names of the layer."""
-        return list(row.names)
 
     def cells(self, row: FoldRow) -> tuple[str, ...]:
         """The row as texts."""
@@ -170,9 +164,8 @@ def fold(
     folded, rows = _fold(model if inplace else copy.deepcopy(model), example_input, chosen)
     left = [row for row in rows if row.fixed and not row.folded]
     if left:
-        shown = "; ".join(f"{row.name} ({row.layer}): {row.reason}" for row in left[:3])
-        more = f"; and {len(left) - 3} more, see fold_plan()" if len(left) > 3 else ""
-        text = f"{len(left)} of {len(rows)} normalization layers were not folded: {shown}{more}"
+        shown = first_three([f"{row.name} ({row.layer}): {row.reason}" for row in left], "fold_plan")
+        text = f"{len(left)} of {len(rows)} normalization layers were not folded: {shown}"
         if strict:
             raise RuntimeError(text)
         warnings.warn(text, stacklevel=2)
@@ -192,7 +185,7 @@ def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Mo
     """Fold the layers of these names in place; the model comes back in evaluation mode."""
     model = unwrap(model).eval()
     places = [place for place in find_places(model, is_candidate) if place.name in chosen]
-    edges, failure = _edges(model, example_input)
+    producers, failure = _producers(model, example_input)
     names = {id(module): name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     rows = []
@@ -201,7 +194,7 @@ def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Mo
         if isinstance(place.module, NormPropUnits):
             row, model = _fold_normprop(model, place, row)
         else:
-            row = _fold_one(place, row, edges, failure, names, owners)
+            row = _fold_one(place, row, producers, failure, names, owners)
         rows.append(row)
     return model, rows
 
@@ -213,18 +206,18 @@ def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], exam
     return difference(model, folded, example_input, change, training=False)
 
 
-def _edges(model: nn.Module, example_input: Any) -> tuple[Edges, str]:
+def _producers(model: nn.Module, example_input: Any) -> tuple[Producers, str]:
     try:
         return traced(model), ""
     except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, anything can happen
         if example_input is not None:
             return executed(model, example_input), ""
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Edges(), f"the model cannot be traced ({lines[0]}); pass example_input"
+        return Producers(), f"the model cannot be traced ({lines[0]}); pass example_input"
 
 
 def _fold_one(
-    place: Place, row: FoldRow, edges: Edges, failure: str, names: dict[int, str], owners: Counter[int]
+    place: Place, row: FoldRow, producers: Producers, failure: str, names: dict[int, str], owners: Counter[int]
 ) -> FoldRow:
     norm = place.module
     try:
@@ -232,10 +225,10 @@ def _fold_one(
     except RefusedError as refusal:
         return replace(row, reason=str(refusal))
     row = replace(row, fixed=True)
-    linear = edges.into.get(id(norm))
+    linear = producers.into.get(id(norm))
     if linear is None:
-        return replace(row, reason=failure or edges.reasons.get(id(norm), "not reached in evaluation"))
-    reason = _why_not(linear, norm, scale.numel(), edges.axes.get(id(norm), set()), owners)
+        return replace(row, reason=failure or producers.reasons.get(id(norm), "not reached in evaluation"))
+    reason = _why_not(linear, norm, scale.numel(), producers.axes.get(id(norm), set()), owners)
     if reason:
         return replace(row, reason=reason)
     absorb(linear, scale, shift)
@@ -248,8 +241,8 @@ def _fold_one(
 
 
 def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], owners: Counter[int]) -> str:
-    kind = next((cls for cls in LINEAR if isinstance(linear, cls)), None)
-    if kind is None or (type(linear) is not kind and "forward" in _overridden(type(linear), kind)):
+    own = {name for cls in type(linear).__mro__[: _depth(linear)] for name in cls.__dict__}
+    if own & {"forward", "_conv_forward", "_output_padding", "__call__"}:
         return f"the {type(linear).__name__} before it is a subclass with its own forward"
     if parametrize.is_parametrized(linear) or "weight" not in linear._parameters:
         return "the weight of the linear map before it is computed (parametrization, weight_norm)"
@@ -263,9 +256,9 @@ def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], 
     return ""
 
 
-def _overridden(cls: type[nn.Module], base: type[nn.Module]) -> set[str]:
-    own = {name for c in cls.__mro__[: cls.__mro__.index(base)] for name in c.__dict__}
-    return {"forward"} if own & {"forward", "_conv_forward", "_output_padding", "__call__"} else set()
+def _depth(linear: nn.Module) -> int:
+    """How many classes the user has put on top of torch's."""
+    return next(depth for depth, cls in enumerate(type(linear).__mro__) if cls in LINEAR)
 
 
 def _fold_normprop(model: nn.Module, place: Place, row: FoldRow) -> tuple[FoldRow, nn.Module]:

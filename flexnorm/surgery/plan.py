@@ -1,14 +1,80 @@
-"""The report of a conversion: what happens to each normalization layer, where, and why not."""
+"""The reports of surgery: what happens to each normalization layer, where, and why not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from flexnorm.surgery._compare import Difference
-from flexnorm.surgery._report import Report
 
-__all__ = ["ConversionPlan", "ConversionRow"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def first_three(texts: Sequence[str], function: str) -> str:
+    """Some texts for a message, and which function tells the rest."""
+    return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more, see {function}()" if len(texts) > 3 else "")
+
+
+class _Named(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+
+Row = TypeVar("Row", bound=_Named)
+
+
+class Report(ABC, Generic[Row]):
+    """A list of rows with a heading per column and lines of summary below; plain text, or a table where rich prints it.
+
+    Attributes:
+        rows: The rows, in the order of the model.
+    """
+
+    headings: tuple[str, ...] = ()
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, key: int | str) -> Row:
+        """The row at a position, or of a layer's name."""
+        if isinstance(key, int):
+            return self.rows[key]
+        for row in self.rows:
+            if key in row.names:
+                return row
+        raise KeyError(key)
+
+    @abstractmethod
+    def cells(self, row: Row) -> tuple[str, ...]:
+        """One text per heading."""
+
+    @abstractmethod
+    def summary(self) -> list[str]:
+        """Lines below the table."""
+
+    def __str__(self) -> str:
+        table = [self.headings, *(self.cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(self.headings))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        return "\n".join([*lines, "", *self.summary()])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*self.headings, caption="\n".join(self.summary()), caption_justify="left")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in self.cells(row)))
+        return table
 
 
 @dataclass(frozen=True)
@@ -74,10 +140,6 @@ class ConversionPlan(Report[ConversionRow]):
     def refused(self) -> list[ConversionRow]:
         """Rows of the layers that cannot be exchanged."""
         return [row for row in self.rows if row.status == "refuse"]
-
-    def names(self, row: ConversionRow) -> list[str]:
-        """All names of the layer."""
-        return list(row.names)
 
     def cells(self, row: ConversionRow) -> tuple[str, ...]:
         """The row as texts."""

@@ -791,7 +791,12 @@ def test_make_norm_and_is_norm() -> None:
 
 def test_1d_2d_3d_document_their_arguments() -> None:
     for name in ("BatchNorm2d", "UnitizedBatchNorm1d", "PopulationNorm3d", "LayerNorm2d", "InstanceNorm1d"):
-        assert "num_features: Number of channels" in inspect.getdoc(getattr(ek, name)) or name == "BatchNorm2d"
+        text = inspect.getdoc(getattr(ek, name))
+        assert "num_features: Number of channels" in text
+        assert text.count("\nArgs:\n") == text.count("\n    num_features: ") == text.count("\n    dtype: ") == 1
+    text = inspect.getdoc(ek.RMSNorm2d)
+    assert "\n    eps: " in text
+    assert "\n    momentum: " not in text
 
 
 def test_pooled_count_of_one_is_not_corrected() -> None:
