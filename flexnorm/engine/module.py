@@ -199,7 +199,7 @@ class FlexNorm(Norm):
         if mean is None or var is None or tracked is None or self.frozen or recomputing():
             return
         if not (isinstance(pooled.count, int) and pooled.count == 0):
-            track(pooled.mean, pooled.var, pooled.count, mean, var, tracked, self.momentum, pooled.backend)
+            track(pooled.tables, (mean, var), tracked, self.momentum, pooled.count, pooled.backend)
 
     def group(self) -> ProcessGroup | None:
         """Return the process group to synchronize over, or ``None`` where there is nothing to synchronize."""
