@@ -100,8 +100,13 @@ class Pool:
         return torch.isfinite(self.mean) & torch.isfinite(self.m2)
 
 
-def pool_processes(pools: list[Pool], group: ProcessGroup) -> None:
-    """Make each of ``pools`` hold the values of all processes of ``group``, the same to the last bit in all of them."""
+def pool_processes(pools: list[Pool], group: ProcessGroup | None) -> None:
+    """Make each of ``pools`` hold the values of all processes of ``group``, the same to the last bit in all of them.
+
+    ``None`` stands for this process alone: nothing to do.
+    """
+    if group is None:
+        return
     on_cpu = torch.distributed.get_backend(group) == "gloo"
     device = torch.device("cpu") if on_cpu else pools[0].mean.device
     tables = [torch.cat([p.count.new_tensor([p.batches]), p.count.reshape(1), p.mean, p.m2]) for p in pools]

@@ -82,12 +82,8 @@ class GammaDecay:
             raise ValueError(
                 "no layer with a scale (weight) to decay: the model has no batch or population normalization"
             )
-        self.model = model
-        self.batch_size = batch_size
-        self.coefficient = coefficient
-        self.loss = loss
-        self.momentum = momentum
-        self.seed = seed
+        self.model, self.batch_size, self.coefficient = model, batch_size, coefficient
+        self.loss, self.momentum, self.seed = loss, momentum, seed
         self.updates = 0
         self._average: dict[str, Tensor] = {}
 
@@ -133,13 +129,11 @@ class GammaDecay:
             return {name: torch.full_like(scale.detach(), constant) for name, scale in self._scales.items()}
         if self.updates == 0:
             raise RuntimeError("adaptive gamma decay knows no zeta yet: call update(inputs) on a batch first")
-        correction = 1.0 - (1.0 - self.momentum) ** self.updates
-        zetas = {}
-        for name, scale in self._scales.items():
-            average = self._average.get(name)
-            value = torch.zeros_like(scale) if average is None else average.to(scale) / (correction * self.batch_size)
-            zetas[name] = value.detach().clamp_min(0.0)
-        return zetas
+        total = (1.0 - (1.0 - self.momentum) ** self.updates) * self.batch_size
+        averages = {
+            name: self._average.get(name, torch.zeros_like(scale)).to(scale) for name, scale in self._scales.items()
+        }
+        return {name: (average / total).detach().clamp_min(0.0) for name, average in averages.items()}
 
     def penalty(self) -> Tensor:
         """Return ``sum(zeta gamma^2)`` over all channels and layers, a scalar to be added to the mean loss of a batch.

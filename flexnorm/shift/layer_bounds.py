@@ -68,24 +68,24 @@ def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
 
 
 def unitized_radius(
-    weight: Tensor, alpha: Tensor, noise: Noise = 0.0, *, positions: int = 1, norm: str = "paper"
+    weight: Tensor, alpha: Tensor, noise: Noise = 0.0, *, positions: int = 1, unit_norm: str = "paper"
 ) -> Tensor:
     r"""Upper bound of $E\|Y - \beta\|$ for the unitized layer.
 
     $\max_c |\gamma_c \alpha_c| K + \sqrt{\sum_c \gamma_c^2 (1 - \alpha_c)^2 (1 + n_c)}$ per position, with
-    $K = \sqrt{P}$ (``norm="paper"``) or $\sqrt{C}$ (``"rms"``): the noise enters with the share 1 - alpha only.
+    $K = \sqrt{P}$ (``unit_norm="paper"``) or $\sqrt{C}$ (``"rms"``): the noise enters with the share 1 - alpha only.
 
     Args:
         weight: (C,) the scale gamma.
         alpha: (C,) how far each channel is unitized.
         noise: n, one number or (C,).
         positions: P, number of spatial positions of the layer's input (1 for (N, C) input).
-        norm: Which norm the layer divides by, see :class:`flexnorm.nn.UnitizedBatchNorm2d`.
+        unit_norm: Which length the layer divides by, see :class:`flexnorm.nn.UnitizedBatchNorm2d`.
 
     Returns:
         A scalar tensor.
     """
-    constant = math.sqrt(positions if norm == "paper" else len(weight))
+    constant = math.sqrt(positions if unit_norm == "paper" else len(weight))
     return (weight * alpha).abs().max() * constant + batch_norm_radius(weight * (1 - alpha), noise)
 
 
@@ -153,7 +153,9 @@ def _radius(layer: Any, noise: Noise | None, positions: int) -> float:
     weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach()
     if norm.norm_name == "unitized":
         alpha = layer.alpha.detach().clamp(0, 1) if layer.constrain_alpha else layer.alpha.detach()
-        return float(unitized_radius(weight.double(), alpha.double(), noise, positions=positions, norm=layer.unit_norm))
+        return float(
+            unitized_radius(weight.double(), alpha.double(), noise, positions=positions, unit_norm=layer.unit_norm)
+        )
     return float(batch_norm_radius(weight.double(), noise))
 
 

@@ -55,7 +55,7 @@ class Shift:
 
     Attributes:
         lower: Certified lower bound of ``w1``.
-        w1: Wasserstein-1 distance of the two samples, exact.
+        w1: Wasserstein-1 distance of the two sets of points, exact.
         upper: Certified upper bound of ``w1``.
         spread: Mean Euclidean distance of the points before to their mean, E||X - EX||: what ``w1`` is measured
             against, so that a layer does not look steady by shrinking its output.
@@ -74,10 +74,10 @@ class Shift:
 
 
 def measure_shift(before: Tensor, after: Tensor, *, include: Iterable[str] | None = FAST_BOUNDS) -> Shift:
-    """Wasserstein-1 distance between two samples, its certified interval, and both relative to the spread.
+    """Wasserstein-1 distance between two sets of points, its certified interval, and both relative to the spread.
 
-    Rows that come from the same input in both samples give a close upper bound, and keep the bias of empirical
-    transport in high dimension out: two independent samples of one 64-dimensional Gaussian are about 9 apart.
+    Rows that come from the same input in both give a close upper bound, and keep the bias of empirical
+    transport in high dimension out: two independent draws from one 64-dimensional Gaussian are about 9 apart.
 
     Args:
         before: (n, d) points.
@@ -88,7 +88,7 @@ def measure_shift(before: Tensor, after: Tensor, *, include: Iterable[str] | Non
         The shift; every number is NaN if a point is not finite.
 
     Raises:
-        TypeError: A sample is not a floating-point tensor.
+        TypeError: A side is not a floating-point tensor.
         ValueError: Shapes that do not fit.
 
     Examples:

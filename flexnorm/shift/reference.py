@@ -22,7 +22,7 @@ def sliced(x: Tensor, y: Tensor, directions: Tensor, p: float = 1) -> Tensor:
 
 
 def exact(x: Tensor, y: Tensor, p: float = 1) -> Tensor:
-    """W_p of two samples of equal size by trying all assignments; for up to about 7 points."""
+    """W_p of equally many points by trying all assignments; for up to about 7 points."""
     cost = (x.double().unsqueeze(1) - y.double()).norm(dim=-1) ** p
     rows = torch.arange(len(x))
     best = min(float(cost[rows, list(order)].mean()) for order in itertools.permutations(range(len(y))))

@@ -9,7 +9,6 @@ the forward still uses each micro-batch's own statistics, as it has to, since th
 from __future__ import annotations
 
 import functools
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,10 +51,8 @@ class Accumulation:
     def __enter__(self) -> Accumulation:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
             self.step()
         self.close()
 

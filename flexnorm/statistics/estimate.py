@@ -7,7 +7,6 @@ Luo et al. 2019, Sec. 5: PN takes its statistics from 10,000 training samples. F
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,18 +18,18 @@ from flexnorm.statistics._layers import new_pool, of_population, put, watching
 
 
 @torch.no_grad()
-def estimate_population(model: nn.Module, pool: Tensor, *, chunk: int | None = None) -> int:
-    """Set the statistics of every PopulationNorm from a pool of samples, in one pass in evaluation mode.
+def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None = None) -> int:
+    """Set the statistics of every PopulationNorm from some samples, in one pass in evaluation mode.
 
     Each layer takes the mean and the variance of its own input just before it normalizes it, so that later layers see
-    the earlier ones renewed and one pass is exact. For that the pool goes through as one batch; its activations need
-    the memory of a forward without gradients. In a process group every process gives its own pool, in equally many
+    the earlier ones renewed and one pass is exact. For that they go through as one batch; its activations need the
+    memory of a forward without gradients. In a process group every process gives its own samples, in equally many
     chunks, and the statistics are those of all of them. A layer whose input has a non-finite mean or variance in a
     channel keeps that channel's statistics. Gradients, modes and the global random state stay as they are.
 
     Args:
         model: The model.
-        pool: (P, *), a part of the training set.
+        samples: (P, *), a part of the training set.
         chunk: Samples that go through at a time, where the memory does not take all. Each chunk is then normalized by
             its own statistics on the way, and the statistics of the chunks are pooled: those of all layers but the
             first are off by terms of the order of 1/chunk. ``None``: all at once.
@@ -49,14 +48,13 @@ def estimate_population(model: nn.Module, pool: Tensor, *, chunk: int | None = N
     def renew(module: nn.Module, x: Tensor) -> None:
         part = new_pool(module)
         part.add_values(x)
-        if group is not None:
-            pool_processes([part], group)
+        pool_processes([part], group)
         pools[module].merge(part)
         put(module, *_usable(module, part))
 
     with isolated(model, 0), watching(pools, renew):
         model.eval()
-        for part in [pool] if chunk is None else torch.split(pool, chunk):
+        for part in [samples] if chunk is None else torch.split(samples, chunk):
             model(part)
     for module, whole in pools.items():
         mean, var = _usable(module, whole)
@@ -129,15 +127,9 @@ class PopulationEstimator:
             raise ValueError("the model has no PopulationNorm layer with statistics='estimated' to renew")
         if size < 1 or every < 1 or len(samples) < 1:
             raise ValueError(f"size, every and the samples must be at least 1, got {size}, {every} and {len(samples)}")
-        self.model = model
-        self.samples = samples
-        self.size = min(size, len(samples))
-        self.every = every
-        self.chunk = chunk
-        self.seed = seed
-        self.steps = 0
-        self.renewals = 0
-        self.seconds = 0.0
+        self.model, self.samples, self.size = model, samples, min(size, len(samples))
+        self.every, self.chunk, self.seed = every, chunk, seed
+        self.steps, self.renewals, self.seconds = 0, 0, 0.0
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def __call__(self) -> bool:
@@ -181,7 +173,7 @@ class PopulationEstimator:
         if model.training:
             self()
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -99,7 +99,13 @@ def recalibrate(
                 "no statistics were changed"
             )
     for module, pool in pools.items():
-        _write(module, pool)
+        if bool(pool.count > 0):
+            mean, var = kept(module, pool)
+            module.get_buffer("running_mean").copy_(mean)
+            module.get_buffer("running_var").copy_(var)
+            tracked = module._buffers.get("num_batches_tracked")
+            if tracked is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+                tracked.copy_(torch.where(tracked == 0, pool.batches, tracked))
     return model
 
 
@@ -132,8 +138,7 @@ class _Run:
                 self.forward(self.model, batch)
                 seen += 1
         self._refuse_nothing(seen)
-        if self.group is not None:
-            pool_processes(list(pools.values()), self.group)
+        pool_processes(list(pools.values()), self.group)
         return pools
 
     def layer_by_layer(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
@@ -145,16 +150,13 @@ class _Run:
                 break
         self._refuse_nothing(len(calls))
         by_name = {name: module for module, name in layers.items()}
-        order = [layers[module] for module in calls]
         # A process without data does not know the order; all have to agree on one.
-        order = next(filter(None, self._gathered(order)), order)
+        orders = self._gathered([layers[module] for module in calls])
         pools: dict[nn.Module, Pool] = {}
-        for name in order:
-            module = by_name[name]
+        for module in (by_name[name] for name in next(filter(None, orders), [])):
             pool = pools[module] = new_pool(module)
             self._look_at(module, pool, calls[module])
-            if self.group is not None:
-                pool_processes([pool], self.group)
+            pool_processes([pool], self.group)
             put(module, *kept(module, pool))
         return pools
 
@@ -175,7 +177,6 @@ class _Run:
                     self.forward(self.model, batch)
 
     def _gathered(self, value: Any) -> list[Any]:
-        """The value of every process."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * torch.distributed.get_world_size(self.group)
@@ -189,14 +190,3 @@ class _Run:
 
 def _call(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch_inputs(batch))
-
-
-def _write(module: nn.Module, pool: Pool) -> None:
-    if not bool(pool.count > 0):
-        return
-    mean, var = kept(module, pool)
-    module.get_buffer("running_mean").copy_(mean)
-    module.get_buffer("running_var").copy_(var)
-    tracked = module._buffers.get("num_batches_tracked")
-    if tracked is not None and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
-        tracked.copy_(torch.where(tracked == 0, pool.batches, tracked))

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from flexnorm._messages import unknown_name
 from flexnorm.transport.inequalities import LOWER, UPPER, Bound, PairStatistics
-from flexnorm.transport.samples import Pair, Weights, check_order, power_of_two
+from flexnorm.transport.pair import Pair, Weights, check_order, power_of_two
 
 
 @dataclass(frozen=True)
 class ShiftBounds:
-    """A certified interval around the Wasserstein distance of two samples, and all bounds it was made from.
+    """A certified interval around the Wasserstein distance of two sets of points, and all bounds it was made from.
 
     Attributes:
-        lower: The largest lower bound; W_p of the samples is at least this. In the units of the samples.
-        upper: The smallest upper bound; W_p of the samples is at most this.
+        lower: The largest lower bound; W_p is at least this. In the units of the points.
+        upper: The smallest upper bound; W_p is at most this.
         lower_bounds: Every lower bound by name, each already lowered by the rounding slack.
         upper_bounds: Every upper bound by name, each already raised by the rounding slack.
         p: Order of the distance that is bounded.
-        slack: By how much, in the units of the samples, each bound was moved outwards at least, to cover rounding.
+        slack: By how much, in the units of the points, each bound was moved outwards at least, to cover rounding.
 
     Examples:
         >>> x = torch.tensor([[0.0], [1.0]])
@@ -78,7 +78,7 @@ def shift_bounds(
 ) -> ShiftBounds:
     r"""Every applicable bound of W_p(x, y), and the interval between the best two.
 
-    Lower bounds (P, Q the two samples, u unit directions):
+    Lower bounds (P, Q the two sets of points, u unit directions):
 
     * ``mean``: the distance of the means, $\|E X - E Y\|$.
     * ``marginal``: $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the norm is
@@ -103,8 +103,8 @@ def shift_bounds(
       \|EX - EY\|$ ($p \le 2$).
 
     Args:
-        x: (n, d) sample, or (n,) for points on the line.
-        y: (m, d) sample.
+        x: (n, d) points, or (n,) for points on the line.
+        y: (m, d) points.
         p: Order of the distance, at least 1.
         weights: Pair of (n,) and (m,) non-negative weights, or ``None`` for equal weights.
         projections: How many random directions the sliced bounds look along.
@@ -117,32 +117,32 @@ def shift_bounds(
         The interval and the bounds by name.
 
     Raises:
-        TypeError: A sample is not a floating-point tensor.
-        ValueError: Shapes that do not fit, leading batch axes, NaN or infinity in a sample, an unknown name in
+        TypeError: x or y is not a floating-point tensor.
+        ValueError: Shapes that do not fit, leading batch axes, NaN or infinity, an unknown name in
             ``include``.
     """
     p = check_order(p)
-    samples = Pair.of(x, y, weights)
-    samples = Pair(*(None if part is None else part.detach() for part in samples))  # type: ignore[arg-type]
-    if samples.x.ndim != 2:
+    pair = Pair.of(x, y, weights)
+    pair = Pair(*(None if part is None else part.detach() for part in pair))  # type: ignore[arg-type]
+    if pair.x.ndim != 2:
         raise ValueError(
-            f"shift_bounds takes one pair of samples, (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
+            f"shift_bounds takes one pair, points (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    samples.check_finite()
+    pair.check_finite()
     wanted = None if include is None else {include} if isinstance(include, str) else set(include)
     for name in wanted or ():
         if name not in LOWER and name not in UPPER:
             raise ValueError(unknown_name("bound", name, [*LOWER, *UPPER]))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        scaled, factor = _centred(samples)
+        scaled, factor = _centred(pair)
         statistics = PairStatistics(scaled, p, projections, seed)
         low, high = (_evaluated(table, wanted, statistics) for table in (LOWER, UPPER))
         error, radius = statistics.rounding, statistics.radius
-    plain = len(samples.x) == len(samples.y) and samples.x_mass is None and samples.y_mass is None
+    plain = len(pair.x) == len(pair.y) and pair.x_mass is None and pair.y_mass is None
     low = {name: _moved(value, p, -1, error, radius, not plain) for name, value in low.items()}
     high = {name: _moved(value, p, 1, error, radius, True) for name, value in high.items()}
-    # A distance that a caller rounds to the dtype of the samples must still lie inside.
-    info = torch.finfo(samples.x.dtype)
+    # A distance that a caller rounds to the dtype of the points must still lie inside.
+    info = torch.finfo(pair.x.dtype)
     rounding, tiny = 2 * info.eps, info.tiny * info.eps
     lower = {name: max(0.0, value * factor * (1 - rounding) - tiny) for name, value in low.items()}
     upper = {name: value * factor * (1 + rounding) + tiny for name, value in high.items()}
@@ -161,15 +161,15 @@ def _evaluated(table: dict[str, Bound], wanted: set[str] | None, statistics: Pai
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _centred(samples: Pair) -> tuple[Pair, float]:
-    """Both samples in float64 on the CPU, scaled into [-1, 1] by a power of two (exact), the first point moved to 0.
+def _centred(pair: Pair) -> tuple[Pair, float]:
+    """Both sides in float64 on the CPU, scaled into [-1, 1] by a power of two (exact), the first point moved to 0.
 
     A common move changes no distance, and it takes out of the means the large common part that would cost them digits.
     """
-    factor = power_of_two(samples.x, samples.y)
-    x, y = (sample.to("cpu", torch.float64) / factor for sample in samples[:2])
+    factor = power_of_two(pair.x, pair.y)
+    x, y = (points.to("cpu", torch.float64) / factor for points in pair[:2])
     origin = x[:1].clone()
-    return Pair(x - origin, y - origin, *(None if mass is None else mass.cpu() for mass in samples[2:])), factor
+    return Pair(x - origin, y - origin, *(None if mass is None else mass.cpu() for mass in pair[2:])), factor
 
 
 def _moved(value: float, p: float, outwards: int, error: float, radius: float, in_power: bool) -> float:

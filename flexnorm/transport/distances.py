@@ -1,4 +1,4 @@
-r"""Wasserstein distances between two samples.
+r"""Wasserstein distances between two sets of points.
 
 $W_p(P, Q) = \inf_{\pi} (E_\pi \|X - Y\|^p)^{1/p}$ over all couplings $\pi$ of P and Q. With p = 1 this is the
 Earth-Mover distance by which Huang & Yu (CVPR 2020, arXiv 2001.02814) define internal covariate shift.
@@ -14,7 +14,7 @@ from torch import Tensor
 from flexnorm._messages import unknown_name
 from flexnorm.transport.exact import exact_wasserstein
 from flexnorm.transport.line import along_lines
-from flexnorm.transport.samples import Pair, Weights, check_order, power_mean, safe_norm
+from flexnorm.transport.pair import Pair, Weights, check_order, power_mean, safe_norm
 
 Method = Literal["marginal", "sliced", "max_sliced", "exact", "coupled"]
 
@@ -30,7 +30,7 @@ def wasserstein(
     seed: int = 0,
     max_iterations: int | None = None,
 ) -> Tensor:
-    r"""Wasserstein distance of order p between two samples, several ways.
+    r"""Wasserstein distance of order p between two sets of points, several ways.
 
     * ``marginal``, (..., d): $W_p$ of each coordinate by itself, exact; ``.norm(dim=-1)`` of it is a lower bound of
       ``exact`` for p up to 2.
@@ -39,18 +39,18 @@ def wasserstein(
     * ``max_sliced``, (...): $\max_u W_p(u^\top x, u^\top y)$ over the same directions; a lower bound of ``exact``.
     * ``exact``, (...): $W_p$ of the two empirical distributions in $R^d$: $O(n^3)$, meant for n up to a few hundred.
     * ``coupled``, (...): $(\frac1n \sum_i \|x_i - y_i\|^p)^{1/p}$ (n = m): an upper bound of ``exact``, close when row
-      i of both samples comes from the same input.
+      i of both comes from the same input.
 
     All values are distances, in the units of x: the p-th root is taken (``ot.wasserstein_1d`` returns the p-th power).
-    float16 and bfloat16 samples are computed, and returned, in float32.
+    float16 and bfloat16 points are computed, and returned, in float32.
 
-    Gradients flow to both samples, and for ``marginal``, ``sliced``, ``max_sliced`` and ``coupled`` to the weights as
+    Gradients flow to both sides, and for ``marginal``, ``sliced``, ``max_sliced`` and ``coupled`` to the weights as
     well; where a distance is 0 the gradient is 0. Directions and the transport plan are held fixed, which is exact
     almost everywhere.
 
     Args:
-        x: (..., n, d) sample, or (n,) for points on the line.
-        y: (..., m, d) sample; the leading axes broadcast against those of x.
+        x: (..., n, d) points, or (n,) for points on the line.
+        y: (..., m, d) points; the leading axes broadcast against those of x.
         method: One of the list above.
         p: Order of the distance, at least 1.
         weights: Pair of (..., n) and (..., m) non-negative weights, each normalized to sum 1; ``None`` (for both or for
@@ -66,8 +66,8 @@ def wasserstein(
         The distance, shaped as the list says.
 
     Raises:
-        TypeError: A sample is not a floating-point tensor, or p or the weights are of the wrong kind.
-        ValueError: Unknown method, shapes that do not fit, samples on two devices or on ``meta``, n != m for
+        TypeError: x or y is not a floating-point tensor, or p or the weights are of the wrong kind.
+        ValueError: Unknown method, shapes that do not fit, points on two devices or on ``meta``, n != m for
             ``coupled``, p < 1, bad weights, or NaN or infinity for ``exact`` (the other methods pass NaN on).
         RuntimeError: The transport solver gave up.
 
@@ -79,29 +79,29 @@ def wasserstein(
         tensor([3., 4.])
     """
     p = check_order(p)
-    samples = Pair.of(x, y, weights)
+    pair = Pair.of(x, y, weights)
     # Inside autocast the projections would be rounded to half precision.
-    with torch.autocast(samples.x.device.type, enabled=False):
+    with torch.autocast(pair.x.device.type, enabled=False):
         if method == "marginal":
             # Sorting a transposed contiguous copy is faster than sorting along a strided axis.
-            return along_lines(samples, samples.x.mT, samples.y.mT, p)
+            return along_lines(pair, pair.x.mT, pair.y.mT, p)
         if method == "sliced":
-            return power_mean(_along(samples, directions(samples, projections, seed), p), p)
+            return power_mean(_along(pair, directions(pair, projections, seed), p), p)
         if method == "max_sliced":
-            return _along(samples, directions(samples, projections, seed, mean_difference=True), p).amax(-1)
+            return _along(pair, directions(pair, projections, seed, mean_difference=True), p).amax(-1)
         if method == "exact":
-            return exact_wasserstein(samples, p, max_iterations)
+            return exact_wasserstein(pair, p, max_iterations)
         if method == "coupled":
-            return _coupled(samples, p)
+            return _coupled(pair, p)
     raise ValueError(unknown_name("method", method, get_args(Method)))
 
 
-def directions(samples: Pair, projections: int | Tensor, seed: int, mean_difference: bool = False) -> Tensor:
-    """Unit directions as columns, (..., d, k) in the dtype of the samples: those given, or so many random ones.
+def directions(pair: Pair, projections: int | Tensor, seed: int, mean_difference: bool = False) -> Tensor:
+    """Unit directions as columns, (..., d, k) in the dtype of the points: those given, or so many random ones.
 
     With ``mean_difference`` that of the difference of the means is appended to random directions.
     """
-    x = samples.x
+    x = pair.x
     d = x.shape[-1]
     if isinstance(projections, Tensor):
         if projections.ndim != 2 or projections.shape[0] != d or projections.shape[1] == 0:
@@ -114,28 +114,28 @@ def directions(samples: Pair, projections: int | Tensor, seed: int, mean_differe
     columns = _unit_columns(drawn.to(x.device, x.dtype))
     if not mean_difference:
         return columns
-    gap = _mean(x.detach(), samples.x_mass) - _mean(samples.y.detach(), samples.y_mass)
+    gap = _mean(x.detach(), pair.x_mass) - _mean(pair.y.detach(), pair.y_mass)
     return torch.cat((columns.expand(*gap.shape[:-1], d, projections), _unit_columns(gap.unsqueeze(-1))), -1)
 
 
-def _along(samples: Pair, columns: Tensor, p: float) -> Tensor:
+def _along(pair: Pair, columns: Tensor, p: float) -> Tensor:
     rows = columns.mT
     # A common move changes no distance; without it the rounding of a projection grows with the mean of the points.
-    centre = _mean(samples.x.detach(), samples.x_mass).unsqueeze(-2)
-    return along_lines(samples, rows @ (samples.x - centre).mT, rows @ (samples.y - centre).mT, p)
+    centre = _mean(pair.x.detach(), pair.x_mass).unsqueeze(-2)
+    return along_lines(pair, rows @ (pair.x - centre).mT, rows @ (pair.y - centre).mT, p)
 
 
-def _coupled(samples: Pair, p: float) -> Tensor:
-    x, y, a, b = samples
+def _coupled(pair: Pair, p: float) -> Tensor:
+    x, y, a, b = pair
     if x.shape[-2] != y.shape[-2]:
-        raise ValueError(f"coupled needs the same points in both samples, got {x.shape[-2]} and {y.shape[-2]} points")
+        raise ValueError(f"coupled needs the same points on both sides, got {x.shape[-2]} and {y.shape[-2]} points")
     if a is not None and b is not None and not torch.equal(a, b):
         raise ValueError("coupled needs the same weights on both sides")
     return power_mean(safe_norm(x - y), p, b if a is None else a)
 
 
-def _mean(sample: Tensor, mass: Tensor | None) -> Tensor:
-    return sample.mean(-2) if mass is None else (sample * mass.detach().to(sample.dtype).unsqueeze(-1)).sum(-2)
+def _mean(points: Tensor, mass: Tensor | None) -> Tensor:
+    return points.mean(-2) if mass is None else (points * mass.detach().to(points.dtype).unsqueeze(-1)).sum(-2)
 
 
 def _unit_columns(columns: Tensor) -> Tensor:

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from flexnorm._messages import optional
-from flexnorm.transport.samples import Pair, power_mean, power_of_two, safe_norm
+from flexnorm.transport.pair import Pair, power_mean, power_of_two, safe_norm
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def exact_wasserstein(samples: Pair, p: float, max_iterations: int | None) -> Tensor:
+def exact_wasserstein(pair: Pair, p: float, max_iterations: int | None) -> Tensor:
     """W_p between two clouds; the plan is found in float64 on the CPU, its cost is differentiable in the points.
 
     By the envelope theorem the gradient of the optimal cost is that of the cost of the optimal plan held fixed.
     """
-    samples.check_finite()
+    pair.check_finite()
     if max_iterations is not None and (isinstance(max_iterations, bool) or max_iterations < 1):
         raise ValueError(f"max_iterations must be at least 1, or None for a limit by size, got {max_iterations!r}")
-    if samples.x.numel() == 0:
-        return samples.x.sum((-2, -1))
-    factor = power_of_two(samples.x, samples.y)
-    lead, n, m = samples.x.shape[:-2], samples.x.shape[-2], samples.y.shape[-2]
-    x, y = (s.to("cpu", torch.float64).div(factor).reshape(-1, *s.shape[-2:]) for s in samples[:2])
-    a, b = (None if mass is None else mass.detach().cpu().reshape(len(x), -1) for mass in samples[2:])
+    if pair.x.numel() == 0:
+        return pair.x.sum((-2, -1))
+    factor = power_of_two(pair.x, pair.y)
+    lead, n, m = pair.x.shape[:-2], pair.x.shape[-2], pair.y.shape[-2]
+    x, y = (s.to("cpu", torch.float64).div(factor).reshape(-1, *s.shape[-2:]) for s in pair[:2])
+    a, b = (None if mass is None else mass.detach().cpu().reshape(len(x), -1) for mass in pair[2:])
     values = []
     for k in range(len(x)):
         cost = torch.cdist(x[k].detach(), y[k].detach(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -43,7 +43,7 @@ def exact_wasserstein(samples: Pair, p: float, max_iterations: int | None) -> Te
             )
             i, j, mass = _network_simplex(cost.numpy(), next(heavy), next(heavy), max_iterations)
         values.append(power_mean(safe_norm(x[k, i] - y[k, j]), p, mass))
-    return torch.stack(values).mul(factor).reshape(lead).to(samples.x.device, samples.x.dtype)
+    return torch.stack(values).mul(factor).reshape(lead).to(pair.x.device, pair.x.dtype)
 
 
 def assignment(cost: NDArray[np.float64]) -> NDArray[np.intp]:

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flexnorm.transport.samples import check_sample, safe_norm
+from flexnorm.transport.pair import check_points, safe_norm
 
 
 def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: T
     """
     named = {"mean_x": mean_x, "cov_x": cov_x, "mean_y": mean_y, "cov_y": cov_y}
     for name, value in named.items():
-        check_sample(name, value)
+        check_points(name, value)
     if len({value.device for value in named.values()}) > 1 or mean_x.device.type == "meta":
         where = ", ".join(f"{name} on {value.device}" for name, value in named.items())
         raise ValueError(f"means and covariances must be on one device that holds numbers, got {where}")

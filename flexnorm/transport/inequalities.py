@@ -1,4 +1,4 @@
-r"""Lower and upper bounds of W_p of two samples, each with its reason, and what they share, computed once.
+r"""Lower and upper bounds of W_p of two sets of points, each with its reason, and what they share, computed once.
 
 The moment bounds are those of Huang & Yu (arXiv 2001.02814): $f(t) = \min(|t|, B)^k / (k B^{k-1})$ has slope at most 1,
 so by Kantorovich-Rubinstein duality $|E f(X) - E f(Y)| \le W_1(X, Y)$: unequal moments of order k > 2 keep W_1 away
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexnorm.transport.distances import directions
 from flexnorm.transport.line import along_lines, quantile_matching
-from flexnorm.transport.samples import Pair, check_order, check_sample, power_mean, safe_norm
+from flexnorm.transport.pair import Pair, check_order, check_points, power_mean, safe_norm
 
 _LARGEST_BASIS = 512
 
@@ -35,17 +35,17 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
     the tighter the bound.
 
     Args:
-        x: (n, d) sample; centre it first if moments about the mean are meant.
-        y: (m, d) sample.
+        x: (n, d) points; centre them first if moments about the mean are meant.
+        y: (m, d) points.
         order: The order k, at least 1.
         limit: The truncation B, one positive number or (d,); ``None`` for the largest absolute value of each coordinate
-            in both samples.
+            on both sides.
 
     Returns:
-        (d,) in the units of the samples.
+        (d,) in the units of the points.
 
     Raises:
-        TypeError: A sample is not a floating-point tensor.
+        TypeError: x or y is not a floating-point tensor.
         ValueError: Shapes or devices that do not fit, ``order`` below 1, or a limit that is not positive.
 
     Examples:
@@ -54,8 +54,8 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
         tensor([0.4688])
     """
     order = check_order(order)
-    check_sample("x", x)
-    check_sample("y", y)
+    check_points("x", x)
+    check_points("y", y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.device != y.device or 0 in (len(x), len(y)):
         raise ValueError(
             f"x and y must be (n, d) and (m, d) with n and m at least 1 on one device, got {tuple(x.shape)} on "
@@ -72,16 +72,16 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
 
 
 class PairStatistics:
-    """A pair of samples, (n, d) and (m, d) in float64 on the CPU, and quantities derived from it on demand."""
+    """A pair of sets of points, (n, d) and (m, d) in float64 on the CPU, and quantities derived from it on demand."""
 
-    def __init__(self, samples: Pair, p: float, projections: int, seed: int) -> None:
-        self.samples, self.p, self.projections, self.seed = samples, p, projections, seed
-        self.x, self.y, *_ = samples
-        self.masses = samples.x_mass, samples.y_mass
+    def __init__(self, pair: Pair, p: float, projections: int, seed: int) -> None:
+        self.pair, self.p, self.projections, self.seed = pair, p, projections, seed
+        self.x, self.y, *_ = pair
+        self.masses = pair.x_mass, pair.y_mass
         self.d = self.x.shape[-1]
 
     def averages(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted means over the points of both samples, along axis 0."""
+        """Weighted means over the points of both sides, along axis 0."""
         first, second = (
             values.mean(0) if mass is None else torch.tensordot(mass, values, dims=([0], [0]))
             for values, mass in zip((x, y), self.masses, strict=True)
@@ -90,11 +90,11 @@ class PairStatistics:
 
     def lines(self, x: Tensor, y: Tensor) -> Tensor:
         """W_p between rows: x (k, n), y (k, m) -> (k,)."""
-        return along_lines(self.samples, x, y, self.p)
+        return along_lines(self.pair, x, y, self.p)
 
     @cached_property
     def means(self) -> tuple[Tensor, Tensor]:
-        """(d,) means of both samples."""
+        """(d,) means of both sides."""
         return self.averages(self.x, self.y)
 
     @cached_property
@@ -109,11 +109,11 @@ class PairStatistics:
 
     @cached_property
     def radii(self) -> tuple[Tensor, Tensor]:
-        """(n,) and (m,) distances of the points to the mean of their own sample."""
+        """(n,) and (m,) distances of the points to the mean of their own side."""
         return safe_norm(self.x - self.means[0]), safe_norm(self.y - self.means[1])
 
     def mean_radii(self, p: float) -> float:
-        """p-means of the radii of both samples, summed."""
+        """p-means of the radii of both sides, summed."""
         return float(sum(power_mean(radii, p, mass) for radii, mass in zip(self.radii, self.masses, strict=True)))
 
     @cached_property
@@ -124,13 +124,13 @@ class PairStatistics:
     @cached_property
     def slices(self) -> Tensor:
         """(k + 1,) distances W_p along k random directions and, last, along the difference of the means."""
-        rows = directions(self.samples, self.projections, self.seed, mean_difference=True).mT
+        rows = directions(self.pair, self.projections, self.seed, mean_difference=True).mT
         return self.lines(rows @ self.x.mT, rows @ self.y.mT)
 
     @cached_property
     def radius(self) -> float:
         """Largest distance of a point from the origin."""
-        return max(float(safe_norm(sample).max()) for sample in (self.x, self.y))
+        return max(float(safe_norm(points).max()) for points in (self.x, self.y))
 
     @cached_property
     def rounding(self) -> float:
@@ -166,7 +166,7 @@ def _rotated(s: PairStatistics) -> float | None:
 
 
 def _moment(order: int, s: PairStatistics) -> float:
-    x, y = ((sample - s.centre).abs() for sample in (s.x, s.y))
+    x, y = ((points - s.centre).abs() for points in (s.x, s.y))
     reach = torch.maximum(x.amax(0), y.amax(0))
     best = 0.0
     for limit in (reach, reach / 2):
@@ -179,8 +179,8 @@ def _gelbrich(s: PairStatistics) -> float | None:
     if s.p not in (1, 2):
         return None
     x, y = (
-        (sample - mean) * (len(sample) ** -0.5 if mass is None else mass.sqrt().unsqueeze(-1))
-        for sample, mean, mass in zip((s.x, s.y), s.means, s.masses, strict=True)
+        (points - mean) * (len(points) ** -0.5 if mass is None else mass.sqrt().unsqueeze(-1))
+        for points, mean, mass in zip((s.x, s.y), s.means, s.masses, strict=True)
     )
     # Nuclear norm of C_x^(1/2) C_y^(1/2) = that of x y^T; reduce each factor to at most d rows first.
     x, y = (torch.linalg.qr(rows, mode="r").R if rows.shape[0] > rows.shape[1] else rows for rows in (x, y))
@@ -209,7 +209,7 @@ def _matched(s: PairStatistics) -> float:
 
 
 Bound = Callable[[PairStatistics], float | None]
-"""A bound of W_p of two samples, or ``None`` where it does not apply."""
+"""A bound of W_p of two sets of points, or ``None`` where it does not apply."""
 
 LOWER: dict[str, Bound] = {
     # The mean is 1-Lipschitz under every coupling: ||E(X - Y)|| <= E||X - Y||.
@@ -220,14 +220,14 @@ LOWER: dict[str, Bound] = {
     "marginal_sum": lambda s: float(s.marginals.sum()) / math.sqrt(s.d) if s.p == 1 else None,
     # One coordinate is a 1-Lipschitz map.
     "marginal_max": lambda s: float(s.marginals.max()),
-    # `marginal` along the axes in which the samples differ: distances are the same in every orthonormal basis. A
+    # `marginal` along the axes in which the two sides differ: distances are the same in every orthonormal basis. A
     # partial basis is enough, since leaving out a direction only lowers the sum.
     "rotated": _rotated,
     # Each projection is 1-Lipschitz, hence so is the mean over them, and the best of them is a bound.
     "sliced": lambda s: float(s.slices[:-1].pow(s.p).mean() ** (1 / s.p)),
     "max_sliced": lambda s: float(s.slices.max()),
     # The distance to a fixed point is 1-Lipschitz.
-    "radial": lambda s: float(s.lines(*(safe_norm(sample - s.centre).unsqueeze(0) for sample in (s.x, s.y)))),
+    "radial": lambda s: float(s.lines(*(safe_norm(points - s.centre).unsqueeze(0) for points in (s.x, s.y)))),
     # Truncated absolute moments, at the largest value and at its half.
     "moment_2": partial(_moment, 2),
     "moment_3": partial(_moment, 3),

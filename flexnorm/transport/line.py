@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexnorm.transport.samples import Pair, power_mean
+from flexnorm.transport.pair import Pair, power_mean
 
 
 def line_wasserstein(
@@ -30,9 +30,9 @@ def line_wasserstein(
     return power_mean(x.gather(-1, i) - y.gather(-1, j), p, mass)
 
 
-def along_lines(samples: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
-    """The same for images of two samples, (..., k, n) and (..., k, m), with the weights of their points: (..., k)."""
-    return line_wasserstein(x, y, p, *(None if mass is None else mass.unsqueeze(-2) for mass in samples[2:]))
+def along_lines(pair: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
+    """The same for images (..., k, n) and (..., k, m) of a pair of sets of points, with their weights: (..., k)."""
+    return line_wasserstein(x, y, p, *(None if mass is None else mass.unsqueeze(-2) for mass in pair[2:]))
 
 
 def sort_rows(values: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def test_noise_of_own_statistics_is_zero() -> None:
     assert second_moment_excess(mean, var, mean, var, eps=0.0).abs().max() < 1e-6
     assert second_moment_excess(mean, var, mean + 1, var, eps=0.0) == pytest.approx(1 / var)
     assert float(batch_norm_radius(torch.ones(4), torch.tensor([0.0, 3.0, 0.0, 0.0]))) == pytest.approx(math.sqrt(7))
-    assert float(unitized_radius(torch.ones(4), torch.ones(4), positions=9, norm="rms")) == pytest.approx(2)
+    assert float(unitized_radius(torch.ones(4), torch.ones(4), positions=9, unit_norm="rms")) == pytest.approx(2)
 
 
 def test_errors() -> None:

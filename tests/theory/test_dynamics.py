@@ -1,6 +1,7 @@
 """The equations of motion against closed forms, quadrature, finite differences and the online SGD they describe."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -58,10 +59,10 @@ def test_a_custom_function_equals_its_name():
 @pytest.mark.parametrize("activation", ["identity", "relu", "erf", "softplus"])
 @pytest.mark.parametrize(("method", "zeta"), STUDENTS)
 def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, activation):
-    student = Student(method, activation, lr=0.5, zeta=zeta)
-    setting = {"gamma0": 0.5, "R0": 0.2, "times": [0, 1, 2, 4, 8]}
-    theory = dynamics.solve(student, **setting)
-    runs = dynamics.simulate(student, **setting, N=500, runs=16, seed=3)
+    student = Student(method, activation, lr=0.5, zeta=zeta, gamma0=0.5, R0=0.2)
+    times = [0, 1, 2, 4, 8]
+    theory = dynamics.solve(student, times=times)
+    runs = dynamics.simulate(student, times=times, N=500, runs=16, seed=3)
     assert not theory.diverged
     assert not runs.diverged
     for name in ("gamma", "R", "L", "error"):
@@ -70,9 +71,9 @@ def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, act
 
 
 def test_the_comparison_can_fail():
-    setting = {"gamma0": 0.5, "R0": 0.2, "times": [0, 1, 2, 4, 8]}
-    theory = dynamics.solve(Student("bn", "relu", 0.5, 0.125), **setting)
-    runs = dynamics.simulate(Student("bn", "relu", 0.5, 0.25), **setting, N=500, runs=16)
+    times = [0, 1, 2, 4, 8]
+    theory = dynamics.solve(Student("bn", "relu", 0.5, 0.125, gamma0=0.5, R0=0.2), times=times)
+    runs = dynamics.simulate(Student("bn", "relu", 0.5, 0.25, gamma0=0.5, R0=0.2), times=times, N=500, runs=16)
     assert np.max(np.abs(theory.gamma - runs.gamma)[1:] / runs.standard_error["gamma"][1:]) > 3
 
 
@@ -81,12 +82,12 @@ def test_the_comparison_can_fail():
     ("activation", "expected"), [("relu", lambda z: 1 / (2 * z + 1)), ("identity", lambda z: 1 / (z + 1))]
 )
 def test_fixed_point_of_gamma(zeta, activation, expected):
-    student = Student("bn", activation, 0.3, zeta)
+    student = Student("bn", activation, 0.3, zeta, R0=0.5)
     point = student.fixed_point()
     assert point.gamma == pytest.approx(expected(zeta), abs=1e-14)
     assert student.rates([point.gamma, 1.0, 1.0])[0] == pytest.approx(0, abs=1e-14)
     assert (point.drift > 0) == (zeta > 0)
-    path = dynamics.solve(student, R0=0.5, times=600.0)
+    path = dynamics.solve(student, times=600.0)
     assert path.gamma[-1] == pytest.approx(expected(zeta), abs=0.01)
     assert path.R[-1] > 0.99
 
@@ -152,7 +153,7 @@ def test_effective_learning_rates():
     assert Student("bn", lr=0.6).effective_learning_rate(0.5, 2.0) == pytest.approx(0.6 * 0.5 / 4)
     assert Student("wn", lr=0.6).effective_learning_rate(0.5, 2.0) == pytest.approx(0.15)
     assert Student("sgd", lr=0.6).effective_learning_rate(0.5, 2.0) == pytest.approx(0.6)
-    path = dynamics.solve(Student("bn", lr=0.6, zeta=0.1), gamma0=0.5, L0=2.0)
+    path = dynamics.solve(Student("bn", lr=0.6, zeta=0.1, gamma0=0.5, L0=2.0))
     assert path.effective_lr[0] == pytest.approx(0.075)
     assert np.all(np.diff(path.L) > 0)  # decay keeps the noise of the steps alive, so L grows and the rate tunes itself
 
@@ -160,16 +161,16 @@ def test_effective_learning_rates():
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_sgd_diverges_above_the_bound_and_not_below_it(activation):
     bound = Student("sgd", activation).max_learning_rate()
-    slow, fast = (Student("sgd", activation, factor * bound) for factor in (0.75, 1.5))
-    setting = {"R0": 0.9, "times": np.linspace(0, 60, 7)}
-    below = dynamics.simulate(slow, N=200, runs=4, **setting)
-    above = dynamics.simulate(fast, N=200, runs=4, **setting)
+    slow, fast = (Student("sgd", activation, factor * bound, R0=0.9) for factor in (0.75, 1.5))
+    times = np.linspace(0, 60, 7)
+    below = dynamics.simulate(slow, N=200, runs=4, times=times)
+    above = dynamics.simulate(fast, N=200, runs=4, times=times)
     assert not below.diverged
     assert below.error[-1] < 1e-3
     assert above.diverged
     assert np.isnan(above.error[-1])
-    assert not dynamics.solve(slow, **setting).diverged
-    assert dynamics.solve(fast, **setting).diverged
+    assert not dynamics.solve(slow, times=times).diverged
+    assert dynamics.solve(fast, times=times).diverged
 
 
 @pytest.mark.quick(1)
@@ -178,12 +179,12 @@ def test_normalized_students_leave_above_the_bound_and_return_by_themselves(meth
     student = Student(method, "relu", zeta=zeta)
     gamma, bound = student.fixed_point().gamma, student.max_learning_rate()
     lr = 1.6 * bound / (gamma if method == "bn" else 1)  # at L = 1 the effective rate is 1.6 times the bound
-    setting = {"gamma0": gamma, "R0": 0.95, "times": [0, 0.25, 20.0]}
-    runs = dynamics.simulate(Student(method, "relu", lr, zeta), N=500, runs=8, **setting)
+    start, times = {"gamma0": gamma, "R0": 0.95}, [0, 0.25, 20.0]
+    runs = dynamics.simulate(Student(method, "relu", lr, zeta, **start), N=500, runs=8, times=times)
     assert runs.R[1] < 0.95 - 3 * runs.standard_error["R"][1]
     assert runs.effective_lr[2] < bound
     assert runs.R[2] > 0.95
-    slow = dynamics.simulate(Student(method, "relu", 0.3 * lr, zeta), N=500, runs=8, **setting)
+    slow = dynamics.simulate(Student(method, "relu", 0.3 * lr, zeta, **start), N=500, runs=8, times=times)
     assert slow.R[1] > 0.95 + 3 * slow.standard_error["R"][1]
 
 
@@ -203,10 +204,9 @@ def test_normalized_students_leave_above_the_bound_and_return_by_themselves(meth
 )
 @pytest.mark.parametrize("function", [dynamics.solve, dynamics.simulate])
 def test_errors_name_the_value(function, arguments, message):
-    who = {name: value for name, value in arguments.items() if name in ("method", "activation", "lr", "zeta")}
-    start = {name: value for name, value in arguments.items() if name not in who}
+    who = {name: value for name, value in arguments.items() if name != "times"}
     with pytest.raises(ValueError, match=message):
-        function(Student(**who), **start)
+        function(Student(**who), times=arguments.get("times", 1.0))
 
 
 def test_other_errors():
@@ -216,3 +216,16 @@ def test_other_errors():
         dynamics.averages(1.0, 1.0, 3)
     assert "relu" in dynamics.ACTIVATIONS
     assert dynamics.METHODS == ("bn", "wn", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("scipy.integrate", lambda: dynamics.solve(Student(), times=1.0)),
+        ("scipy.optimize", lambda: Student("bn", "tanh", zeta=0.1).fixed_point()),
+    ],
+)
+def test_what_needs_scipy_says_so(monkeypatch, module, call):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs {module}: pip install 'flexnorm\[lab\]'"):
+        call()

@@ -172,7 +172,7 @@ def test_result_is_plain_and_frozen() -> None:
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("one pair of samples", lambda x: shift_bounds(x.unsqueeze(0), x)),
+        ("one pair, points", lambda x: shift_bounds(x.unsqueeze(0), x)),
         ("NaN or infinite", lambda x: shift_bounds(x / 0, x)),
         ("did you mean 'marginal'", lambda x: shift_bounds(x, x, include=["marginals"])),
         ("the order p must be finite and at least 1", lambda x: moment_lower_bound(x, x, 0.5)),

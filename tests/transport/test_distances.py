@@ -302,7 +302,7 @@ X = torch.zeros(3, 2)
         (ValueError, "do not broadcast", (torch.zeros(2, 3, 2), torch.zeros(3, 3, 2)), {}),
         (ValueError, "did you mean 'sliced'", (X, X, "slices"), {}),
         (ValueError, "order p", (X, X, "exact", 0.5), {}),
-        (ValueError, "same points in both", (X, X[:2], "coupled"), {}),
+        (ValueError, "same points on both sides", (X, X[:2], "coupled"), {}),
         (ValueError, "same weights", (X, X, "coupled"), {"weights": (torch.ones(3), torch.arange(3.0))}),
         (ValueError, "3 points but weights", (X, X), {"weights": (torch.ones(2), None)}),
         (ValueError, "not negative", (X, X), {"weights": (-torch.ones(3), None)}),

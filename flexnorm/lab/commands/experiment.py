@@ -106,11 +106,11 @@ def run_one(
     """
     from flexnorm.lab.report import write_report
     from flexnorm.lab.run import compare as run_all
-    from flexnorm.lab.run.terminal import Display, print_table
+    from flexnorm.lab.run.terminal import display, print_table
 
     command = shlex.join(["flexnorm", *sys.argv[1:]])
-    with Display(screen, epochs=single) as display:
-        study = run_all(config, folder, data=data, notify=display, command=command)
+    with display(screen, epochs=single) as show:
+        study = run_all(config, folder, data=data, notify=show, command=command)
     path = write_report(folder)
     if not single:
         print_table(study, screen)

@@ -123,15 +123,14 @@ def from_arrays(
             f"{name}: labels go up to {y_train.max()}, but no training image has label {gaps[0]} ({len(gaps)} such "
             f"labels); number the classes from 0 without gaps, or give the names of all as `classes`"
         )
-    if limit is not None:
-        if limit < 1:
-            raise ValueError(f"limit must be at least 1 image, not {limit}")
-        if limit < len(x_train):
-            keep = stratified(y_train, limit, seed)
-            x_train, y_train = x_train[keep], y_train[keep]
-        if limit < len(x_test):
-            keep = stratified(y_test, limit, seed)
-            x_test, y_test = x_test[keep], y_test[keep]
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image, not {limit}")
+    if limit is not None and limit < len(x_train):
+        keep = stratified(y_train, limit, seed)
+        x_train, y_train = x_train[keep], y_train[keep]
+    if limit is not None and limit < len(x_test):
+        keep = stratified(y_test, limit, seed)
+        x_test, y_test = x_test[keep], y_test[keep]
     digest = _digest(x_train, y_train, x_test, y_test)
     train, test = _to_tensor(x_train, white), _to_tensor(x_test, white)
     # float64 accumulators: 5e7 pixels summed in float32 would lose the last digits of the mean.

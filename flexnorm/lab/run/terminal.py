@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
 
 from rich import box
 from rich.console import Console
@@ -21,61 +21,39 @@ def console(width: int = 140) -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=width)
 
 
-class Display:
-    """Shows events: a progress bar in a terminal, plain lines in a file or a pipe.
+@contextlib.contextmanager
+def display(where: Console, epochs: bool = False) -> Iterator[Callable[[Event], None]]:
+    """Show events: a progress bar in a terminal, plain lines in a file or a pipe; with a line for every epoch too."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    more = (TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
+    bar = Progress(*columns, *more, console=where, disable=not where.is_terminal, transient=True)
+    task = bar.add_task("runs", total=None, now="")
 
-    Args:
-        where: The console.
-        epochs: Print a line for every epoch too.
-    """
-
-    def __init__(self, where: Console, epochs: bool = False) -> None:
-        self.console, self.epochs = where, epochs
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}"),
-            console=where,
-            disable=not where.is_terminal,
-            transient=True,
-        )
-        self.task = self.bar.add_task("runs", total=None, now="")
-
-    def __enter__(self) -> Display:
-        """Start the bar."""
-        self.bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Remove the bar."""
-        self.bar.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
+    def show(event: Event) -> None:
         name = f"{event.norm} {event.optim} seed {event.seed}"
         if event.kind == "data":
-            self.bar.update(self.task, total=event.total)
-            self.console.print(event.text)
-            self.console.print("1 run" if event.total == 1 else f"{event.total} runs")
+            bar.update(task, total=event.total)
+            where.print(event.text)
+            where.print("1 run" if event.total == 1 else f"{event.total} runs")
         elif event.kind == "start":
-            self.bar.update(self.task, now=name)
+            bar.update(task, now=name)
         elif event.epoch is not None:
             e = event.epoch
             now = f"{name}: epoch {e.epoch}/{event.epochs}, test accuracy {100 * e.test_accuracy:.1f} %"
-            self.bar.update(self.task, now=now)
-            if self.epochs:
-                self.console.print(
+            bar.update(task, now=now)
+            if epochs:
+                where.print(
                     f"epoch {e.epoch:3g}/{event.epochs}  train loss {e.train_loss:.4f}  test loss {e.test_loss:.4f}  "
                     f"test accuracy {100 * e.test_accuracy:.2f} %  {e.step_ms:.2f} ms per step"
                 )
         elif event.run is not None:
-            self.bar.update(self.task, advance=1, now="")
+            bar.update(task, advance=1, now="")
             done = "  (was complete)" if event.kind == "skip" else ""
             width = len(str(event.total))
-            self.console.print(f"{event.index:{width}d}/{event.total}  {run_line(event.run)}{done}")
+            where.print(f"{event.index:{width}d}/{event.total}  {run_line(event.run)}{done}")
+
+    with bar:
+        yield show
 
 
 def run_line(run: Run) -> str:

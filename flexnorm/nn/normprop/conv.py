@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexnorm.nn.normprop.checks import one_of, positive, sizes
-from flexnorm.nn.normprop.elementwise import ActivationLike, ChannelPad
+from flexnorm.nn.normprop.elementwise import ActivationLike, ChannelPad, per_channel
 from flexnorm.nn.normprop.layer import LayerOptions, NormPropLayer
 
 Size = int | Sequence[int]
@@ -39,9 +39,7 @@ class ConvLayer(NormPropLayer):
 
     transposed: ClassVar[bool] = False
     plain: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    shared: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-    shared += ("groups", "padding_mode")
-    """Constructor arguments that the plain layer of torch has, too; also attributes of both."""
+    shared = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
         self,
@@ -81,13 +79,15 @@ class ConvLayer(NormPropLayer):
         with torch.autocast(unit.device.type, enabled=False):
             return self._linear(ones, unit.square(), None)
 
-    def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:
+    def _mapped(self, x: Tensor, weight: Tensor, shift: Tensor | None, factor: Tensor) -> Tensor:
         if self.border != "exact":
-            return None
-        variance = self.variance(unit, tuple(x.shape[-self.spatial :]))
+            return super()._mapped(x, weight, shift, factor)
+        variance = self.variance(self.scaled(self.weight, factor), tuple(x.shape[-self.spatial :]))
         # 1 where every tap falls on padding.
         scale = torch.where(variance > 0, variance, 1.0).rsqrt()
-        return scale if x.dim() == 2 + self.spatial else scale[0]
+        u = self._linear(x, weight, None)
+        u = u * (scale if x.dim() == 2 + self.spatial else scale[0]).to(u.dtype)
+        return u if shift is None else u + per_channel(shift, self.spatial, u)
 
     def _folded(self, **changed: Any) -> nn.Module:
         if self.border == "exact":
@@ -215,15 +215,17 @@ class NormPropConv(ConvLayer):
             raise ValueError("only a layer with padding_mode='zeros' and border='paper' can pad with other values")
         self.padding_value = None if value is None else value.to(self.weight)
 
-    def _padding_shift(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def _mapped(self, x: Tensor, weight: Tensor, shift: Tensor | None, factor: Tensor) -> Tensor:
         if self.padding_value is None:
-            return None
+            return super()._mapped(x, weight, shift, factor)
         # Padding with v is padding x - v with zeros and adding v everywhere; the difference does not depend on x.
         value = self.padding_value.reshape(-1, *(1,) * self.spatial)
         image = value.expand(self.in_channels, *x.shape[-self.spatial :]).unsqueeze(0)
         taps = value.reshape(self.groups, 1, -1, *(1,) * self.spatial)
         everywhere = (weight.reshape(self.groups, -1, *weight.shape[1:]) * taps).flatten(0, 1).flatten(1).sum(1)
-        return everywhere.reshape(-1, *(1,) * self.spatial) - self._linear(image, weight, None)[0]
+        added = everywhere.reshape(-1, *(1,) * self.spatial) - self._linear(image, weight, None)[0]
+        u = self._linear(x, weight, None)
+        return u + (added if shift is None else added + per_channel(shift, self.spatial, u))
 
     def _folded(self, **changed: Any) -> nn.Module:
         if self.padding_value is None:

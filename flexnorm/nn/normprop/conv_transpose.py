@@ -22,8 +22,8 @@ from flexnorm.nn.normprop.layer import LayerOptions
 class NormPropConvTranspose(ConvLayer):
     """Transposed convolution with unit filters; used as ``NormPropConvTranspose1d``, ``2d`` and ``3d``.
 
-    As :class:`NormPropConv`, with the filter's norm divided by ``sqrt(prod(stride))``, because an output position
-    receives only that share of the filter's energy. Input without a batch axis is accepted.
+    As :class:`NormPropConv`, errors too, with the filter's norm divided by ``sqrt(prod(stride))``, because an output
+    position receives only that share of the filter's energy. Input without a batch axis is accepted.
 
     Args:
         in_channels: Channels of the input.
@@ -38,10 +38,6 @@ class NormPropConvTranspose(ConvLayer):
         constants: ``"exact"`` or ``"paper"``.
         border: ``"paper"``: nothing is done about borders and phases. ``"exact"``: unit variance at every position.
         **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``.
-
-    Raises:
-        ValueError: For sizes out of range, channels not divisible by groups, or unknown names.
-        TypeError: For an activation or dtype of the wrong kind.
     """
 
     padding: tuple[int, ...]
@@ -72,7 +68,7 @@ class NormPropConvTranspose(ConvLayer):
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
 
     def _grouped(self, weight: Tensor) -> Tensor:
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
+        return weight.reshape(self.groups, -1, *weight.shape[1:])
 
     def filters(self, weight: Tensor) -> Tensor:
         """A ``weight`` as (C, fan-in): one row per unit."""
@@ -81,7 +77,8 @@ class NormPropConvTranspose(ConvLayer):
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """A ``weight`` with the filter of unit c multiplied by ``scale[c]``."""
         # Output channel c = (group g, j): its filter is weight[inputs of g, j].
-        return (self._grouped(weight) * scale.reshape(self.groups, 1, -1, *(1,) * self.spatial)).reshape(weight.shape)
+        scale = scale.reshape(self.groups, 1, -1, *(1,) * self.spatial)
+        return (self._grouped(weight) * scale).reshape(weight.shape)
 
     @property
     def fan_gain(self) -> float:

@@ -26,14 +26,14 @@ NormProp network is gamma and the bias.
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexnorm.nn.normprop.activation import NormPropUnits, UnitOptions
-from flexnorm.nn.normprop.elementwise import ActivationLike, UnitizeSamples, per_channel, unitize_samples
+from flexnorm.nn.normprop.elementwise import ActivationLike, UnitizeSamples, unitize_samples
 
 
 def safe_norm(rows: Tensor) -> Tensor:
@@ -82,6 +82,7 @@ class NormPropLayer(NormPropUnits):
     """
 
     in_channels: int
+    shared: ClassVar[tuple[str, ...]]  # constructor arguments and attributes that torch's own layer has, too
 
     def __init__(
         self,
@@ -124,14 +125,6 @@ class NormPropLayer(NormPropUnits):
 
     def _check(self, x: Tensor) -> None:
         raise NotImplementedError
-
-    def _border_scale(self, x: Tensor, unit: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Factor (1, C, *spatial) that undoes the loss of variance at zero-padded borders; None if not asked for."""
-        return None
-
-    def _padding_shift(self, x: Tensor, weight: Tensor) -> Tensor | None:  # noqa: ARG002
-        """What padding with other values than zero adds, (C, *spatial); None for zeros."""
-        return None
 
     # -- parameters
 
@@ -179,16 +172,11 @@ class NormPropLayer(NormPropUnits):
         scale, shift = self._calibrated(scale, shift)
         factor = self.fan_gain / self.filter_norms()
         weight = self.scaled(self.weight, factor if scale is None else factor * scale).to(self.weight.dtype)
-        border = self._border_scale(x, self.scaled(self.weight, factor))
-        padding = self._padding_shift(x, weight)
-        if padding is not None:
-            u = self._linear(x, weight, None)
-            return u + (padding if shift is None else padding + per_channel(shift, self.spatial, u))
-        if border is None:
-            return self._linear(x, weight, None if shift is None else shift.to(self.weight.dtype))
-        u = self._linear(x, weight, None)
-        u = u * border.to(u.dtype)
-        return u if shift is None else u + per_channel(shift, self.spatial, u)
+        return self._mapped(x, weight, shift, factor)
+
+    def _mapped(self, x: Tensor, weight: Tensor, shift: Tensor | None, factor: Tensor) -> Tensor:  # noqa: ARG002
+        """``weight`` applied to ``x``, plus ``shift`` (C,); ``factor`` makes unit filters of the stored ones."""
+        return self._linear(x, weight, None if shift is None else shift.to(weight.dtype))
 
     # -- inference
 

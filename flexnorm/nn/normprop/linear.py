@@ -40,6 +40,8 @@ class NormPropLinear(NormPropLayer):
         torch.Size([8, 32])
     """
 
+    shared = ("in_features", "out_features")
+
     def __init__(
         self,
         in_features: int,

@@ -186,9 +186,6 @@ class NormPropMaxPool(PoolLayer):
             (:func:`max_pool_moments`).
         activation: Activation of the units that are pooled; None for Gaussian units. Only used with ``correlation``.
         init: Whose gamma and bias the constants are computed for, ``"stable"`` or ``"paper"``.
-
-    Raises:
-        ValueError: For sizes or a correlation out of range.
     """
 
     def __init__(

@@ -186,24 +186,10 @@ class PropagationReport(tuple[LayerPropagation, ...]):
         return "\n".join(lines + ["* measured on the batch"] * measured)
 
 
-_PREDICTED = {
-    "layer": "name",
-    "chi": "chi",
-    "cum. chi": "cumulative_chi",
-    "J gain": "jacobian_gain",
-    "mean": "predicted_mean",
-    "var": "predicted_var",
-    "coherence": "coherence",
-}
-_MEASURED = {
-    "mean*": "measured_mean",
-    "var*": "measured_var",
-    "cond. var*": "conditional_var",
-    "chi*": "measured_chi",
-    "J gain*": "measured_jacobian_gain",
-    "in var*": "input_var",
-    "in kurt*": "input_kurtosis",
-}
+_PREDICTED = {"layer": "name", "chi": "chi", "cum. chi": "cumulative_chi", "J gain": "jacobian_gain"}
+_PREDICTED |= {"mean": "predicted_mean", "var": "predicted_var", "coherence": "coherence"}
+_MEASURED = {"mean*": "measured_mean", "var*": "measured_var", "cond. var*": "conditional_var", "chi*": "measured_chi"}
+_MEASURED |= {"J gain*": "measured_jacobian_gain", "in var*": "input_var", "in kurt*": "input_kurtosis"}
 
 
 def _predict(name: str, layer: NormPropUnits, before: float) -> dict[str, Any]:

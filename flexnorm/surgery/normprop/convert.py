@@ -104,8 +104,8 @@ def convert_to_normprop(
         >>> convert_to_normprop(model, torch.randn(2, 3, 8, 8))[0].activation.name
         'relu'
     """
-    layer = {"constants": constants, "eps": eps, "unitize": unitize}
-    new, rows, measured = _converted(model, example_input, batches, include, exclude, padding, border, **layer)
+    layer = {"constants": constants, "eps": eps, "unitize": unitize, "border": border}
+    new, rows, measured = _converted(model, example_input, batches, include, exclude, padding, **layer)
     _warn(rows)
     if padding == "keep" and not unitize and border == "paper" and not measured.preserved:
         raise RuntimeError(f"the converted model computes another function on example_input: {measured}")
@@ -146,11 +146,23 @@ def _converted(
     include: Selection | None = None,
     exclude: Selection | None = None,
     padding: str = "keep",
-    border: str = "paper",
     **layer: Any,
 ) -> tuple[nn.Module, list[ConversionRow], Difference]:
     inner = unwrap(model)
-    options = _options(inner, example_input, include, exclude, padding, {**layer, "border": border})
+    if example_input is None:
+        raise ValueError("conversion needs example_input: an input of the model, to see the shape of every value")
+    if padding not in PADDINGS:
+        raise ValueError(unknown_name("padding", padding, PADDINGS))
+    if padding == "keep" and layer.get("border") == "exact":
+        raise ValueError("border='exact' rescales the border, padding='keep' keeps it as it was; give padding='zeros'")
+    # A wrong value is refused here and not in the middle of the walk.
+    NormPropConv2d(1, 1, 1, **layer)
+    places = find_places(inner, lambda m: is_candidate(m) or isinstance(m, LINEAR))
+    if not places:
+        raise ValueError(f"{type(inner).__name__} has no linear map or normalization that could be converted")
+    left = {name for place in places for name in place.names}
+    left -= {name for place in select_places(places, include, exclude) for name in place.names}
+    options = Options(layer, padding == "keep", lambda name: name not in left)
     # What the model itself raises is the user's to see, not a finding about the conversion.
     outputs(inner, example_input, training=False)
     try:
@@ -167,30 +179,6 @@ def _converted(
         return _rewritten(copied, example, stats, options)[0]
 
     return new, rows, difference(inner, new, example_input, change, training=False)
-
-
-def _options(
-    model: nn.Module,
-    example_input: Any,
-    include: Selection | None,
-    exclude: Selection | None,
-    padding: str,
-    layer: dict[str, Any],
-) -> Options:
-    if example_input is None:
-        raise ValueError("conversion needs example_input: an input of the model, to see the shape of every value")
-    if padding not in PADDINGS:
-        raise ValueError(unknown_name("padding", padding, PADDINGS))
-    if padding == "keep" and layer["border"] == "exact":
-        raise ValueError("border='exact' rescales the border, padding='keep' keeps it as it was; give padding='zeros'")
-    # A wrong value is refused here and not in the middle of the walk.
-    NormPropConv2d(1, 1, 1, **layer)
-    places = find_places(model, lambda m: is_candidate(m) or isinstance(m, LINEAR))
-    if not places:
-        raise ValueError(f"{type(model).__name__} has no linear map or normalization that could be converted")
-    left = {name for place in places for name in place.names}
-    left -= {name for place in select_places(places, include, exclude) for name in place.names}
-    return Options(layer, padding == "keep", lambda name: name not in left)
 
 
 def _rewritten(

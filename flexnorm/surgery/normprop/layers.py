@@ -15,35 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from flexnorm.nn.normprop import (
-    Activation,
-    NormPropActivation,
-    NormPropAdd,
-    NormPropConv,
-    NormPropConv1d,
-    NormPropConv2d,
-    NormPropConv3d,
-    NormPropConvTranspose1d,
-    NormPropConvTranspose2d,
-    NormPropConvTranspose3d,
-    NormPropLayer,
-    NormPropLinear,
-    NormPropUnits,
-    safe_norm,
-)
+from flexnorm.nn import normprop
+from flexnorm.nn.normprop import Activation, NormPropActivation, NormPropAdd, NormPropConv, NormPropLayer, NormPropUnits
 from flexnorm.surgery._reading import RefusedError
 from flexnorm.surgery.normprop.scaling import ScaleShift
 
 __all__ = ["Moments", "Tail", "activation_layer", "add_layer", "linear_layer", "plain_linear", "through"]
-
-_CONVS: dict[type[nn.Module], type[NormPropLayer]] = {
-    nn.Conv1d: NormPropConv1d,
-    nn.Conv2d: NormPropConv2d,
-    nn.Conv3d: NormPropConv3d,
-    nn.ConvTranspose1d: NormPropConvTranspose1d,
-    nn.ConvTranspose2d: NormPropConvTranspose2d,
-    nn.ConvTranspose3d: NormPropConvTranspose3d,
-}
 
 
 @dataclass(frozen=True)
@@ -176,7 +153,7 @@ def linear_layer(
     """
     new = _blank(module, tail.activation, options)
     weight = linear.weight
-    norms = safe_norm(new.filters(weight)) / new.fan_gain
+    norms = normprop.safe_norm(new.filters(weight)) / new.fan_gain
     known = Moments(linear.bias, norms) if moments is None else moments.positive()
     center, spread = (known.mean - linear.bias) / norms, known.std / norms
     gamma, bias = tail.scale * known.std, tail.scale * known.mean + tail.shift
@@ -197,12 +174,10 @@ def linear_layer(
 
 
 def _blank(module: Any, activation: Activation | None, options: Mapping[str, Any]) -> NormPropLayer:
-    common = {**options, "activation": activation or "identity"}
-    common |= {"device": module.weight.device, "dtype": module.weight.dtype}
-    if isinstance(module, nn.Linear):
-        common.pop("border", None)
-        return NormPropLinear(module.in_features, module.out_features, **common)
-    kind: Any = _CONVS[type(module)]
+    # The layers are named after torch's.
+    kind: Any = getattr(normprop, f"NormProp{type(module).__name__}")
+    common = {name: value for name, value in options.items() if name != "border" or not isinstance(module, nn.Linear)}
+    common |= {"activation": activation or "identity", "device": module.weight.device, "dtype": module.weight.dtype}
     new: NormPropLayer = kind(**{name: getattr(module, name) for name in kind.shared}, **common)
     return new
 

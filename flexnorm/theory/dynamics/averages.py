@@ -35,7 +35,7 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 ACTIVATIONS: tuple[str, ...] = tuple(_FUNCTIONS)
-"""Names of the activations that every function of this package takes; a callable is taken too."""
+"""Names of the activations that students take; a callable is taken too."""
 
 NODES = 80  # exact for polynomials of degree 159; smooth activations at gamma <= 2 reach 1e-8 or better
 _STEP = 1e-4  # of the finite differences used where no closed form is known; their error is of order _STEP^2
@@ -58,15 +58,7 @@ class Averages(NamedTuple):
 
 
 def activation_function(activation: Activation) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function behind a name of `ACTIVATIONS`; a callable is returned as it is.
-
-    Args:
-        activation: The name, or a differentiable function of a tensor.
-
-    Raises:
-        ValueError: If the name is not known.
-        TypeError: If it is neither a name nor a callable.
-    """
+    """Return the function behind a name of `ACTIVATIONS`; a callable is returned as it is."""
     if isinstance(activation, str):
         if activation not in _FUNCTIONS:
             raise ValueError(unknown_name("activation", activation, ACTIVATIONS))
@@ -148,19 +140,20 @@ def _nodes() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _quadrature(gamma: float, R: float, activation: Activation) -> Averages:
-    g = activation_function(activation)
     x, weight = _nodes()
     a = torch.from_numpy(x)
-    v = R * a[:, None] + (1 - R**2) ** 0.5 * a[None, :]
-    with torch.enable_grad():
-        u = (gamma * a).requires_grad_()
-        g_u = g(u)
-        (slope,) = torch.autograd.grad(g_u.sum(), u)
-    gap = g(v) - g_u.detach()[:, None]
+    u, v = gamma * a, R * a[:, None] + (1 - R**2) ** 0.5 * a[None, :]
+    g_u, slope = value_and_slope(activation, u)
+    gap = activation_function(activation)(v) - g_u[:, None]
     delta = slope[:, None] * gap
     w = torch.from_numpy(np.outer(weight, weight))
+    return Averages(*(float((w * values).sum()) for values in (delta * u[:, None], delta**2, delta * v, gap**2)))
 
-    def mean(values: torch.Tensor) -> float:
-        return float((w * values).sum())
 
-    return Averages(mean(delta * u.detach()[:, None]), mean(delta**2), mean(delta * v), mean(gap**2))
+def value_and_slope(activation: Activation, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return g(u) and g'(u), of the shape of u."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        value = activation_function(activation)(u)
+        (slope,) = torch.autograd.grad(value.sum(), u)
+    return value.detach(), slope

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexnorm._messages import optional
-from flexnorm.theory.dynamics.averages import Activation, activation_function, averages
+from flexnorm.theory.dynamics.averages import Activation, activation_function, averages, value_and_slope
 from flexnorm.theory.dynamics.student import Student
 
 _DIVERGED = 1e6  # a trajectory whose gamma or L passes this value is cut there and called diverged
@@ -44,21 +44,11 @@ class Trajectory:
     standard_error: dict[str, NDArray[np.float64]]
 
 
-def solve(
-    student: Student,
-    *,
-    gamma0: float = 0.5,
-    R0: float = 0.1,
-    L0: float = 1.0,
-    times: Sequence[float] | float = 50.0,
-) -> Trajectory:
+def solve(student: Student, *, times: Sequence[float] | float = 50.0) -> Trajectory:
     """Integrate the equations of motion (Luo et al. 2019, Eq. 6). Needs scipy.
 
     Args:
         student: Who learns.
-        gamma0: Start of gamma, positive; not used by ``"sgd"``, whose gamma starts at `L0`.
-        R0: Start of the overlap, in (-1, 1].
-        L0: Start of the length, positive.
         times: The times at which to report, ascending from 0, in samples per input; or the last one, for 201 even
             steps.
 
@@ -66,7 +56,7 @@ def solve(
         The trajectory. If it diverges, it ends at the last reported time before.
 
     Raises:
-        ValueError: For an argument out of its range.
+        ValueError: If the times do not ascend from 0.
         ImportError: If scipy is not installed.
 
     Examples:
@@ -75,7 +65,7 @@ def solve(
         0.8
     """
     integrate = optional("scipy.integrate", "theory.dynamics.solve", "lab")
-    grid, start = _time_grid(times), _starting_point(student, gamma0, R0, L0)
+    grid = _time_grid(times)
 
     def escaped(_: float, state: NDArray[np.float64]) -> float:
         return float(_DIVERGED - max(abs(state[0]), state[2]))
@@ -86,7 +76,7 @@ def solve(
         return student.rates([state[0], min(1.0, max(-1.0, state[1])), state[2]])
 
     answer = integrate.solve_ivp(
-        motion, (0.0, grid[-1]), start, method="LSODA", t_eval=grid, rtol=1e-8, atol=1e-10, events=escaped
+        motion, (0.0, grid[-1]), student.start, method="LSODA", t_eval=grid, rtol=1e-8, atol=1e-10, events=escaped
     )
     gamma, R, L = answer.y
     R = np.clip(R, -1.0, 1.0)
@@ -100,9 +90,6 @@ def simulate(
     *,
     N: int = 500,
     runs: int = 16,
-    gamma0: float = 0.5,
-    R0: float = 0.1,
-    L0: float = 1.0,
     times: Sequence[float] | float = 10.0,
     seed: int = 0,
 ) -> Trajectory:
@@ -114,9 +101,6 @@ def simulate(
         student: Who learns.
         N: Number of inputs, at least 2.
         runs: Independent runs, at least 2; values are their means.
-        gamma0: Start of gamma, positive.
-        R0: Start of the overlap; every run starts exactly there.
-        L0: Start of the length.
         times: As for `solve`; rounded to whole samples.
         seed: Of the samples.
 
@@ -129,7 +113,7 @@ def simulate(
     if N < 2 or runs < 2:
         raise ValueError(f"N and runs must be at least 2, got N={N}, runs={runs}")
     grid = _time_grid(times)
-    gamma, R, L = _starting_point(student, gamma0, R0, L0)
+    gamma, R, L = student.start  # every run starts exactly there
     rng = np.random.default_rng(seed)
     teacher, other = _directions(rng, N, runs)
     weight = L * (R * teacher + np.sqrt(1 - R**2) * other)
@@ -200,12 +184,8 @@ def _delta(u: NDArray[np.float64], v: NDArray[np.float64], activation: Activatio
         return v - u
     if activation == "relu":
         return np.asarray((u > 0) * (np.maximum(v, 0) - np.maximum(u, 0)))
-    g = activation_function(activation)
-    with torch.enable_grad():
-        field = torch.from_numpy(u).requires_grad_()
-        value = g(field)
-        (slope,) = torch.autograd.grad(value.sum(), field)
-    return np.asarray((slope * (g(torch.from_numpy(v)) - value)).detach().numpy())
+    value, slope = value_and_slope(activation, torch.from_numpy(u))
+    return np.asarray((slope * (activation_function(activation)(torch.from_numpy(v)) - value)).numpy())
 
 
 def _time_grid(times: Sequence[float] | float) -> NDArray[np.float64]:
@@ -215,11 +195,3 @@ def _time_grid(times: Sequence[float] | float) -> NDArray[np.float64]:
     if grid.size < 2 or grid[0] != 0 or np.any(np.diff(grid) <= 0):
         raise ValueError(f"times must be a positive number or ascend from 0, got {times}")
     return grid
-
-
-def _starting_point(student: Student, gamma0: float, R0: float, L0: float) -> tuple[float, float, float]:
-    if not (gamma0 > 0 and L0 > 0 and -1 < R0 <= 1):
-        raise ValueError(
-            f"the start must have gamma0 > 0, L0 > 0 and -1 < R0 <= 1, got gamma0={gamma0}, L0={L0}, R0={R0}"
-        )
-    return (float(L0 if student.method == "sgd" else gamma0), float(R0), float(L0))

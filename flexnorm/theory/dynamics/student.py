@@ -49,7 +49,7 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class Student:
-    """A student and how it is trained. Its methods are the theory; `solve` and `simulate` let it learn.
+    """A student, how it is trained and where it starts. Its methods are the theory; `solve`, `simulate` let it learn.
 
     Args:
         method: ``"bn"``: ``g(sqrt(N) gamma w^T x / ||w||)`` with the decay ``zeta gamma^2`` (BN as weight normalization
@@ -57,10 +57,13 @@ class Student:
         activation: g: ``"identity"``, ``"relu"``, another name of `ACTIVATIONS`, or a smooth function of a tensor.
         lr: The paper's eta, in units where one sample moves the weights by ``lr``.
         zeta: Gamma decay of ``"bn"``, for instance ``1/(4M)`` for ReLU at batch size M; 0 for the others.
+        gamma0: Start of gamma, positive; not used by ``"sgd"``, whose gamma starts at `L0`.
+        R0: Start of the overlap, in (-1, 1].
+        L0: Start of the length, positive.
 
     Raises:
         ValueError: For an unknown name, a learning rate that is not positive, a zeta that is negative or does not
-            belong.
+            belong, a start out of range.
         TypeError: If the activation is neither a name nor a function.
 
     Examples:
@@ -75,6 +78,9 @@ class Student:
     activation: Activation = "relu"
     lr: float = 0.1
     zeta: float = 0.0
+    gamma0: float = 0.5
+    R0: float = 0.1
+    L0: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -88,6 +94,14 @@ class Student:
             raise ValueError(
                 f"zeta is the gamma decay that stands for BN; method {self.method!r} has none, got zeta={self.zeta}"
             )
+        gamma0, R0, L0 = self.gamma0, self.R0, self.L0
+        if not (gamma0 > 0 and L0 > 0 and -1 < R0 <= 1):
+            raise ValueError(f"the start must have gamma0 > 0, L0 > 0 and -1 < R0 <= 1, got {gamma0=}, {L0=}, {R0=}")
+
+    @property
+    def start(self) -> tuple[float, float, float]:
+        """gamma, R and L at the start."""
+        return (float(self.L0 if self.method == "sgd" else self.gamma0), float(self.R0), float(self.L0))
 
     def rates(self, state: Sequence[float]) -> NDArray[np.float64]:
         """Return ``d(gamma, R, L)/dt``, Eq. 6 of the paper; for ``"sgd"`` the like equations of docs/theory.md.

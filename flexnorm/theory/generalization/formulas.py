@@ -50,8 +50,7 @@ def sgd_relu(alpha: float, noise: float = 0.0) -> float:
 
     It is exact for ``relu(w^T x)`` with w the least squares fit of minimal norm to the samples with positive label. A
     ReLU student under gradient descent also learns from negative labels that its field must be negative there: its
-        error is lower (see
-    `simulate`), finite at alpha = 2 and close to 1/2 beyond.
+    error is lower (see `simulate`), finite at alpha = 2 and close to 1/2 beyond.
 
     Args:
         alpha: Samples per input, positive.

@@ -22,6 +22,7 @@ ReLU.
 """
 
 Vector = NDArray[np.floating[Any]]
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Simulated:
     errors: tuple[float, ...]
 
 
-def training_set(alpha: float, noise: float, N: int, rng: np.random.Generator) -> tuple[Vector, Vector, Vector]:
+def training_set(alpha: float, noise: float, N: int, rng: Rng) -> tuple[Vector, Vector, Vector]:
     """Return inputs (P, N), labels (P,) and the teacher (N,) with ``P = round(alpha N)``.
 
     Args:
@@ -132,29 +133,30 @@ def simulate(
         raise ValueError(f"batch_size must lie between 2 and the {round(alpha * N)} samples, got {batch_size}")
     if student == "positive":
         activation = "relu"
+    relu = activation == "relu"
     errors, losses = [], []
     for run in range(runs):
         rng = np.random.default_rng([seed, run])
         x, y, teacher = training_set(alpha, noise, N, rng)
         bias = 0.0
         if student == "batchnorm":
-            weight, bias = _batchnorm(x, y, activation, batch_size, epochs, lr, start, rng)
+            weight, bias = _batchnorm(x, y, relu, batch_size, epochs, lr, start, rng)
         elif student == "positive":
             weight = np.linalg.lstsq(x[y > 0], y[y > 0], rcond=None)[0]
-        elif activation == "relu":
+        elif relu:
             weight = _relu_descent(x, y, zeta if student == "gamma_decay" else 0.0, 20 * epochs, start, rng)
         elif student == "gamma_decay" and zeta:
             weight = np.linalg.solve(x.T @ x + len(y) / N * zeta * np.eye(N), x.T @ y)
         else:
             weight = np.linalg.lstsq(x, y, rcond=None)[0]
         output = x @ weight + bias
-        losses.append(float(np.mean((y - (np.maximum(output, 0) if activation == "relu" else output)) ** 2)))
+        losses.append(float(np.mean((y - (np.maximum(output, 0) if relu else output)) ** 2)))
         errors.append(generalization_error(weight, teacher, activation, bias))
-    spread = float(np.std(errors, ddof=1) / np.sqrt(runs)) if runs > 1 else math.nan
-    return Simulated(float(np.mean(errors)), spread, float(np.mean(losses)), tuple(errors))
+    standard_error = float(np.std(errors, ddof=1) / np.sqrt(runs)) if runs > 1 else math.nan
+    return Simulated(float(np.mean(errors)), standard_error, float(np.mean(losses)), tuple(errors))
 
 
-def _relu_descent(x: Vector, y: Vector, zeta: float, steps: int, start: float, rng: np.random.Generator) -> Vector:
+def _relu_descent(x: Vector, y: Vector, zeta: float, steps: int, start: float, rng: Rng) -> Vector:
     """Full-batch gradient descent of mean (y - relu(x w))^2 + zeta ||w||^2 / N.
 
     Its minima are those over (gamma, w / ||w||) of WN with gamma decay: gamma^2 = ||w||^2 / N.
@@ -169,37 +171,25 @@ def _relu_descent(x: Vector, y: Vector, zeta: float, steps: int, start: float, r
 
 
 def _batchnorm(
-    x: Vector,
-    y: Vector,
-    activation: str,
-    batch_size: int,
-    epochs: int,
-    lr: float,
-    start: float,
-    rng: np.random.Generator,
+    x: Vector, y: Vector, relu: bool, size: int, epochs: int, lr: float, start: float, rng: Rng
 ) -> tuple[Vector, float]:
     """SGD through real batch normalization; returns the weights and bias it amounts to with population statistics."""
     P, N = x.shape
     weight: Vector = np.asarray(start * rng.standard_normal(N))
     gamma, beta = 1.0, 0.0
-    steps = epochs * (P // batch_size)
-    step = 0
+    step, steps = 0, epochs * (P // size)
     for _ in range(epochs):
         order = rng.permutation(P)
-        for first in range(0, P - batch_size + 1, batch_size):
-            index = order[first : first + batch_size]
-            batch = x[index]
+        for first in range(0, P - size + 1, size):
+            index = order[first : first + size]
+            batch, label = x[index], y[index]
             field = batch @ weight
             centred = field - field.mean()
-            sigma = math.sqrt(float(centred @ centred) / batch_size + 1e-20)
+            sigma = math.sqrt(float(centred @ centred) / size + 1e-20)
             unit = centred / sigma
             out = gamma * unit + beta
-            gap = (
-                2.0
-                / batch_size
-                * ((np.maximum(out, 0) - y[index]) * (out > 0) if activation == "relu" else out - y[index])
-            )
-            back = gamma / sigma * (gap - gap.mean() - unit * (gap @ unit) / batch_size)
+            gap = 2.0 / size * ((np.maximum(out, 0) - label) * (out > 0) if relu else out - label)
+            back = gamma / sigma * (gap - gap.mean() - unit * (gap @ unit) / size)
             rate = 0.5 * lr * (1.0 + math.cos(math.pi * step / steps))
             weight -= rate * N * (batch.T @ back)
             gamma -= rate * float(gap @ unit)

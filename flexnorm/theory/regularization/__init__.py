@@ -4,8 +4,13 @@ Luo et al. 2019, Sec. 2.
 """
 
 from flexnorm.theory.regularization.advice import Advice, LayerAdvice, advise
-from flexnorm.theory.regularization.montecarlo import Estimate, bn_gap
-from flexnorm.theory.regularization.noise import DISTRIBUTIONS, inverse_std_bias, sample_noise
+from flexnorm.theory.regularization.noise import (
+    DISTRIBUTIONS,
+    Estimate,
+    bn_gap,
+    inverse_std_bias,
+    sample_noise,
+)
 from flexnorm.theory.regularization.strength import (
     DecayRow,
     LayerStrength,

@@ -83,31 +83,21 @@ class Advice:
     def asdict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, ready for JSON."""
         rows = [{**vars(layer), "zeta_per_channel": list(layer.zeta_per_channel)} for layer in self.layers]
-        return {
-            "batch_size": self.batch_size,
-            "images": self.images,
-            "loss": self.loss,
-            "penalty": self.penalty,
-            "layers": rows,
-        }
+        values = {name: value for name, value in vars(self).items() if name != "strengths"}
+        return {**values, "penalty": self.penalty, "layers": rows}
 
     def table(self, batch_size: int | None = None) -> str:
         """Return the advice as lines of text, with the decay that another batch size needs if one is given."""
-        head = f"{'layer':<28} {'zeta':>9} {'gamma^2':>9} {'penalty':>9} {'joint':>9} {'mean part':>9} {'values':>8}"
         change = None if batch_size is None else self.compensation(batch_size)
-        lines = [head + (f" {f'add at {batch_size}':>12}" if change else "")]
-        for row in self.layers:
-            line = (
-                f"{row.layer:<28} {row.zeta:9.2e} {row.gamma_squared:9.3g} {row.penalty:9.2e} {row.joint_penalty:9.2e}"
-            )
-            line += f" {row.mean_share:9.0%} {row.effective_batch_mean:8.0f}"
+        lines = [f"{'layer':<28} {'zeta':>9} {'gamma^2':>9} {'penalty':>9} {'joint':>9} {'mean part':>9} {'values':>8}"]
+        for r in self.layers:
+            line = f"{r.layer:<28} {r.zeta:9.2e} {r.gamma_squared:9.3g} {r.penalty:9.2e} {r.joint_penalty:9.2e}"
+            lines.append(f"{line} {r.mean_share:9.0%} {r.effective_batch_mean:8.0f}")
             if change:
-                line += f" {sum(change[row.layer]) / row.channels:12.2e}"
-            lines.append(line)
-        lines.append(
-            f"total penalty at batch size {self.batch_size}: {self.penalty:.3g} of the loss ({self.images} images)"
-        )
-        return "\n".join(lines)
+                lines[-1] += f" {sum(change[r.layer]) / r.channels:12.2e}"
+        lines[0] += f" {f'add at {batch_size}':>12}" if change else ""
+        total = f"total penalty at batch size {self.batch_size}: {self.penalty:.3g} of the loss ({self.images} images)"
+        return "\n".join([*lines, total])
 
 
 def advise(

@@ -15,7 +15,7 @@ zero for symmetric h). Derivation and the limits of the expansion: docs/theory.m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ CURVATURES: dict[str, Callable[[Tensor], Tensor]] = {
 ReLU."""
 
 
-@dataclass(frozen=True)
-class StatisticsNoise:
+class StatisticsNoise(NamedTuple):
     """Second moments of the noise of batch statistics, in units of the population's standard deviation.
 
     Attributes:
@@ -50,8 +49,7 @@ class StatisticsNoise:
     covariance: float = 0.0
 
 
-@dataclass(frozen=True)
-class Curvature:
+class Curvature(NamedTuple):
     """Curvature of the loss with respect to a shared shift and a shared scale of the normalized pre-activation.
 
     Attributes:
@@ -106,14 +104,8 @@ def zeta(curvature: Curvature, noise: StatisticsNoise, *, mean: bool = True, var
         >>> zeta(Curvature(1.0, 1.0), statistics_noise(32), mean=False)  # linear student, half the square
         0.0078125
     """
-    total = 0.0
-    if mean:
-        total += 0.5 * curvature.shift * noise.mean
-    if variance:
-        total += 0.5 * curvature.scale * noise.std
-    if mean and variance:
-        total += curvature.cross * noise.covariance
-    return total
+    alone = 0.5 * curvature.shift * noise.mean * mean + 0.5 * curvature.scale * noise.std * variance
+    return alone + curvature.cross * noise.covariance * (mean and variance)
 
 
 def zeta_printed(
@@ -134,10 +126,9 @@ def zeta_printed(
         score: ``d loss / d gamma`` of every sample, of the shape of `preactivation`; its mean square is I(gamma). By
             default I(gamma) is taken as ``mean(curvature (h_bar - beta)^2 / gamma^2)``, its expected value.
         kurtosis: Excess kurtosis rho of h.
-        curvature: ``"sigmoid"`` as printed; ``"relu"`` (its unsmoothed limit) and ``"identity"`` for the special
-            values.
-        gamma: Scale in h_bar; needed without `score`.
-        beta: Shift in h_bar; needed without `score`.
+        curvature: ``"sigmoid"`` as printed; ``"relu"``, its unsmoothed limit, and ``"identity"`` for special values.
+        gamma: Scale in h_bar; needed without `score`, as is `beta`.
+        beta: Shift in h_bar.
 
     Returns:
         Shape (*): the mean is over the first axis, so trailing axes may hold channels.

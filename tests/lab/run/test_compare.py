@@ -10,7 +10,7 @@ from flexnorm.lab.data.images import from_arrays
 from flexnorm.lab.records import Study
 from flexnorm.lab.run import BusyError, Config, WriteError, compare, files
 from flexnorm.lab.run.compare import runs_of
-from flexnorm.lab.run.terminal import Display, console, print_table
+from flexnorm.lab.run.terminal import console, display, print_table
 
 
 def test_runs_that_are_compared_are_near_in_time():
@@ -28,8 +28,8 @@ def test_results(small, images, tmp_path, capsys):
     config = dataclasses.replace(
         small, norms=("batch", "group", "none"), seeds=(0, 1), overrides={"none": {"lr": 1e30}}
     )
-    with Display(console()) as display:
-        results = compare(config, tmp_path / "out", data=images, notify=display, command="flexnorm compare ...")
+    with display(console()) as show:
+        results = compare(config, tmp_path / "out", data=images, notify=show, command="flexnorm compare ...")
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored == files.plain(results.asdict())
     assert Study.read(stored, "out") == dataclasses.replace(results, norms=config.norms, optims=tuple(config.optims))
@@ -65,8 +65,8 @@ def test_results(small, images, tmp_path, capsys):
 def test_the_same_call_again_skips_what_is_complete(small, images, tmp_path, capsys):
     first = compare(small, tmp_path, data=images)
     events = []
-    with Display(console()) as display:
-        second = compare(small, tmp_path, data=images, notify=lambda e: (events.append(e.kind), display(e)))
+    with display(console()) as show:
+        second = compare(small, tmp_path, data=images, notify=lambda e: (events.append(e.kind), show(e)))
     assert events == ["data"] + ["skip"] * 4
     assert second == dataclasses.replace(first, total_seconds=second.total_seconds)
     assert capsys.readouterr().out.count("(was complete)") == 4

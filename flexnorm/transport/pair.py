@@ -1,4 +1,4 @@
-"""Pairs of samples in common form, their checks, and the numeric guards, each with the reason why it exists."""
+"""Pairs of sets of points in common form, their checks, and the numeric guards, each with the reason why it exists."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 
 class Pair(NamedTuple):
-    """Two samples in common form: the same leading axes, dtype and device.
+    """Two sets of points in common form: the same leading axes, dtype and device.
 
     Attributes:
-        x: First sample, (..., n, d).
-        y: Second sample, (..., m, d).
+        x: First, (..., n, d).
+        y: Second, (..., m, d).
         x_mass: (..., n) weights in float64 that sum to 1, or ``None`` for equal weights.
         y_mass: (..., m) likewise.
     """
@@ -28,31 +28,31 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weights: Weights | None = None) -> Pair:
-        """Bring two samples to common form: leading axes broadcast, float32 at least, weights that sum to 1.
+        """Bring two sets of points to common form: leading axes broadcast, float32 at least, weights that sum to 1.
 
         Raises:
             TypeError: An argument is not a tensor, or is not of a real floating-point type, or weights are not a pair.
-            ValueError: The shapes do not fit together, a sample is empty, the devices differ or hold no numbers, or
+            ValueError: The shapes do not fit together, one is empty, the devices differ or hold no numbers, or
                 weights are negative, not finite or sum to 0.
         """
-        check_sample("x", x)
-        check_sample("y", y)
+        check_points("x", x)
+        check_points("y", y)
         if x.device != y.device:
             raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
         if x.device.type == "meta":
             raise ValueError("x and y are on the device meta, which holds no numbers; make them on a real device")
-        x, y = (sample.unsqueeze(-1) if sample.ndim == 1 else sample for sample in (x, y))
+        x, y = (points.unsqueeze(-1) if points.ndim == 1 else points for points in (x, y))
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
             raise ValueError(f"x and y must be (..., n, d) and (..., m, d) with one d, got {shapes}")
         if 0 in x.shape[-2:] or 0 in y.shape[-2:]:
-            raise ValueError(f"each sample needs at least one point and one axis, got {shapes}")
+            raise ValueError(f"each side needs at least one point and one axis, got {shapes}")
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         try:
             lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ValueError(f"leading axes do not broadcast: {shapes}") from error
-        x, y = (sample.to(dtype).expand(*lead, *sample.shape[-2:]) for sample in (x, y))
+        x, y = (points.to(dtype).expand(*lead, *points.shape[-2:]) for points in (x, y))
         if weights is not None and not (isinstance(weights, (tuple, list)) and len(weights) == 2):
             raise TypeError("weights must be a pair (weights of x, weights of y), either of which may be None")
         x_mass, y_mass = weights or (None, None)
@@ -60,33 +60,33 @@ class Pair(NamedTuple):
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity, for which no coupling has a finite cost (ValueError)."""
-        for name, sample in (("x", self.x), ("y", self.y)):
-            if bad := int((~torch.isfinite(sample)).sum()):
+        for name, points in (("x", self.x), ("y", self.y)):
+            if bad := int((~torch.isfinite(points)).sum()):
                 raise ValueError(f"{name} holds {bad} values that are NaN or infinite; their distance is not defined")
 
 
-def _mass(name: str, mass: Tensor | None, sample: Tensor) -> Tensor | None:
+def _mass(name: str, mass: Tensor | None, points: Tensor) -> Tensor | None:
     if mass is None:
         return None
     if not isinstance(mass, Tensor):
         raise TypeError(f"the weights of {name} must be a tensor or None, got {type(mass).__name__}")
-    if mass.ndim < 1 or mass.shape[-1] != sample.shape[-2]:
-        raise ValueError(f"{name} has {sample.shape[-2]} points but weights of shape {tuple(mass.shape)}")
+    if mass.ndim < 1 or mass.shape[-1] != points.shape[-2]:
+        raise ValueError(f"{name} has {points.shape[-2]} points but weights of shape {tuple(mass.shape)}")
     if mass.device.type == "meta":
         raise ValueError(f"the weights of {name} are on the device meta, which holds no numbers")
-    mass = mass.to(device=sample.device, dtype=torch.float64)
+    mass = mass.to(device=points.device, dtype=torch.float64)
     total = mass.sum(-1, keepdim=True)
     if not bool(torch.isfinite(mass).all()) or bool((mass < 0).any()) or bool((total <= 0).any()):
         raise ValueError(f"the weights of {name} must be finite, not negative, and sum to more than 0")
-    return (mass / total).expand(*sample.shape[:-1])
+    return (mass / total).expand(*points.shape[:-1])
 
 
-def check_sample(name: str, sample: object) -> None:
+def check_points(name: str, points: object) -> None:
     """Refuse what is not a tensor (TypeError) of a real floating-point type (TypeError too)."""
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(sample).__name__}; torch.as_tensor makes one")
-    if not sample.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {sample.dtype}; convert it with {name}.float()")
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(points).__name__}; torch.as_tensor makes one")
+    if not points.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {points.dtype}; convert it with {name}.float()")
 
 
 def check_order(p: float) -> float:
@@ -113,7 +113,7 @@ def power_mean(values: Tensor, p: float, mass: Tensor | None = None) -> Tensor:
     r"""$(\sum_i w_i |v_i|^p)^{1/p}$ over the last axis, without overflow and with gradient 0 (not NaN) where it is 0.
 
     The derivative of ``t ** (1 / p)`` at 0 is infinite, and infinity times the zero inside is NaN: that would poison
-    the gradient of a distance between equal samples, which is the value such a loss converges to. The weights sum to 1.
+    the gradient of a distance between equal points, which is the value such a loss converges to. The weights sum to 1.
     """
 
     def average(powers: Tensor) -> Tensor:
@@ -130,13 +130,13 @@ def power_mean(values: Tensor, p: float, mass: Tensor | None = None) -> Tensor:
     return torch.where(zero, mean, root * safe.squeeze(-1))
 
 
-def power_of_two(*samples: Tensor) -> float:
+def power_of_two(*tensors: Tensor) -> float:
     """The power of two next to the largest absolute entry: dividing by it is exact and brings every entry into [-1, 1].
 
     Squares and powers of float64 entries near 1e200 would overflow; after this division they cannot. The exponent is
     clamped to +-1000 so that neither the factor nor its inverse leaves the range of float64.
     """
-    largest = max(float(sample.detach().abs().max()) for sample in samples)
+    largest = max(float(values.detach().abs().max()) for values in tensors)
     if largest == 0 or not math.isfinite(largest):
         return 1.0
     return math.ldexp(1.0, max(-1000, min(1000, math.frexp(largest)[1])))
