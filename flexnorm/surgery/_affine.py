@@ -25,7 +25,7 @@ def _unknown(_: bool) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,), in float64, by which a layer acts in evaluation; RefusedError if it depends on its input."""
+    """Scale and shift (C,), in float64, by which a layer acts in evaluation; RefusedError if its input matters."""
     if isinstance(norm, NoNorm):
         raise RefusedError("is no normalization, only the place of one")
     declared = norm if isinstance(norm, FlexNorm) else read(norm).norm

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from flexnorm.probe import call, isolated, map_tensors, tensors, unwrap
 
-TOLERANCE = 1e-4
-EXACT = 1e-9
+TOLERANCE, EXACT = 1e-4, 1e-9  # in the model's own precision, in float64
 
 
 @dataclass(frozen=True)

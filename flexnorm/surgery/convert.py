@@ -152,8 +152,7 @@ def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | No
     """Names that mean the same layers in a copy of the model, whose modules are other objects."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
-    places = find_places(model, is_candidate)
-    if not places:
+    if not (places := find_places(model, is_candidate)):
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
     return {place.name for place in select_places(places, include, exclude)}
 
