@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.sgd import sgd
 
 from flexnorm.optim.manifold import unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, local_part, to_rows
-from flexnorm.optim.step import Observe, Rotation, State, StepOptions, Workspace, take_step
+from flexnorm.optim.step import Rotation, State, StepOptions, Workspace, take_step
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -177,9 +178,7 @@ class SphereOptimizer(ExactState):
             return
         options, observer = StepOptions.of(group), self.observer
         state, rotation = self._prepare(group, params, options)
-        observe: Observe | None = None
-        if observer is not None:
-            observe = lambda index, angle, norm: observer(StepView(params[index], angle, norm, options))  # noqa: E731
+        observe = None if observer is None else partial(_tell, observer, params, options)
         take_step(params, [cast(Tensor, p.grad) for p in params], state, rotation, options, self._workspace, observe)
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
@@ -215,6 +214,12 @@ class SphereOptimizer(ExactState):
             nesterov=group["nesterov"] and momentum > 0,
             maximize=group["maximize"],
         )
+
+
+def _tell(
+    observer: Observer, params: list[Tensor], options: StepOptions, index: int, angle: Tensor, norm: Tensor
+) -> None:
+    observer(StepView(params[index], angle, norm, options))
 
 
 def check_at_least_zero(values: dict[str, Any], *names: str) -> None:

@@ -158,7 +158,7 @@ def test_gradients_are_never_written_to(cls, foreach, manifold, maximize):
 
 
 @both
-def test_packed_equals_loop_with_gaps(cls):
+def test_together_equals_one_by_one_with_gaps(cls):
     """Seven steps; in one a gradient is missing, one parameter is empty, one joins late, one row is zero."""
     results = []
     for foreach in (None, False):

@@ -6,6 +6,7 @@ from sphere_networks import IMAGES, zoo
 from torch import nn
 
 from flexnorm.optim import SGDG, AdamG, param_groups
+from flexnorm.optim.groups import _followers, _has_history, _scale_statistics
 from flexnorm.optim.rows import RowLayout, to_rows
 
 
@@ -149,3 +150,27 @@ def test_optimizers_take_the_groups_and_learn(make):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.2
+
+
+def test_statistics_behind_a_layer_are_found_by_what_they_are_given():
+    model = zoo()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    found = _followers(model, {model.stem, model.linear, model.head}, norms, IMAGES)
+    assert {(id(layer), id(norm)) for layer, norm in found} == {
+        (id(model.stem), id(model.stem_norm)),
+        (id(model.linear), id(model.linear_norm)),
+    }
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_statistics_follow_the_lengths_but_not_the_bias():
+    layer, norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+    assert not _has_history(norm)
+    norm.running_mean.copy_(torch.tensor([3.0, 5.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 9.0]))
+    assert _has_history(norm)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([1.0, 1.0]))
+    _scale_statistics(layer, norm, torch.tensor([2.0, 4.0]))
+    torch.testing.assert_close(norm.running_mean, torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(norm.running_var, torch.tensor([1.0, 9 / 16]))

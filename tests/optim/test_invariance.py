@@ -10,6 +10,7 @@ from sphere_networks import IMAGES, zoo
 from torch import nn
 
 from flexnorm.optim import SGDG, param_groups, scale_invariant_weights
+from flexnorm.optim.invariance import _candidates, _unfit, probing
 
 INVARIANT = ["stem.weight", "block.conv1.weight", "up.weight", "depthwise.weight", "grouped.weight", "linear.weight"]
 
@@ -246,3 +247,28 @@ def test_empty_and_integer_parameters():
     report = scale_invariant_weights(model, torch.zeros(4, 3))
     assert report["none"].reason == "empty"
     assert "int64" in report["table"].reason
+
+
+def test_candidates_know_where_their_rows_are():
+    model = zoo()
+    reports = {r.name: r for r in _candidates(model)}
+    assert list(reports) == [name for name, _ in model.named_parameters()]
+    up = reports["up.weight"]
+    assert (up.rows, up.n, up.row_dim, up.row_groups, up.modules) == (12, 36, 1, 2, ("up",))
+    assert (reports["linear.weight"].row_dim, reports["linear.weight"].row_groups) == (0, 1)
+    assert {bool(r.reason) for name, r in reports.items() if r.parameter.ndim < 2} == {True}
+    assert not any(_unfit(r) for r in reports.values() if r.parameter.ndim >= 2)
+    assert not any(r.selected for r in reports.values())
+
+
+def test_a_probe_runs_on_noise_in_batches_of_sixteen_and_drops_what_it_changed():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    with probing(model, torch.zeros(2, 3)) as probe:
+        assert probe.args[0].shape == (16, 3)
+        assert float(probe.args[0].std()) > 0.5
+        assert (model.training, model[1].eps) == (True, 1e-30)
+        assert torch.equal(probe.run({}), probe.run({}))
+        assert probe.distance("0.weight", probe.another(probe.parameters["0.weight"])) > 0.1
+        assert probe.distance("0.weight", 2 * probe.parameters["0.weight"]) < 1e-6
+        assert probe.distance("0.weight", probe.parameters["0.weight"] * float("nan")) == float("inf")
+    assert (model.training, model[1].eps, int(model[1].num_batches_tracked)) == (False, 1e-5, 0)

@@ -146,3 +146,9 @@ def test_subclasses_with_their_own_constructor():
     del state["param_groups"][0]["compile"]
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["compile"] is False
+
+
+def test_the_correction_for_moments_that_start_at_zero():
+    rotation = Rotation(1.0, 1.0, 0.9, beta1=0.9, beta2=0.99)
+    assert rotation.correction(1) == pytest.approx(0.1 / 0.1)
+    assert rotation.correction(10_000) == pytest.approx(1.0)
