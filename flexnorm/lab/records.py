@@ -16,7 +16,7 @@ from flexnorm.lab.replicates import Replicates, paired_difference
 COMPLETE, DIVERGED, REFUSED, UNFINISHED, MISSING_RUN = "complete", "diverged", "refused", "unfinished", "missing"
 
 SHIFT_NUMBERS = ("lower", "w1", "upper", "spread", "relative_lower", "relative", "relative_upper")
-SHIFT_COLUMNS = ("epoch", "step", "layer", *SHIFT_NUMBERS)
+SHIFT_HEADER = ",".join(("epoch", "step", "layer", *SHIFT_NUMBERS))
 SHIFT_MEANS = tuple(name for name in SHIFT_NUMBERS if name != "spread")
 
 
@@ -47,10 +47,10 @@ class EpochRow:
     @classmethod
     def read(cls, row: Mapping[str, str]) -> EpochRow:
         """Return the row of a CSV file."""
-        return cls(*(number(row.get(name)) for name in METRICS_COLUMNS))
+        return cls(*(number(row.get(name)) for name in METRICS_HEADER.split(",")))
 
 
-METRICS_COLUMNS = tuple(f.name for f in dataclasses.fields(EpochRow))
+METRICS_HEADER = ",".join(f.name for f in dataclasses.fields(EpochRow))
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,10 @@ def from_arrays(
     if limit is not None and limit < len(x_test):
         keep = stratified(y_test, limit, seed)
         x_test, y_test = x_test[keep], y_test[keep]
-    digest = _digest(x_train, y_train, x_test, y_test)
+    sha = hashlib.sha256()
+    for a in (x_train, y_train, x_test, y_test):
+        sha.update(f"{a.shape}{a.dtype.str}".encode())
+        sha.update(np.ascontiguousarray(a).data)
     train, test = _to_tensor(x_train, white), _to_tensor(x_test, white)
     # float64 accumulators: 5e7 pixels summed in float32 would lose the last digits of the mean.
     mean = train.mean(dim=(0, 2, 3), dtype=torch.float64)
@@ -141,7 +144,7 @@ def from_arrays(
     for images in (train, test):
         images.sub_(mean[:, None, None]).div_(std[:, None, None])
     labels = [torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test)]
-    return ImageData(name, train, labels[0], test, labels[1], names, mean, std, digest)
+    return ImageData(name, train, labels[0], test, labels[1], names, mean, std, sha.hexdigest())
 
 
 def _pixels(name: str, key: str, x: Array) -> Array:
@@ -182,15 +185,6 @@ def _labels(name: str, key: str, y: Array, count: int) -> npt.NDArray[np.int64]:
     if y.min() < 0:
         raise ValueError(f"{name}: {key} holds the negative label {y.min()}; labels must be integers from 0")
     return y.astype(np.int64)
-
-
-def _digest(*arrays: Array) -> str:
-    """Return the SHA-256 of shapes, types and bytes."""
-    sha = hashlib.sha256()
-    for a in arrays:
-        sha.update(f"{a.shape}{a.dtype.str}".encode())
-        sha.update(np.ascontiguousarray(a).data)
-    return sha.hexdigest()
 
 
 def _to_tensor(x: Array, white: float) -> Tensor:

@@ -157,12 +157,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
+        library = optional("safetensors.torch", str(path), "lab")
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            return library.load_file(path)
+        except optional("safetensors", str(path), "lab").SafetensorError as error:
             raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     try:
         with warnings.catch_warnings():

@@ -53,8 +53,11 @@ def judge(result: Profile, limits: Limits = LIMITS) -> Profile:
 
 
 def _layer(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
-    yield from _noise(layer, result, limits)
-    yield from _shift(layer, result, limits)
+    for topic in (_noise, _shift, _statistics, _decay, _rate, _channels, _propagation):
+        yield from topic(layer, result, limits)
+
+
+def _statistics(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
     if (stale := layer.staleness) is not None and (level := _level(stale, limits.staleness)) != "fine":
         text = (
             f"the running statistics of {layer.layer} are off by {_number(stale)} standard deviations after "
@@ -62,10 +65,6 @@ def _layer(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
             f"(flexnorm.recalibrate), or train longer"
         )
         yield Finding(level, "statistics", stale, text)
-    yield from _decay(layer, result, limits)
-    yield from _rate(layer, limits)
-    yield from _channels(layer, result, limits)
-    yield from _propagation(layer, limits)
 
 
 def _noise(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
@@ -129,7 +128,7 @@ def _decay(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
     yield Finding(level, "decay", layer.zeta, text)
 
 
-def _rate(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
+def _rate(layer: LayerProfile, _: Profile, limits: Limits) -> Iterator[Finding]:
     if layer.angle is None or layer.weight is None:
         return
     level = _level(layer.angle, limits.angle)
@@ -167,7 +166,7 @@ def _channels(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[
             yield Finding(level, "channels", float(count), text)
 
 
-def _propagation(layer: LayerProfile, limits: Limits) -> Iterator[Finding]:
+def _propagation(layer: LayerProfile, _: Profile, limits: Limits) -> Iterator[Finding]:
     variance = layer.input_var
     if variance is None or layer.chi is None:
         return

@@ -21,9 +21,9 @@ from flexnorm.lab.data import ImageData, stratified
 from flexnorm.lab.records import (
     COMPLETE,
     DIVERGED,
-    METRICS_COLUMNS,
+    METRICS_HEADER,
     REFUSED,
-    SHIFT_COLUMNS,
+    SHIFT_HEADER,
     SHIFT_NUMBERS,
     EpochRow,
     Run,
@@ -43,9 +43,6 @@ from flexnorm.shift import ShiftMonitor
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-_METRICS_HEADER, _SHIFT_HEADER = ",".join(METRICS_COLUMNS), ",".join(SHIFT_COLUMNS)
 
 
 class DivergedError(Exception):
@@ -264,8 +261,8 @@ class _Run:
             for leftover in (metrics, shift):
                 with writing(leftover):
                     leftover.unlink(missing_ok=True)
-            self.metrics_bytes = append_rows(metrics, _METRICS_HEADER, [])
-            self.shift_bytes = append_rows(shift, _SHIFT_HEADER, [])
+            self.metrics_bytes = append_rows(metrics, METRICS_HEADER, [])
+            self.shift_bytes = append_rows(shift, SHIFT_HEADER, [])
             return
         state = load_checkpoint(path, self.identity)
         self.metrics_bytes, self.shift_bytes = state["metrics_bytes"], state["shift_bytes"]
@@ -277,19 +274,16 @@ class _Run:
         self.hooks.load_state_dict(state["extras"])
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        before, now = renamed(state.get("environment", {})), environment.describe(self.fabric.device)
-        changed = [
-            f"{key} {before[key]!r} became {now[key]!r}" for key in now if key in before and before[key] != now[key]
-        ]
-        if changed:
+        was, now = renamed(state.get("environment", {})), environment.describe(self.fabric.device)
+        if changed := [f"{key} {was[key]!r} became {now[key]!r}" for key in now if was.get(key, now[key]) != now[key]]:
             self.notes.append(f"resumed after epoch {state['epoch']} in another environment: {'; '.join(changed)}")
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.step_times = state["step_times"].tolist()
 
     def _save(self, done: EpochRow) -> None:
         """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
-        row = [*dataclasses.astuple(done)]
-        self.metrics_bytes = append_rows(self.folder / "metrics.csv", _METRICS_HEADER, [row])
+        rows = [[*dataclasses.astuple(done)]]
+        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, rows)
         self._write_shift()
         if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
             return
@@ -320,7 +314,7 @@ class _Run:
             epoch = (values["step"] - 1) // self.steps_per_epoch + 1
             rows.append([epoch, values["step"], values["layer"], *(float(values[name]) for name in SHIFT_NUMBERS)])
         self.monitor.records.clear()
-        self.shift_bytes = append_rows(self.folder / "shift.csv", _SHIFT_HEADER, rows)
+        self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
 
     def _write_weights(self) -> None:
         """Write the trained weights in the format that every framework reads."""

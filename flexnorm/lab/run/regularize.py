@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
 from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
-
-if TYPE_CHECKING:
-    from flexnorm.optim import GammaDecay
-    from flexnorm.statistics import PopulationEstimator
+from flexnorm.optim import GammaDecay
+from flexnorm.statistics import PopulationEstimator
 
 
 class StepHooks:
@@ -62,8 +60,6 @@ class StepHooks:
             self._gammas = [weight for weight in weights if isinstance(weight, nn.Parameter)]
         self._estimator: PopulationEstimator | None = None
         if any(getattr(module, "statistics", None) == "estimated" for module in model.modules()):
-            from flexnorm.statistics import PopulationEstimator
-
             pool = {**ESTIMATE, **config.estimate}
             self._estimator = PopulationEstimator(
                 model, samples, size=pool["samples"], every=pool["every"], chunk=pool["chunk"], seed=seed

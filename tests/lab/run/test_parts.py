@@ -16,7 +16,7 @@ from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, trunca
 from flexnorm.lab.run.settings import SCHEDULES, filled
 from flexnorm.lab.run.stop import Interrupted, StopRequest, stop_on_signals
 
-METRICS, SHIFT = (",".join(columns) for columns in (records.METRICS_COLUMNS, records.SHIFT_COLUMNS))
+METRICS, SHIFT = records.METRICS_HEADER, records.SHIFT_HEADER
 
 
 class TestSchedule:
