@@ -11,8 +11,6 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["gather_tables"]
-
 
 class _Gather(torch.autograd.Function):
     """All-gather a table; the gradient of each process's part is summed over the processes.
@@ -40,12 +38,11 @@ def gather_tables(mean: Tensor, var: Tensor, count: int | Tensor, group: Process
     """Gather (1, C) tables and counts from every process of ``group``.
 
     Returns:
-        Means (world, C), variances (world, C) and counts (world,), the counts in float64 so that they are exact.
+        Means (world, C), variances (world, C) and counts (world,), the counts in float64 so that they are exact:
+        all travel in it, in one message.
     """
-    local = torch.cat([mean, var], 1)
-    tables = cast("Tensor", _Gather.apply(local, group))[:, 0]  # type: ignore[no-untyped-call]
-    counts = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1)
-    parts = [torch.empty_like(counts) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, counts, group=group)
-    channels = mean.shape[1]
-    return tables[:, :channels], tables[:, channels:], torch.cat(parts)
+    counts = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1, 1)
+    local = torch.cat([mean.double(), var.double(), counts], 1)
+    gathered = cast("Tensor", _Gather.apply(local, group))[:, 0]  # type: ignore[no-untyped-call]
+    means, variances, counts = gathered.tensor_split([mean.shape[1], 2 * mean.shape[1]], 1)
+    return means.to(mean.dtype), variances.to(mean.dtype), counts[:, 0].detach()

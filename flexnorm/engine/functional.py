@@ -16,30 +16,20 @@ from torch import Tensor
 
 from flexnorm.engine.moments import Moments
 from flexnorm.kernels import passes
-from flexnorm.kernels.layout import Layout, layout_of, over_positions, positions_of, table_dtype, transformed
+from flexnorm.kernels.composed import gradients, must_compose, transformed
+from flexnorm.kernels.layout import Layout, layout_of, positions_of, table_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Rule", "flex_norm"]
-
 Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
-
-
-class _Pending:
-    """What ``_Affine`` hands to ``_Moments`` besides the gradient: the scale still to be applied to it, if any."""
-
-    __slots__ = ("scale",)
-
-    def __init__(self) -> None:
-        self.scale: Tensor | None = None
 
 
 class _Moments(torch.autograd.Function):
     """Moments of x, and x itself for the affine pass, so that this node sees every gradient of x at once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, pending: _Pending) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, layout: Layout, pending: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = passes.moments(x, layout)
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
@@ -51,32 +41,23 @@ class _Moments(torch.autograd.Function):
         ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
         x, mean = ctx.saved_tensors
-        scale, ctx.pending.scale = ctx.pending.scale, None
-        layout = ctx.layout
-        if torch.is_grad_enabled() or transformed(dmean, dvar, g):
+        scale = ctx.pending.pop() if ctx.pending else None
+        if must_compose(dmean, dvar, g):
             # Double backward: g is the finished part of the gradient, everything stays in the graph.
-            return _composed_gradient(x, dmean, dvar, g), None, None
+            grads = (dmean, dvar, None if g is None else g.to(mean.dtype))
+            (dx,) = gradients(lambda v: (*passes.composed_moments(v), v), [x.to(mean.dtype)], [True], grads)
+            return None if dx is None else dx.to(x.dtype), None, None
         if dmean is None and dvar is None:
-            return (g if g is None or scale is None else passes.affine(g, scale, None, layout)), None, None
+            return (g if g is None or scale is None else passes.affine(g, scale, None, ctx.layout)), None, None
         g = torch.zeros_like(x) if g is None else g
-        return passes.combine(g, x, scale, dmean, dvar, mean, layout), None, None
-
-
-def _composed_gradient(x: Tensor, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> Tensor | None:
-    mean, _ = passes.composed_moments(x)
-    positions = max(positions_of(x), 1)
-    total = None if g is None else g.to(mean.dtype)
-    if dmean is not None:
-        term = over_positions(dmean, x) / positions
-        total = term.expand(x.shape) if total is None else total + term
-    if dvar is not None:
-        term = over_positions(dvar, x) * (2.0 / positions) * (x.to(mean.dtype) - over_positions(mean, x))
-        total = term if total is None else total + term
-    return None if total is None else total.to(x.dtype)
+        return passes.combine(g, x, scale, dmean, dvar, mean, ctx.layout), None, None
 
 
 class _Affine(torch.autograd.Function):
-    """``y = scale * x + shift``; tables broadcast to (N, C), ``center`` (N, C) conditions the sums of the backward."""
+    """``y = scale * x + shift``; tables broadcast to (N, C), ``center`` (N, C) conditions the sums of the backward.
+
+    ``pending`` takes the scale still to be applied to the gradient that goes to :class:`_Moments`.
+    """
 
     @staticmethod
     def forward(
@@ -86,37 +67,32 @@ class _Affine(torch.autograd.Function):
         shift: Tensor,
         center: Tensor | None,
         layout: Layout,
-        pending: _Pending | None,
+        pending: list[Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, center)
         ctx.layout, ctx.pending, ctx.shift_shape = layout, pending, shift.shape
         return passes.affine(x, scale, shift, layout)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, center = ctx.saved_tensors
-        layout = ctx.layout
+        layout, needed = ctx.layout, ctx.needs_input_grad
         if ctx.pending is not None:
-            ctx.pending.scale = None
-        if torch.is_grad_enabled() or transformed(g):
-            values, gradient = x.to(scale.dtype), g.to(scale.dtype)
-            axes = tuple(range(2, x.dim()))
-            s1, s0 = values * gradient, gradient
-            if axes:
-                s1, s0 = s1.sum(axes), s0.sum(axes)
-            dx = (gradient * over_positions(scale.expand(layout.size[:2]), x)).to(x.dtype)
-            return dx, s1.sum_to_size(scale.shape), s0.sum_to_size(ctx.shift_shape), None, None, None
+            ctx.pending.clear()
+        if must_compose(g):
+            # The value of the shift does not matter to any gradient.
+            inputs = [x, scale, scale.new_zeros(ctx.shift_shape, requires_grad=True)]
+            return *gradients(passes.composed_affine, inputs, needed, (g,)), None, None, None
         g = _like(g, x, layout)
-        dscale: Tensor | None = None
-        dshift: Tensor | None = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        dx, dscale, dshift = None, None, None
+        if needed[1] or needed[2]:
             dscale, dshift = passes.sums(g, x, center, layout, (scale.shape, ctx.shift_shape))
-        if not ctx.needs_input_grad[0]:
-            return None, dscale, dshift, None, None, None
-        if ctx.pending is None:
-            return passes.affine(g, scale, None, layout), dscale, dshift, None, None, None
-        ctx.pending.scale = scale
-        return g, dscale, dshift, None, None, None
+        if needed[0] and ctx.pending is None:
+            dx = passes.affine(g, scale, None, layout)
+        elif needed[0]:
+            ctx.pending.append(scale)
+            dx = g
+        return dx, dscale, dshift, None, None, None
 
 
 def _like(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
@@ -150,31 +126,29 @@ def _validate(x: Tensor) -> None:
         )
 
 
+def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a rule as tables of two axes that broadcast to (N, C), in the type of the tables."""
+    result = rule(moments, *params)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"a rule returns the pair (scale, shift), got {type(result).__name__}")
+    scale, shift = (_table(table, name, x) for table, name in zip(result, ("scale", "shift"), strict=True))
+    return scale, shift
+
+
 def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
-    """The scale or shift of a rule as a table of two axes that broadcast to (N, C), in the type of the tables."""
-    dtype = table_dtype(x.dtype)
     if not isinstance(table, Tensor):
         if not isinstance(table, (int, float)):
             raise TypeError(f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)")
         table = torch.as_tensor(float(table), device=x.device)
-    if table.dtype != dtype:
-        table = table.to(dtype)
-    shape = table.shape
-    if table.dim() < 2:
-        table = table.reshape(1, -1)
-    if table.dim() != 2 or table.shape[0] not in (1, x.shape[0]) or table.shape[1] not in (1, x.shape[1]):
+    flat = table.to(table_dtype(x.dtype))
+    if flat.dim() < 2:
+        flat = flat.reshape(1, -1)
+    if flat.dim() != 2 or flat.shape[0] not in (1, x.shape[0]) or flat.shape[1] not in (1, x.shape[1]):
         raise ValueError(
-            f"the rule returned a {name} of shape {tuple(shape)}, "
+            f"the rule returned a {name} of shape {tuple(table.shape)}, "
             f"which does not broadcast to (N, C) = {tuple(x.shape[:2])}"
         )
-    return table
-
-
-def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-    result = rule(moments, *params)
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"a rule returns the pair (scale, shift), got {type(result).__name__}")
-    return _table(result[0], "scale", x), _table(result[1], "shift", x)
+    return flat
 
 
 def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup | None = None) -> Tensor:
@@ -216,7 +190,7 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
     if layout.order == "none":
         x = x.contiguous()
         layout = layout_of(x)
-    pending = _Pending()
+    pending: list[Tensor] = []
     through: Tensor | None = None
     center: Tensor | None = None
 

@@ -19,8 +19,6 @@ from flexnorm.kernels.tables import pool
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Moments"]
-
 
 class Moments:
     """Mean and biased variance of an activation over groups of its values, as two small tables.
@@ -37,8 +35,6 @@ class Moments:
         process_group: Group over which ``pool("batch")`` and ``pool("all")`` also pool; ``None`` for this process only.
 
     Attributes:
-        mean: Means of the entries.
-        var: Biased variances of the entries.
         count: Number of values behind each entry.
         backend: Where the tables come from (:mod:`flexnorm.kernels`); what works on them goes on there.
     """
@@ -62,7 +58,9 @@ class Moments:
         self.count = count
         self.process_group = process_group
 
-    def _tables(self) -> tuple[Tensor, Tensor]:
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Means and biased variances, computed now if they have not been."""
         if self._mean is None or self._var is None:
             assert self._compute is not None
             self._mean, self._var = self._compute(True)
@@ -71,28 +69,25 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """Means, (N, C) for the moments that a rule receives."""
-        return self._tables()[0]
+        return self.tables[0]
 
     @property
     def var(self) -> Tensor:
         """Biased variances, of the shape of ``mean``."""
-        return self._tables()[1]
+        return self.tables[1]
 
     @property
     def mean_square(self) -> Tensor:
         """Second moments about zero, ``var + mean**2``: what RMS and filter response normalization divide by."""
-        mean, var = self._tables()
+        mean, var = self.tables
         return var + mean.square()
 
     def detach(self) -> Moments:
         """Return the same moments outside the graph: for running statistics, at the price of one forward pass only."""
-        if self._mean is None or self._var is None:
-            assert self._compute is not None
-            with torch.no_grad():
-                mean, var = self._compute(False)
-        else:
-            mean, var = self._mean.detach(), self._var.detach()
-        return self._with(mean, var, self.count, self.backend)
+        if self._compute is None or self._mean is not None:
+            return self._with(self.mean.detach(), self.var.detach(), self.count, self.backend)
+        with torch.no_grad():
+            return self._with(*self._compute(False), self.count, self.backend)
 
     def pool(self, over: str, groups: int = 1) -> Moments:
         """Return the moments of larger groups of values, exactly.
@@ -123,7 +118,7 @@ class Moments:
         return Moments(mean, var, count, process_group=self.process_group, _backend=backend)
 
     def _pool_channels(self, groups: int) -> Moments:
-        mean, var = self._tables()
+        mean, var = self.tables
         samples, channels = mean.shape
         if groups < 1 or channels % groups:
             raise ValueError(f"groups={groups} does not divide the {channels} channels")
@@ -133,12 +128,12 @@ class Moments:
         if groups == 1:
             return self._with(*pool(mean, var, 1, self.backend), count)
         split = (samples, groups, channels // groups)
-        pooled, pooled_var = pool(mean.view(split), var.view(split), 2, "composed")
-        shape = (samples, channels)
-        return self._with(pooled.expand(split).reshape(shape), pooled_var.expand(split).reshape(shape), count)
+        pooled = pool(mean.view(split), var.view(split), 2, self.backend)
+        mean, var = (table.expand(split).reshape(samples, channels) for table in pooled)
+        return self._with(mean, var, count)
 
     def _pool_batch(self) -> Moments:
-        mean, var = self._tables()
+        mean, var = self.tables
         samples = mean.shape[0]
         if samples == 0:
             # An empty batch has no moments; zeros keep 0/0 out of the graph and out of the other processes' tables.

@@ -17,11 +17,17 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-
-__all__ = ["library"]
+from typing import Any
 
 logger = logging.getLogger("flexnorm")
 
+_ARGUMENTS: dict[str, list[Any]] = {
+    "p": [ctypes.c_void_p],
+    "s": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
+    "n": [ctypes.c_int64],
+    "d": [ctypes.c_double],
+    "i": [ctypes.c_int],
+}
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -53,6 +59,13 @@ def library(source: Path, purpose: str) -> tuple[ctypes.CDLL, Path] | None:
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         logger.warning("flexnorm: the %s kernels could not be compiled (%s); using torch's own", purpose, error)
         return None
+
+
+def declare(function: Any, arguments: str, returns: Any = None) -> Any:
+    """Tell ctypes what a C function takes: p pointer, s a table with its two strides, n a size, d double, i int."""
+    function.argtypes = [kind for letter in arguments for kind in _ARGUMENTS[letter]]
+    function.restype = returns
+    return function
 
 
 def _cache_folder() -> Path:

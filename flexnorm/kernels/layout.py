@@ -66,10 +66,3 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
 def over_positions(table: Tensor, x: Tensor) -> Tensor:
     """View a table (N, C) so that it broadcasts against ``x`` (N, C, *spatial)."""
     return table.reshape(table.shape + (1,) * (x.dim() - 2))
-
-
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a torch.func transform is active or gradients come batched: such tensors have no memory of their own."""
-    functorch = torch._C._functorch
-    batched = any(t is not None and functorch.is_legacy_batchedtensor(t) for t in tensors)
-    return batched or functorch.peek_interpreter_stack() is not None

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.build import library
-
-__all__ = ["DTYPES", "call", "load", "status", "strided"]
+from flexnorm.kernels.build import declare, library
 
 _SOURCE = Path(__file__).with_name("normalization.c")
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 DTYPES = frozenset(_SUFFIXES)
 """Types of activations that the passes take."""
 
-# Arguments: p a pointer, s a table with its two strides, n a size, d a double, i an int.
+# Their arguments in the letters of :func:`declare`.
 _PASSES = {"moments": "pppnnni", "affine": "psspnnni", "sums": "pppppnnni", "combine": "ppssdsdppnnni"}
 _TABLES = {
     "pool_samples": "ppppnn",
@@ -33,13 +31,7 @@ _TABLES = {
     "unitize": "pppppppddpppnn",
     "unitize_backward": "pppppppppddpppppppnn",
 }
-_TYPES: dict[str, list[Any]] = {
-    "p": [ctypes.c_void_p],
-    "s": [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64],
-    "n": [ctypes.c_int64],
-    "d": [ctypes.c_double],
-    "i": [ctypes.c_int],
-}
+_COUNTING = ("track", "follow", "guard")
 
 
 @functools.cache
@@ -57,9 +49,7 @@ def load() -> dict[tuple[str, torch.dtype], Any] | None:
     for name, signature in {**signatures, **_TABLES}.items():
         for dtype, suffix in _SUFFIXES.items():
             if (kernel := getattr(found[0], f"{name}_{suffix}", None)) is not None:
-                kernel.argtypes = [kind for letter in signature for kind in _TYPES[letter]]
-                kernel.restype = ctypes.c_int64 if name in ("track", "follow", "guard") else None
-                kernels[name, dtype] = kernel
+                kernels[name, dtype] = declare(kernel, signature, ctypes.c_int64 if name in _COUNTING else None)
     return kernels
 
 

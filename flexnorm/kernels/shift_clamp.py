@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.build import library
-from flexnorm.kernels.layout import memory_order, positions_of, transformed
-
-__all__ = ["may", "shift_and_clamp_", "takes"]
+from flexnorm.kernels.build import declare, library
+from flexnorm.kernels.composed import must_compose, transformed
+from flexnorm.kernels.layout import memory_order, positions_of
 
 _ALONE = 1 << 15  # numbers that one thread is done with before it has woken another
 
@@ -28,12 +27,9 @@ def _kernel() -> ctypes.CDLL | None:
     found = library(Path(__file__).with_name("shift_clamp.c"), "Normalization Propagation")
     if found is None:
         return None
-    kernel, pointer, size = found[0], ctypes.c_void_p, ctypes.c_int64
-    kernel.clamp_forward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
-    kernel.clamp_forward.restype = None
-    kernel.clamp_backward.argtypes = [size] * 3 + [pointer] * 5 + [ctypes.c_int]
-    kernel.clamp_backward.restype = ctypes.c_int
-    return kernel
+    declare(found[0].clamp_forward, "nnnpppppi")
+    declare(found[0].clamp_backward, "nnnpppppi", ctypes.c_int)
+    return found[0]
 
 
 def may(table: Tensor) -> bool:
@@ -84,16 +80,30 @@ def shift_and_clamp_(u: Tensor, shift: Tensor, low: Tensor) -> Tensor:
 
 
 def _order(u: Tensor) -> tuple[int, int, int] | None:
-    """Outer size, channels, inner size; None for other layouts."""
-    if u.is_contiguous():
-        return u.shape[0], u.shape[1], positions_of(u)
-    if u.dim() > 3 and memory_order(u) == "cols":
-        return u.numel() // u.shape[1], u.shape[1], 1
-    return None
+    """Outer size, channels, inner size; None for strides that the kernel does not walk."""
+    samples, channels, positions = u.shape[0], u.shape[1], positions_of(u)
+    return {"rows": (samples, channels, positions), "cols": (samples * positions, channels, 1)}.get(memory_order(u))
 
 
 def _threads(u: Tensor) -> int:
     return torch.get_num_threads() if u.numel() > _ALONE else 1
+
+
+def _run(name: str, u: Tensor, *tensors: Tensor | None) -> Any:
+    """Run a kernel over activations of the shape and strides of ``u``."""
+    order, kernel = _order(u), _kernel()
+    assert order is not None
+    return getattr(kernel, name)(*order, *(None if t is None else t.data_ptr() for t in tensors), _threads(u))
+
+
+def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    d = torch.empty_like(mask, dtype=g.dtype)
+    if g.stride() != mask.stride():
+        g = torch.empty_like(d).copy_(g)
+    sums = g.new_empty(2, mask.shape[1])
+    if _run("clamp_backward", mask, g, mask, d, *sums):
+        raise MemoryError("no memory for the sums of a backward pass")
+    return d, sums
 
 
 class _ShiftClamp(torch.autograd.Function):
@@ -102,7 +112,7 @@ class _ShiftClamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, shift: Tensor, low: Tensor) -> Tensor:
         mask = torch.empty_like(u, dtype=torch.bool) if any(ctx.needs_input_grad) else None
-        _run_forward(u, u, mask, shift.contiguous(), low.contiguous())
+        _run("clamp_forward", u, u, u, mask, shift.contiguous(), low.contiguous())
         ctx.mark_dirty(u)
         ctx.save_for_backward(mask)
         return u
@@ -110,34 +120,12 @@ class _ShiftClamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (mask,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed(g) or type(g) is not Tensor or g.dtype != torch.float32:
+        if must_compose(g) or type(g) is not Tensor or g.dtype != torch.float32:
             d = g * mask.to(g.dtype)
             axes = [0, *range(2, g.dim())]
             return d, d.sum(axes), (g - d).sum(axes)
         d, sums = _run_backward(g, mask)
         return d, sums[0], sums[1]
-
-
-def _run_forward(u: Tensor, y: Tensor, mask: Tensor | None, shift: Tensor, low: Tensor) -> None:
-    order, kernel = _order(u), _kernel()
-    assert order is not None
-    assert kernel is not None
-    pointers = (u, y, mask, shift, low)
-    kernel.clamp_forward(*order, *(None if t is None else t.data_ptr() for t in pointers), _threads(u))
-
-
-def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    d = torch.empty_like(mask, dtype=g.dtype)
-    if g.stride() != mask.stride():
-        g = torch.empty_like(d).copy_(g)
-    order, kernel = _order(mask), _kernel()
-    assert order is not None
-    assert kernel is not None
-    sums = g.new_empty(2, order[1])
-    pointers = (g, mask, d, sums[0], sums[1])
-    if kernel.clamp_backward(*order, *(t.data_ptr() for t in pointers), _threads(mask)):
-        raise MemoryError("no memory for the sums of a backward pass")
-    return d, sums
 
 
 # The same for compiled code, as operations that the compiler does not look into. They take any layout: Inductor prefers
@@ -148,7 +136,7 @@ _LAYOUT = (torch.Tag.flexible_layout,)
 @torch.library.custom_op("flexnorm::shift_and_clamp", mutates_args=(), tags=_LAYOUT)
 def _forward(u: Tensor, shift: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     y, mask = torch.empty_like(u), torch.empty_like(u, dtype=torch.bool)
-    _run_forward(u, y, mask, shift.contiguous(), low.contiguous())
+    _run("clamp_forward", u, u, y, mask, shift.contiguous(), low.contiguous())
     return y, mask
 
 

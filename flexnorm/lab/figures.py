@@ -18,18 +18,6 @@ from flexnorm._messages import unknown_name
 from flexnorm.lab.charts import HUES, Chart, Series, linear, logarithmic, save
 from flexnorm.theory import dynamics, generalization, regularization
 
-__all__ = [
-    "FIGURES",
-    "Curve",
-    "Figure",
-    "chart",
-    "dynamics_figure",
-    "figure_1a",
-    "figure_1b",
-    "plot",
-    "regularization_figure",
-]
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -91,27 +79,14 @@ def _line(label: str, x: Sequence[float], value: Callable[[float], float]) -> Cu
 def _points(label: str, alphas: Sequence[float], method: str, noise: float, **settings: Any) -> Curve:
     """Return the generalization error of simulated students."""
     found = [generalization.simulate(method, alpha, noise, **settings) for alpha in alphas]
-    return Curve(
-        label, tuple(alphas), tuple(v.error for v in found), tuple(v.standard_error for v in found), points=True
-    )
+    y, error = tuple(v.error for v in found), tuple(v.standard_error for v in found)
+    return Curve(label, tuple(alphas), y, error, points=True)
 
 
-def _bn_points(
-    alphas: Sequence[float], noise: float, batch_size: int, epochs: Sequence[int], **settings: Any
-) -> list[Curve]:
-    """Return those of BN, trained for so many epochs."""
-    return [
-        _points(
-            f"BN, M={batch_size}, {length} epochs",
-            alphas,
-            "batchnorm",
-            noise,
-            batch_size=batch_size,
-            epochs=length,
-            **settings,
-        )
-        for length in epochs
-    ]
+def _bn_points(alphas: Sequence[float], noise: float, M: int, epochs: Sequence[int], **settings: Any) -> list[Curve]:
+    """Return those of BN, trained for so many epochs with batches of M."""
+    settings["batch_size"] = M
+    return [_points(f"BN, M={M}, {n} epochs", alphas, "batchnorm", noise, epochs=n, **settings) for n in epochs]
 
 
 def figure_1a(

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import FlexNorm, Moments, recomputing
-from flexnorm.kernels.tables import follow, guard, population_tables
+from flexnorm.kernels.tables import follow, follow_weights, guard
 from flexnorm.nn._base import Shared, standardize
-from flexnorm.nn.renorm import renormalize
 
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
 _FEW_VALUES = 16
@@ -133,15 +132,10 @@ class _PopulationNorm(FlexNorm):
         pooled = moments.pool("batch") if through else moments.detach().pool("batch")
         if self.statistics == "running":
             self.track(pooled)
-        mean, var = self._bounded(pooled)
+        kept = self._bounded(pooled)
         if not through:
-            return standardize(mean, var, self.weight, self.bias, self.eps)
-        if pooled.backend == "c" and pooled.mean.dtype == mean.dtype:
-            return population_tables(pooled.mean, pooled.var, mean, var, self.weight, self.bias, self.eps)
-        free = float("inf")
-        return renormalize(
-            pooled.mean, pooled.var, mean, var, self.weight, self.bias, r_max=free, d_max=free, eps=self.eps
-        )
+            return standardize(*kept, self.weight, self.bias, self.eps)
+        return follow_weights(pooled.tables, kept, self.weight, self.bias, self.eps, pooled.backend)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1, the counter and ``clipped`` to 0."""
@@ -166,21 +160,17 @@ class _PopulationNorm(FlexNorm):
         if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
             # Later batches change the buffers in place, before this one's backward has used its values.
             return mean.clone(), var.clone()
-        limits = (self.eps, self.max_ratio)
-        mean, var, moved = guard(pooled.mean, pooled.var, mean, var, *limits, pooled.backend)
+        bounded, moved = guard(pooled.tables, (mean, var), self.eps, self.max_ratio, pooled.backend)
         self.clipped.fill_(moved)
-        return mean, var
+        return bounded
 
     @torch.no_grad()
     def track(self, pooled: Moments) -> None:
         """Let batch moments enter the bias-corrected moving average, between-batch variance included."""
-        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None
-        assert var is not None
-        assert tracked is not None
         if self.frozen or recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
-        follow(pooled.mean, pooled.var, mean, var, tracked, self.momentum, pooled.backend)
+        assert self.num_batches_tracked is not None
+        follow(pooled.tables, self._population(), self.num_batches_tracked, self.momentum, pooled.backend)
 
 
 class PopulationNorm1d(_PopulationNorm, ndims=(2, 3)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import Moments
-from flexnorm.kernels.tables import unitize_tables
+from flexnorm.kernels import tables
 from flexnorm.nn._base import BatchStatistics, Shared, all_equal
 
 
@@ -43,8 +43,7 @@ def unitize(
     ``mean`` and ``var`` are (C,) or (1, C); ``alpha`` (C,) of 0 is the plain standardization, of 1 full unitization.
     """
     divisor = moments.count if unit_norm == "paper" else mean.shape[-1]
-    tables = (moments.mean, moments.var, mean, var, weight, bias, alpha)
-    return unitize_tables(*tables, eps, divisor, moments.backend)
+    return tables.unitize(moments.tables, (mean, var), weight, bias, alpha, eps, divisor, moments.backend)
 
 
 def unitized(

@@ -183,3 +183,28 @@ def test_compiled_code_calls_the_kernel() -> None:
 
     torch.compile(NormPropConv2d(3, 5, 3), backend=record)(torch.randn(2, 3, 6, 6))
     assert any("shift_and_clamp" in name for name in called)
+
+
+def test_tables_that_have_a_chance() -> None:
+    table = torch.zeros(3)
+    assert shift_clamp.may(table)
+    assert not shift_clamp.may(table.double())
+    assert not shift_clamp.may(table.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not shift_clamp.may(table)
+    seen = []
+    torch.vmap(lambda t: (seen.append(shift_clamp.may(t)), t)[1])(torch.zeros(2, 3))
+    assert seen == [False]
+    with mock.patch.object(shift_clamp, "_kernel", return_value=None):
+        assert not shift_clamp.may(table)
+
+
+def test_activations_that_are_taken() -> None:
+    x = torch.zeros(2, 3, 4, 5)
+    assert shift_clamp._order(x) == (2, 3, 20)
+    assert shift_clamp._order(x.to(memory_format=torch.channels_last)) == (40, 3, 1)
+    assert shift_clamp._order(x[:, :, 0, 0].contiguous()) == (2, 3, 1)
+    assert shift_clamp._order(x.transpose(2, 3)) is None
+    assert shift_clamp.takes(x)
+    for other in (x.double(), x[:0], x.transpose(2, 3), x[0, 0, 0], nn.Parameter(x)):
+        assert not shift_clamp.takes(other)

@@ -6,20 +6,15 @@ deuteranopia (the tests simulate both) and have a lighter twin for a dark page.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Hue:
-    """A colour in two versions.
-
-    Attributes:
-        light: On a light page, as ``#rrggbb``.
-        dark: On a dark page.
-    """
+class Hue(NamedTuple):
+    """A colour on a light and on a dark page, as ``#rrggbb``."""
 
     light: str
     dark: str
@@ -53,17 +48,8 @@ def hues(norms: Sequence[str], baseline: str) -> tuple[Hue, ...]:
     """Return one colour per name in `norms`: ink for the baseline, fixed ones for known names, free ones for others."""
     taken = {_KNOWN[n] for n in norms if n in _KNOWN and n != baseline}
     free = [i for i in range(len(HUES)) if i not in taken] or list(range(len(HUES)))
-    chosen: list[Hue] = []
-    strangers = 0
-    for norm in norms:
-        if norm == baseline:
-            chosen.append(INK)
-        elif norm in _KNOWN:
-            chosen.append(HUES[_KNOWN[norm]])
-        else:
-            chosen.append(HUES[free[strangers % len(free)]])
-            strangers += 1
-    return tuple(chosen)
+    strangers = itertools.cycle(free)
+    return tuple(INK if n == baseline else HUES[_KNOWN[n] if n in _KNOWN else next(strangers)] for n in norms)
 
 
 def dash(index: int) -> str:

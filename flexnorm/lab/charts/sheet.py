@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flexnorm._messages import optional, unknown_name
 from flexnorm.lab.charts.chart import Chart, Series, legend_sample
@@ -83,26 +84,14 @@ def _legend(legend: Sequence[Series], note: str, width: float) -> tuple[Markup, 
     return group(*parts), y + (26.0 if parts else -6.0)
 
 
-def save(
-    path: str | Path,
-    charts: Sequence[Chart],
-    *,
-    title: str,
-    hues: Sequence[Hue] = HUES,
-    legend: Sequence[Series] | None = None,
-    note: str = "",
-    columns: int = 0,
-) -> Path:
+def save(path: str | Path, charts: Sequence[Chart], *, title: str, **words: Any) -> Path:
     """Write charts as a picture, in one step; what was there before stays if that fails.
 
     Args:
         path: The file; its suffix chooses the format: ``.svg``, or with the extra ``plot`` also ``.png`` and ``.pdf``.
-        charts: See :func:`sheet`, like the rest.
+        charts: The charts, all of one width.
         title: What stands above them.
-        hues: The colours of the series.
-        legend: Series of the legend.
-        note: A sentence after the legend.
-        columns: Charts in a row.
+        **words: More arguments of :func:`sheet`.
 
     Returns:
         The path.
@@ -117,7 +106,7 @@ def save(
     if path.suffix not in FORMATS:
         raise ValueError(unknown_name("format of a picture", path.suffix, FORMATS))
     plain = path.suffix != ".svg"
-    picture = sheet(charts, title=title, hues=hues, legend=legend, note=note, columns=columns, plain=plain)
+    picture = sheet(charts, title=title, plain=plain, **words)
     if not plain:
         return write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{picture}\n')
     convert = optional("vl_convert", f"a picture as {path.suffix}", "plot")
@@ -125,17 +114,7 @@ def save(
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write a text file in UTF-8 as :func:`write` does.
-
-    Args:
-        path: The file; its folder must exist.
-        content: What it shall contain.
-    """
-    return write(path, content.encode())
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file in one step, so that a reader never finds half of it.
+    """Write a text file in UTF-8, in one step, so that a reader never finds half of it.
 
     Args:
         path: The file; its folder must exist.
@@ -148,6 +127,11 @@ def write(path: Path, content: bytes) -> Path:
         FileNotFoundError: If the folder does not exist.
         OSError: If it cannot be written; nothing is left behind and an older file stays.
     """
+    return write(path, content.encode())
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write a file as :func:`write_text` does."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
     atomic_write(path, content)

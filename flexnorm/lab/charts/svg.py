@@ -15,17 +15,7 @@ Point = tuple[float, float]
 def drawing(
     key: str, width: float, height: float, *children: Child, title: str, desc: str, **attributes: object
 ) -> Markup:
-    """Return an SVG that says what it shows.
-
-    Args:
-        key: A name that is unique on the page; the ids of title and description are made from it.
-        width: Width of the view box.
-        height: Height of the view box.
-        *children: What is drawn.
-        title: What the drawing is, in a few words.
-        desc: What it shows, in words, for those who do not see it.
-        **attributes: More attributes of the ``svg`` element.
-    """
+    """Return an SVG that says what it is and what it shows; ids are made from a key that is unique on the page."""
     return element(
         "svg",
         element("title", title, id=f"{key}-t"),
@@ -98,10 +88,8 @@ def marker(shape: str, x: float, y: float, radius: float, *, class_: str = "mark
 def end_cross(x: float, y: float) -> Markup:
     """Return the sign for a run that ended early."""
     r = 3.5
-    strokes = (
-        f"M{number(x - r)} {number(y - r)}l{2 * r:g} {2 * r:g}M{number(x - r)} {number(y + r)}l{2 * r:g} {-2 * r:g}"
-    )
-    return element("path", d=strokes, class_="ended")
+    left, up, down = number(x - r), number(y - r), number(y + r)
+    return element("path", d=f"M{left} {up}l{2 * r:g} {2 * r:g}M{left} {down}l{2 * r:g} {-2 * r:g}", class_="ended")
 
 
 _NARROW, _WIDE = frozenset("iljtfrI.,:;'|!()[]/ \u202f-"), frozenset("mwMW@%…–−×")

@@ -48,15 +48,7 @@ def train(given: dict[str, Any]) -> None:
 
 
 def run_experiment(given: dict[str, Any], *, single: bool = False) -> None:
-    """Put the settings together, run the experiment, print the table and write the report.
-
-    Args:
-        given: What the command line gives, by the names of the options.
-        single: Whether it is one run, which shows every epoch.
-
-    Raises:
-        ValueError: The settings do not go together.
-    """
+    """Put the settings of the command line and of its file together and run the experiment; a single run by epochs."""
     file, scale, out = (given.pop(name) for name in ("config", "scale", "out"))
     if scale is not None and file is None:
         raise ValueError("--scale needs --config with a recipe")
@@ -92,18 +84,7 @@ def run_experiment(given: dict[str, Any], *, single: bool = False) -> None:
 def run_one(
     config: Config, folder: Path, screen: Console, *, data: ImageData | None = None, single: bool = False
 ) -> Study:
-    """Run a comparison in its folder, print its table and write its report.
-
-    Args:
-        config: The experiment.
-        folder: Its folder.
-        screen: Where progress and table are shown.
-        data: The images, if they are already loaded.
-        single: Show a line for every epoch instead of the table.
-
-    Returns:
-        The results.
-    """
+    """Run a comparison in its folder, print its table (of a single run its epochs) and write its report."""
     from flexnorm.lab.report import write_report
     from flexnorm.lab.run import compare as run_all
     from flexnorm.lab.run.terminal import display, print_table
@@ -119,15 +100,7 @@ def run_one(
 
 
 def override(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """Put the options of the command line, then its --set, over the settings of a file, in place.
-
-    Args:
-        values: The settings.
-        given: The options by name; None is not given.
-
-    Raises:
-        ValueError: --set is not KEY=VALUE.
-    """
+    """Put the options of the command line that are given, then its --set, over the settings of a file, in place."""
     import yaml
 
     from flexnorm.lab.run import assign

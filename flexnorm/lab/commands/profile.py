@@ -31,19 +31,7 @@ def profile(
     everything: Annotated[bool, typer.Option("--all", help="Also print the findings that ask for nothing.")] = False,
 ) -> None:
     """Train a network for some steps, measure every normalization in it, and say what to change, with the numbers."""
-    show_profile(
-        model,
-        norm=norm,
-        data=data,
-        limit=limit,
-        checkpoint=checkpoint,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        device=device,
-        json_to=json_to,
-        everything=everything,
-    )
+    show_profile(**locals())
 
 
 def show_profile(

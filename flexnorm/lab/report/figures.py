@@ -5,22 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flexnorm.lab.charts import (
-    Chart,
-    Scale,
-    Series,
-    accuracy,
-    hues,
-    linear,
-    log_or_linear,
-    logarithmic,
-    rows,
-    save,
-)
+from flexnorm.lab.charts import Chart, Scale, Series, accuracy, hues, linear, log_or_linear, logarithmic, rows, save
 from flexnorm.lab.charts.numbers import fixed, percent, significant
 from flexnorm.lab.charts.svg import fit
 from flexnorm.lab.records import Cell, EpochRow, Run, ShiftRow, Study
@@ -56,18 +44,17 @@ def picture(out_dir: str | Path, path: str | Path) -> Path:
         OSError: If the file cannot be written; what was there before stays.
     """
     study = load(out_dir)
+    marks = [
+        Series(fit(optim, 200, 12), (), (), kind="points", hue=-1, style=i) for i, optim in enumerate(study.optims)
+    ]
     return save(
         path,
         summary(study),
         title=headline(study, study.cells).claim,
         hues=hues(study.norms, study.baseline),
-        legend=[Series(fit(optim, 200, 12), (), (), kind="points", hue=-1, style=i) for i, optim in _optims(study)],
+        legend=marks,
         note=f"{study.subject}; marks: means over seeds, whiskers: one standard deviation, dots: single seeds",
     )
-
-
-def _optims(study: Study) -> Iterable[tuple[int, str]]:
-    return enumerate(study.optims)
 
 
 def _place(study: Study, norm: str, optim: str) -> dict[str, Any]:
@@ -156,8 +143,8 @@ def _rows(
                 **place,
             )
         )
-    title = f"{heading} per normalizer and optimizer"
-    return Chart(title, x, y, series, heading=heading, x_label=x_label, write=write, references=references)
+    words: dict[str, Any] = {"heading": heading, "x_label": x_label, "references": references}
+    return Chart(f"{heading} per normalizer and optimizer", x, y, series, write=write, **words)
 
 
 # --- Learning curves: a line per normalizer, a band over the seeds
@@ -222,14 +209,8 @@ def mean_series(label: str, tracks: Sequence[dict[float, float]], *, hue: int = 
 # --- Internal covariate shift: over training, and over the depth of the network
 
 
-@dataclass(frozen=True)
-class Depth:
-    """The layers of the networks that are compared with each other.
-
-    Attributes:
-        label: What they are called.
-        names: The layer's name per normalizer.
-    """
+class Depth(NamedTuple):
+    """The layers of the networks that are compared with each other: what they are called, and their name by norm."""
 
     label: str
     names: dict[str, str]
@@ -342,13 +323,7 @@ def _interval(found: Iterable[Interval]) -> Interval:
 
 
 def scatter(study: Study, *, width: float, height: float) -> Chart | None:
-    """Return the chart: a small mark per run, a large one per row of the table; None where no run has both numbers.
-
-    Args:
-        study: What was compared.
-        width: Width of the view box.
-        height: Height of the view box.
-    """
+    """Return the chart: a small mark per run, a large one per row of the table; None where no run has both numbers."""
     runs = _plotted(study)
     if not runs:
         return None
@@ -424,12 +399,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def steps(study: Study, *, width: float) -> Chart | None:
-    """Return a bar per cell, relative to the baseline or in milliseconds without one; None where there is no time.
-
-    Args:
-        study: What was compared.
-        width: Width of the view box.
-    """
+    """Return a bar per cell, relative to the baseline or in milliseconds without one; None where there is no time."""
     relative = study.has_baseline and any(cell.step_ratio for cell in study.cells)
     shown = [cell for cell in study.cells if math.isfinite((cell.step_ratio if relative else cell.step_ms).median)]
     if not shown:

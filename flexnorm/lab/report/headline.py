@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from flexnorm.lab.charts.numbers import decimals_for, duration, fixed, listing, percent, plural, signed, significant
 from flexnorm.lab.records import DIVERGED, REFUSED, Cell, Study
 from flexnorm.lab.replicates import Replicates, paired_difference
 
 
-@dataclass(frozen=True)
-class Headline:
-    """The head of the page.
-
-    Attributes:
-        claim: One short sentence.
-        details: Sentences that back it, each a paragraph.
-        tiles: Key figures as (value, what it is, more about it).
-    """
+class Headline(NamedTuple):
+    """The head of the page: a short sentence, what backs it, and key figures."""
 
     claim: str
     details: tuple[str, ...]
-    tiles: tuple[tuple[str, str, str], ...]
+    tiles: tuple[tuple[str, str, str], ...]  # value, what it is, more about it
 
 
 def headline(study: Study, rows: Sequence[Cell]) -> Headline:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flexnorm.lab.records import MISSING_RUN, UNFINISHED, EpochRow, Run, ShiftRow, Study, number, renamed
 
@@ -55,8 +57,9 @@ def load(out_dir: str | Path) -> Study:
 
     baseline = results.get("baseline", config.get("baseline"))
     baseline = baseline if isinstance(baseline, str) else "batch"
-    norms = _order(_names(config, "norm", "norms"), (key[0] for key in runs))
-    optims = _order(_names(config, "optim", "optims", "optimizer", "optimizers"), (key[1] for key in runs))
+    norms = list(dict.fromkeys([*_names(config, "norm", "norms"), *(key[0] for key in runs)]))
+    optims = _names(config, "optim", "optims", "optimizer", "optimizers")
+    optims = list(dict.fromkeys([*optims, *(key[1] for key in runs)]))
     seeds = _seeds(config) or sorted({key[2] for key in runs})
     for norm in norms:
         for optim in optims:
@@ -90,63 +93,45 @@ def _run(out: Path, path: str, summary: Mapping[str, object], notes: list[str]) 
     return run
 
 
-def _json(out: Path, name: str, notes: list[str]) -> dict[str, object]:
+def _json(out: Path, name: str, notes: list[str]) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one, and a note, where it cannot be read."""
-    path = out / name
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        notes.append(f"{name} could not be read ({error}); what it says is left out")
-        return {}
-    if not isinstance(value, dict):
+    value = _parsed(out, name, notes, json.loads, "what it says is left out")
+    if value is not None and not isinstance(value, dict):
         notes.append(f"{name} holds no JSON object; what it says is left out")
-        return {}
-    return value
+    return _mapping(value)
 
 
 def _csv(out: Path, name: str, notes: list[str]) -> list[dict[str, str]]:
     """Return the rows of a CSV file; none where it is missing, and a note where it cannot be read."""
-    path = out / name
-    if not path.is_file():
-        return []
+    rows = _parsed(out, name, notes, lambda text: list(csv.DictReader(io.StringIO(text))), "its curves are left out")
+    return [{k: v for k, v in row.items() if isinstance(v, str)} for row in rows or ()]
+
+
+def _parsed(out: Path, name: str, notes: list[str], parse: Callable[[str], Any], lost: str) -> Any:
+    """Return the content of a file; None where it is missing, or, with a note, where it cannot be read."""
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            return [{k: v for k, v in row.items() if isinstance(v, str)} for row in csv.DictReader(stream)]
+        return parse((out / name).read_text(encoding="utf-8")) if (out / name).is_file() else None
     except (OSError, ValueError, csv.Error) as error:
-        notes.append(f"{name} could not be read ({error}); its curves are left out")
-        return []
+        notes.append(f"{name} could not be read ({error}); {lost}")
+        return None
 
 
-def _mapping(value: object) -> dict[str, object]:
+def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def _names(config: Mapping[str, object], *keys: str) -> list[str]:
     """Return names from a configuration, given there as a list, as keys or separated by commas."""
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, (list, tuple, dict)):
-            return [str(part) for part in value]
-    return []
-
-
-def _order(configured: Iterable[str], found: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*configured, *found]))
+    value = next((config[key] for key in keys if key in config), None)
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [str(part) for part in value] if isinstance(value, list | tuple | dict) else []
 
 
 def _seeds(config: Mapping[str, object]) -> list[int]:
     """Return the seeds that a configuration asks for: a list, or a count that means 0, 1, ..."""
-    value = config.get("seeds", config.get("seed_list"))
-    if isinstance(value, bool):
-        return []
-    if isinstance(value, int):
-        start = config.get("seed", 0)
-        first = start if isinstance(start, int) and not isinstance(start, bool) else 0
+    value, first = config.get("seeds", config.get("seed_list")), config.get("seed", 0)
+    if type(value) is int:
+        first = first if type(first) is int else 0
         return list(range(first, first + min(value, 1000)))
-    if isinstance(value, (list, tuple)):
-        return [v for v in value if isinstance(v, int) and not isinstance(v, bool)]
-    return []
+    return [v for v in value if type(v) is int] if isinstance(value, list | tuple) else []

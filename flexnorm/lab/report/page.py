@@ -95,6 +95,7 @@ def page(study: Study) -> str:
         steps=steps,
         config=_yaml(study.config) if study.config else "",
         facts=_facts(study),
+        listing=listing,
         plural=plural,
         sample=_sample,
     )

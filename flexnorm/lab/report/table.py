@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexnorm.lab.charts import Scale, accuracy, marker_shape
 from flexnorm.lab.charts.markup import Markup, element, number
-from flexnorm.lab.charts.numbers import (
-    MISSING,
-    decimals_for,
-    fixed,
-    listing,
-    percent,
-    power_of_ten,
-    signed,
-    significant,
-)
+from flexnorm.lab.charts.numbers import MISSING, decimals_for, fixed, percent, power_of_ten, signed, significant
 from flexnorm.lab.charts.svg import XMLNS, group, line, marker
 from flexnorm.lab.records import Cell, Study
 from flexnorm.lab.replicates import Replicates
@@ -27,27 +17,16 @@ STRIP = (120.0, 20.0)
 """Size of the small drawing of the seeds in the accuracy column."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What stands in one place of the table.
+class Entry(NamedTuple):
+    """What stands in one place of the table."""
 
-    Attributes:
-        value: The number, by which the page sorts; NaN for none.
-        text: How it is written.
-        small: What stands below it.
-        bold: Whether it is set in bold.
-        quiet: Whether it is set in grey.
-        alarm: What stands in red at the end.
-        badges: Runs without a result: status, how many, and their reasons.
-    """
-
-    value: float
+    value: float  # by which the page sorts; NaN for none
     text: str
-    small: str | None = None
+    small: str | None = None  # what stands below
     bold: bool = False
     quiet: bool = False
     alarm: str = ""
-    badges: Sequence[tuple[str, int, str]] = ()
+    badges: Sequence[tuple[str, int, str]] = ()  # of runs without a result: status, how many, their reasons
 
     @property
     def sort(self) -> str:
@@ -80,7 +59,7 @@ def results_table(study: Study) -> dict[str, Any]:
             ("Step time", f"ratio to {study.baseline}", "num"),
         ),
         "rows": [_row(study, cell, strip, places) for cell in sorted(cells, key=_rank)],
-        "notes": [(note, listing(names)) for note, names in about.items()],
+        "notes": about,
     }
 
 
