@@ -97,8 +97,7 @@ class FlexNorm(Norm):
             raise ValueError(f"eps must not be negative, got {eps}")
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must lie in [0, 1] or be None (cumulative average), got {momentum}")
-        if isinstance(process_group, str) and process_group != "world":
-            raise ValueError(f"process_group must be a ProcessGroup, 'world' or None, got {process_group!r}")
+        active_group(process_group)  # refuses what is none
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum

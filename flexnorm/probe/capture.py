@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.probe.isolate import isolated
-from flexnorm.probe.select import Selection, select
+from flexnorm.probe.select import Selection, select, unwrap
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 """A name of `CURVED_LOSSES` (Gauss-Newton curvature, no labels needed), or ``loss(outputs, targets)`` returning the
@@ -145,11 +145,12 @@ def capture(
 
         return hook
 
-    with isolated(model, 0), torch.enable_grad():
-        model.eval()
+    inner = unwrap(model)
+    with isolated(inner, 0), torch.enable_grad():
+        inner.eval()
         handles = [module.register_forward_hook(tap(name)) for name, module in chosen.items()]
         try:
-            outputs = model(inputs)
+            outputs = inner(inputs)
         finally:
             for handle in handles:
                 handle.remove()

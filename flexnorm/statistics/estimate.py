@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import Pool, active_group, pool_processes
-from flexnorm.probe import isolated
+from flexnorm.probe import isolated, unwrap
 from flexnorm.statistics._layers import new_pool, of_population, put, watching
 
 
@@ -52,10 +52,11 @@ def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None 
         pools[module].merge(part)
         put(module, *_usable(module, part))
 
-    with isolated(model, 0), watching(pools, renew):
-        model.eval()
+    inner = unwrap(model)
+    with isolated(inner, 0), watching(pools, renew):
+        inner.eval()
         for part in [samples] if chunk is None else torch.split(samples, chunk):
-            model(part)
+            inner(part)
     for module, whole in pools.items():
         mean, var = _usable(module, whole)
         module.get_buffer("running_mean").copy_(mean)

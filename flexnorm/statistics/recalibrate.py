@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +89,7 @@ def recalibrate(
             "sequential=True goes over the data once per layer, but batches can be iterated only once; "
             "pass a list, a DataLoader, or another object that can be iterated again"
         )
+    device = device or next(iter((*inner.parameters(), *inner.buffers()))).device
     run = _Run(inner, batches, forward or _call, device, active_group(process_group))
     with isolated(inner, 0):
         inner.eval()
@@ -109,24 +111,19 @@ def recalibrate(
     return model
 
 
+@dataclass
 class _Run:
     """The passes over the data; works on the private buffers that :func:`isolated` has put into the model."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: Callable[[nn.Module, Any], Any],
-        device: torch.device | str | None,
-        group: ProcessGroup | None,
-    ) -> None:
-        self.model, self.batches, self.forward, self.group = model, batches, forward, group
-        first = next((t for t in (*model.parameters(), *model.buffers())), None)
-        self.device = device if device is not None or first is None else first.device
+    model: nn.Module
+    batches: Iterable[Any]
+    forward: Callable[[nn.Module, Any], Any]
+    device: torch.device | str
+    group: ProcessGroup | None
 
     def moved(self) -> Iterator[Any]:
         for batch in self.batches:
-            yield batch if self.device is None else map_tensors(lambda tensor: tensor.to(self.device), batch)
+            yield map_tensors(lambda tensor: tensor.to(self.device), batch)
 
     def at_once(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
         """One pass; every layer normalizes with the statistics of the batch."""

@@ -5,16 +5,5 @@ from flexnorm.surgery.fold import FoldPlan, FoldRow, fold, fold_plan
 from flexnorm.surgery.normprop import NormPropPlan, convert_to_normprop, normprop_plan
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow
 
-__all__ = [
-    "ConversionPlan",
-    "ConversionRow",
-    "FoldPlan",
-    "FoldRow",
-    "NormPropPlan",
-    "conversion_plan",
-    "convert",
-    "convert_to_normprop",
-    "fold",
-    "fold_plan",
-    "normprop_plan",
-]
+__all__ = ["ConversionPlan", "ConversionRow", "FoldPlan", "FoldRow", "NormPropPlan", "conversion_plan", "convert"]
+__all__ += ["convert_to_normprop", "fold", "fold_plan", "normprop_plan"]

@@ -25,11 +25,7 @@ def _unknown(_: bool) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,), in float64, by which a layer acts in evaluation.
-
-    Raises:
-        RefusedError: If it depends on its input in evaluation too; the text says how.
-    """
+    """Scale and shift (C,), in float64, by which a layer acts in evaluation; RefusedError if its input matters."""
     if isinstance(norm, NoNorm):
         raise RefusedError("is no normalization, only the place of one")
     declared = norm if isinstance(norm, FlexNorm) else read(norm).norm
@@ -60,13 +56,7 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def absorb(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    """Change a linear map in place so that it yields ``scale * y + shift`` where it yielded y.
-
-    Args:
-        linear: A convolution, transposed convolution (grouped or not) or linear map with C output channels.
-        scale: (C,), float64.
-        shift: (C,), float64.
-    """
+    """Change a linear map of C channels in place so that it yields ``scale * y + shift``, (C,), where it yielded y."""
     weight = linear.get_parameter("weight")
     bias = linear._parameters.get("bias")
     if isinstance(linear, nn.modules.conv._ConvTransposeNd):

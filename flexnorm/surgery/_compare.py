@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from flexnorm.probe import call, isolated, map_tensors, tensors, unwrap
 
-TOLERANCE = 1e-4
-EXACT = 1e-9
+TOLERANCE, EXACT = 1e-4, 1e-9  # in the model's own precision, in float64
 
 
 @dataclass(frozen=True)
@@ -49,23 +48,14 @@ class Difference:
         return f"{verdict} (max difference {self.maximum:.2e}, largest output {self.scale:.2e}{exact})"
 
 
-def difference(
-    model: nn.Module,
-    other: nn.Module,
-    example_input: Any,
-    change: Callable[[nn.Module, Any], nn.Module],
-    *,
-    training: bool,
-) -> Difference:
-    """Compare two models on an example, with the same random numbers, in training or in evaluation mode.
+Change = Callable[[nn.Module, Any], nn.Module]
+"""Makes the changed model out of a copy of the model, given the example."""
 
-    Args:
-        model: The model as it was.
-        other: The model as it is.
-        example_input: What to call both with.
-        change: Makes the one out of the other, given a copy that it may change and the example: to see in float64
-            whether a difference is rounding.
-        training: The mode.
+
+def difference(model: nn.Module, other: nn.Module, example_input: Any, change: Change, *, training: bool) -> Difference:
+    """Compare a model as it was and as it is on an example, with the same random numbers, in one mode.
+
+    ``change`` repeats the change in float64, to see whether a difference is rounding.
     """
     found = _difference(model, other, example_input, training=training)
     if found.preserved or found.error:
@@ -84,14 +74,14 @@ def _double(value: Any) -> Any:
 
 
 def _difference(model: nn.Module, other: nn.Module, example_input: Any, *, training: bool) -> Difference:
-    try:
-        wanted = outputs(model, example_input, training=training)
-    except Exception as error:  # noqa: BLE001 - whatever the model raises is the finding
-        return Difference(float("inf"), 0.0, f"the model itself failed: {_first_line(error)}")
-    try:
-        got = outputs(other, example_input, training=training)
-    except Exception as error:  # noqa: BLE001
-        return Difference(float("inf"), 0.0, f"the changed model failed: {_first_line(error)}")
+    found = []
+    for which, label in ((model, "the model itself"), (other, "the changed model")):
+        try:
+            found.append(outputs(which, example_input, training=training))
+        except Exception as error:  # noqa: BLE001 - whatever the model raises is the finding
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            return Difference(float("inf"), 0.0, f"{label} failed: {type(error).__name__}: {first_line}")
+    wanted, got = found
     if [t.shape for t in wanted] != [t.shape for t in got]:
         return Difference(float("inf"), 0.0, "the outputs have other shapes")
     if not wanted:
@@ -113,8 +103,3 @@ def outputs(model: nn.Module, example_input: Any, *, training: bool) -> list[Ten
     with isolated(inner, 0):
         inner.train(training)
         return [t.detach().clone() for t in tensors(call(inner, example_input))]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

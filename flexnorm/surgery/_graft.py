@@ -27,9 +27,7 @@ _ALSO_OWN |= {"_origin", "_training_when_thawed"}
 def effect(source: Source, new: nn.Module) -> str:
     """``"kept"``, ``"kept in evaluation"`` or ``"changes"``, judged by the norms, their options and parameters.
 
-    Args:
-        source: The old layer, read.
-        new: The layer for it, with the tensors that it takes over.
+    ``new`` has the tensors already that it takes over.
     """
     try:
         after = new if isinstance(new, Norm) else read(new).norm
@@ -123,16 +121,7 @@ def _has_act(source: Source) -> bool:
 
 
 def graft(source: Source, new: nn.Module, *, restore: bool = False) -> nn.Module:
-    """Give ``new``, which has the tensors already, the flags, hooks and extras of the layer read as ``source``.
-
-    Args:
-        source: The layer, read.
-        new: The layer that was built for it.
-        restore: Go back to the class of another package that the layer once had.
-
-    Returns:
-        ``new``, or a layer of another class in its place where the layer has an activation inside.
-    """
+    """Give ``new``, which has the tensors already, the flags, hooks, extras and the final class of the old layer."""
     old, own = source.module, _own(source)
     training = old.__dict__.get("_training_when_thawed", old.training)
     cls = final_class(source, new, restore=restore)

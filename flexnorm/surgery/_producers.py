@@ -21,15 +21,7 @@ from flexnorm.nn import NormPropUnits
 from flexnorm.probe import call, isolated, tensors
 from flexnorm.surgery._reading import is_candidate
 
-LINEAR = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 @dataclass
@@ -76,11 +68,7 @@ class _Tracer(fx.Tracer):
 
 
 def traced(model: nn.Module) -> Producers:
-    """Find the producers by ``torch.fx``, in evaluation mode.
-
-    Raises:
-        Exception: Whatever the model raises when it is traced.
-    """
+    """Find the producers by ``torch.fx``, in evaluation mode; raises whatever the model raises when it is traced."""
     with isolated(model, 0):
         model.eval()
         graph = _Tracer().trace(model)

@@ -74,10 +74,11 @@ def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
     return None
 
 
-def blank(name: str, ndim: int | None, features: int, config: Mapping[str, Any]) -> Norm:
+def blank(name: str, ndim: int | None, features: int, config: Mapping[str, Any], *, frozen: bool = False) -> Norm:
     """A layer of that norm as the constructor leaves it, without memory."""
     with torch.device("meta"):
-        return norm_class(name, ndim).build(features, **config)
+        layer = norm_class(name, ndim).build(features, **config)
+    return layer.freeze() if frozen and isinstance(layer, FlexNorm) else layer
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -91,18 +92,14 @@ def _buffers_only(module: nn.Module) -> bool:
 
 
 def read(module: nn.Module) -> Source:
-    """Read a normalization layer.
-
-    Raises:
-        RefusedError: If it cannot be replaced without changing more than the normalization; the text says why.
-    """
+    """Read a layer; RefusedError if it cannot be replaced without changing more than the normalization."""
     _refuse_what_is_more(module)
     frozen = is_frozen(module)
     config: dict[str, Any]
     if _buffers_only(module):
         config = {"eps": module.eps, "affine": True, "track_running_stats": True}
-        norm = blank("batch", 2, module.get_buffer("weight").numel(), config)
-        return Source(module, _frozen(norm), 2, config, True, type(module), notes=("statistics frozen",))
+        norm = blank("batch", 2, module.get_buffer("weight").numel(), config, frozen=True)
+        return Source(module, norm, 2, config, True, type(module), notes=("statistics frozen",))
     known, name, ndim, origin = _known_class(type(module))
     if known in (nn.LayerNorm, nn.RMSNorm):
         return _read_last_axes(module, name)
@@ -115,16 +112,11 @@ def read(module: nn.Module) -> Source:
     if "process_group" in config and config["process_group"] is None:
         config["process_group"] = "world"
     features: Any = module.num_channels if known is nn.GroupNorm else module.num_features
-    norm = blank(name, ndim, features, config)
+    norm = blank(name, ndim, features, config, frozen=frozen)
     above = type(module).__mro__[: type(module).__mro__.index(known)]
     own = [c for c in above if not issubclass(c, (Frozen, ThenAct)) and c is not origin and c.__name__ not in WITH_ACT]
     notes = (f"subclass {own[0].__name__} of {known.__name__}",) if own else ()
-    return Source(module, _frozen(norm) if frozen else norm, ndim, config, frozen, origin, notes=notes)
-
-
-def _frozen(norm: Norm) -> Norm:
-    assert isinstance(norm, FlexNorm)
-    return norm.freeze()
+    return Source(module, norm, ndim, config, frozen, origin, notes=notes)
 
 
 def _refuse_what_is_more(module: nn.Module) -> None:

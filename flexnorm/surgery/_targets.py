@@ -81,12 +81,7 @@ class Target:
         return "sync" if name == "batch" and not self.name and synchronized else name
 
     def build(self, source: Source, ndim: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Build the new layer with the arguments of the old one; tensors are not moved yet.
-
-        Raises:
-            RefusedError: If there is no such layer.
-            ValueError: If the layer does not take an argument's value.
-        """
+        """Build the new layer with the arguments of the old one; tensors are not moved yet."""
         cls = self.class_for(source, ndim)
         names, features = constructor_arguments(cls), int(source.norm.num_features)  # type: ignore[arg-type]
         settings = {n: v for n, v in source.config.items() if n in names and _carries(n, source.norm, cls)}
@@ -120,12 +115,7 @@ def _carries(argument: str, old: Norm, cls: type[nn.Module]) -> bool:
 
 
 def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
-    """Understand the argument ``to`` of a conversion.
-
-    Raises:
-        ValueError: For an unknown name.
-        TypeError: For another kind of argument, or for keyword arguments that the layer does not take.
-    """
+    """Understand the argument ``to`` of a conversion, and refuse arguments that no such layer takes."""
     target = _resolve(to, kwargs)
     if target.function is not None:
         classes: tuple[type[nn.Module], ...] = ()

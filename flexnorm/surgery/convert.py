@@ -72,14 +72,13 @@ def conversion_plan(
     if example_input is not None:
         # What the model itself raises is the user's to see, not a finding about the conversion.
         outputs(model, example_input, training=False)
-    steps = _steps(model, target, include, exclude, example_input, dry=True)
-    rows = [step.row for step in steps]
+    chosen = _chosen(model, include, exclude)
+    rows = [step.row for step in _steps(model, target, chosen, example_input, dry=True)]
     if example_input is None:
         return ConversionPlan(rows)
-    chosen = _by_name(steps)
 
     def change(copied: nn.Module, example: Any) -> nn.Module:
-        return _apply(copied, _steps(copied, target, *chosen, example, dry=False), target)
+        return _apply(copied, _steps(copied, target, chosen, example), target)
 
     other = change(copy.deepcopy(model), example_input)
     return ConversionPlan(
@@ -142,41 +141,30 @@ constrain_alpha=False)
         'BatchNorm2d'
     """
     target = resolve(to, kwargs)
-    if not inplace:
-        chosen = _by_name(_steps(model, target, include, exclude, example_input, dry=True))
-        model = copy.deepcopy(model)
-        include, exclude = chosen
-    steps = _steps(model, target, include, exclude, example_input, dry=False)
+    chosen = _chosen(model, include, exclude)
+    model = model if inplace else copy.deepcopy(model)
+    steps = _steps(model, target, chosen, example_input)
     _warn(steps)
     return _apply(model, steps, target)
 
 
-def _by_name(steps: Sequence[_Step]) -> tuple[Selection, None]:
-    """The same choice for a copy of the model, whose modules are other objects."""
-    names = {name for step in steps for name in step.row.names}
-    return (lambda name, _: name in names), None
-
-
-def _steps(
-    model: nn.Module,
-    target: Target,
-    include: Selection | None,
-    exclude: Selection | None,
-    example_input: Any,
-    *,
-    dry: bool,
-) -> list[_Step]:
+def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | None) -> set[str]:
+    """Names that mean the same layers in a copy of the model, whose modules are other objects."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
-    places = find_places(model, is_candidate)
-    if not places:
+    if not (places := find_places(model, is_candidate)):
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
-    chosen = select_places(places, include, exclude)
-    axes = {} if example_input is None else axes_of(model, [p.module for p in chosen], example_input)
+    return {place.name for place in select_places(places, include, exclude)}
+
+
+def _steps(model: nn.Module, target: Target, chosen: set[str], example_input: Any, *, dry: bool = False) -> list[_Step]:
+    """What happens to the layers of these names; in a dry run a user's function gets copies of them."""
+    places = [place for place in find_places(model, is_candidate) if place.name in chosen]
+    axes = {} if example_input is None else axes_of(model, [p.module for p in places], example_input)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
     neighbours = common_ndim(model)
     steps, errors = [], []
-    for place in chosen:
+    for place in places:
         row = ConversionRow(place.name, tuple(place.names), type(place.module).__name__)
         try:
             steps.append(_step(place, row, target, axes.get(id(place.module), set()), neighbours, like, dry=dry))
@@ -191,14 +179,7 @@ def _steps(
 
 
 def _step(
-    place: Place,
-    row: ConversionRow,
-    target: Target,
-    seen: set[int],
-    neighbours: int | None,
-    like: Tensor,
-    *,
-    dry: bool,
+    place: Place, row: ConversionRow, target: Target, seen: set[int], neighbours: int | None, like: Tensor, *, dry: bool
 ) -> _Step:
     module = place.module
     if target.function is not None:

@@ -8,6 +8,7 @@ from noisy_networks import calibrated, images, small_model
 from torch import nn
 from torch.nn import functional as F
 
+from flexnorm import nn as enn
 from flexnorm import optim, probe
 from flexnorm.theory import regularization as reg
 
@@ -63,6 +64,23 @@ def test_capture_works_on_a_frozen_model_and_a_shared_layer():
     again = [reg.layer_strength(t) for t in probe.capture(net, x, generator=generator)]
     total = sum(s.mean_part + s.std_part + s.cross_part for s in again) / 32
     torch.testing.assert_close(decay.zeta()["0"], total.clamp_min(0))
+
+
+def test_wrappers_are_looked_through():
+    net, x = calibrated(), images(8)
+    compiled = torch.compile(net, backend="eager")
+    compiled(x)  # compiled code does not see hooks that come later
+    plain, seen = probe.capture(net, x)[0], probe.capture(compiled, x)[0]
+    assert (plain.name, seen.name) == ("bn", "_orig_mod.bn")
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], seen[1:], strict=True))
+
+
+def test_only_norms_of_batch_and_population_are_found():
+    kinds = (nn.BatchNorm1d, nn.SyncBatchNorm, enn.BatchNorm1d, enn.PopulationNorm1d, enn.UnitizedBatchNorm1d)
+    others = (nn.InstanceNorm1d, nn.LayerNorm, enn.InstanceNorm1d, enn.LayerNorm1d, enn.RMSNorm1d)
+    model = nn.ModuleDict({kind.__module__.replace(".", "_") + kind.__name__: kind(4) for kind in (*kinds, *others)})
+    model["group"] = enn.GroupNorm(2, 4)
+    assert tuple(type(module) for module in probe.batch_norm_layers(model).values()) == kinds
 
 
 def test_a_branch_without_influence_has_no_strength():

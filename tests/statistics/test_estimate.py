@@ -39,6 +39,15 @@ def test_one_pass_sets_every_layer_to_the_moments_of_its_own_input():
     assert estimate_population(nn.Linear(2, 2), torch.zeros(1, 2)) == 0
 
 
+def test_compiled_models_are_looked_into():
+    x = torch.randn(50, 2, 4, 4, dtype=torch.float64)
+    model, other = deep(), deep()
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)  # compiled code does not see hooks that come later
+    assert estimate_population(compiled, x) == estimate_population(other, x) == 2
+    torch.testing.assert_close(model[5].running_var, other[5].running_var, rtol=0, atol=0)
+
+
 def test_non_finite_channels_keep_their_statistics():
     norm = PopulationNorm1d(2, statistics="estimated")
     x = torch.randn(10, 2) + 3

@@ -155,7 +155,7 @@ def _converted(
         raise ValueError(unknown_name("padding", padding, PADDINGS))
     if padding == "keep" and layer.get("border") == "exact":
         raise ValueError("border='exact' rescales the border, padding='keep' keeps it as it was; give padding='zeros'")
-    # A wrong value is refused here and not in the middle of the walk.
+    # A wrong value is refused here and not in the middle of the conversion.
     NormPropConv2d(1, 1, 1, **layer)
     places = find_places(inner, lambda m: is_candidate(m) or isinstance(m, LINEAR))
     if not places:

@@ -1,8 +1,8 @@
-"""Walk over the graph of a model and put NormProp layers where linear maps, normalizations, activations and sums were.
+"""Put NormProp layers where linear maps, normalizations, activations and sums were, operation by operation.
 
 Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.normprop.scaling`). Where an
 operation is not understood, the values that it reads are turned back into the original's by a scale and a shift, and it
-is left as it was. So the network computes the same function whatever the walk understands of it.
+is left as it was. So the network computes the same function whatever is understood of it.
 """
 
 from __future__ import annotations

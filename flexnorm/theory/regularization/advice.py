@@ -143,7 +143,8 @@ def advise(
     generator = torch.Generator(device).manual_seed(seed)
     seen, collected = 0, []
     for batch in batches:
-        inputs, targets = _split(batch, device)
+        inputs, *rest = (batch,) if isinstance(batch, Tensor) else batch
+        inputs, targets = inputs.to(device), rest[0].to(device) if rest and isinstance(rest[0], Tensor) else None
         collected.append(capture(model, inputs, loss, targets, layers=layers, generator=generator))
         seen += len(inputs)
         if seen >= max_images:
@@ -175,10 +176,3 @@ def advise(
         rows.append(row)
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
     return Advice(batch_size, seen, name, tuple(rows), strengths)
-
-
-def _split(batch: Tensor | Sequence[Any], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch.to(device), None
-    targets = batch[1] if len(batch) > 1 else None
-    return batch[0].to(device), targets.to(device) if isinstance(targets, Tensor) else None
