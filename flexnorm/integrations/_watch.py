@@ -16,12 +16,7 @@ from flexnorm.statistics import PopulationEstimator
 
 
 class ShiftWatch:
-    """A :class:`flexnorm.shift.ShiftMonitor` that is made when the training begins.
-
-    Args:
-        probe: Inputs of the model, or ``None`` for the first that the training offers.
-        options: Arguments of the monitor.
-    """
+    """A :class:`flexnorm.shift.ShiftMonitor` that is made, with its options, when the training begins."""
 
     def __init__(self, probe: Any, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -63,12 +58,7 @@ class ShiftWatch:
 
 
 class PopulationRenewal:
-    """A :class:`flexnorm.statistics.PopulationEstimator` that is made when the training begins.
-
-    Args:
-        samples: (N, *), training inputs of the model to draw from.
-        **options: All other arguments of the estimator.
-    """
+    """A :class:`flexnorm.statistics.PopulationEstimator` that is made, with its options, when the training begins."""
 
     def __init__(self, samples: Tensor, **options: Any) -> None:
         super().__init__()
@@ -99,11 +89,8 @@ def to_device(value: Any, device: torch.device) -> Any:
 def base_class(homes: Sequence[tuple[str, str]]) -> type:
     """The class that a framework wants its callbacks to be of: of the one in use, else the first that is installed.
 
-    Args:
-        homes: Module and class, in the order of preference.
-
-    Returns:
-        The class; ``object`` where none is installed, which serves trainers that ask for methods alone.
+    ``object`` where none of the homes (module and class, in the order of preference) is installed: it serves trainers
+    that ask for methods alone.
     """
     in_use = [home for home in homes if home[0].split(".")[0] in sys.modules]
     for module, name in (*in_use, *homes):

@@ -50,11 +50,11 @@ def test_batch_noise_on_population_norm(mean, variance):
     torch.manual_seed(0)
     with optim.BatchNoise(norm, 16, mean=mean, variance=variance):
         gap = norm(x) - plain
-    spread = gap.flatten(2).movedim(1, 0).reshape(3, -1).std(1)
+    deviation = gap.flatten(2).movedim(1, 0).reshape(3, -1).std(1)
     if variance:
-        assert torch.all(spread > 0)
+        assert torch.all(deviation > 0)
     else:
-        assert torch.all(spread < 1e-12)  # a shift of the channel only
+        assert torch.all(deviation < 1e-12)  # a shift of the channel only
         assert torch.all(gap.abs() > 0)
     if not mean:  # a factor only
         ratio = (gap / plain).movedim(1, 0).reshape(3, -1)

@@ -43,10 +43,10 @@ def population():
 
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("source", INPUTS)
-def test_zeta_is_the_gap_between_bn_and_pn(population, source, loss):
-    sample, kurtosis, skewness = INPUTS[source]
-    bend = reg.curvature(LOSSES[loss], population[source], GAMMA, BETA)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_zeta_is_the_gap_between_bn_and_pn(population, kind, loss):
+    sample, kurtosis, skewness = INPUTS[kind]
+    bend = reg.curvature(LOSSES[loss], population[kind], GAMMA, BETA)
     gaps = {}
     for size in SIZES:
         expected = reg.zeta(bend, reg.statistics_noise(size, kurtosis, skewness)) * GAMMA**2
@@ -54,13 +54,13 @@ def test_zeta_is_the_gap_between_bn_and_pn(population, source, loss):
         independent = reg.bn_gap(sample, LOSSES[loss], size, mode="independent", **setting)
         assert abs(independent.value - expected) < 3.5 * independent.standard_error + REMAINDER / size**2
         own = reg.bn_gap(sample, LOSSES[loss], size, mode="own", **setting)
-        expected += reg.own_batch_term(LOSSES[loss], population[source], size, GAMMA, BETA)
+        expected += reg.own_batch_term(LOSSES[loss], population[kind], size, GAMMA, BETA)
         assert abs(own.value - expected) < 3.5 * own.standard_error + REMAINDER / size**2
         gaps[size] = independent
     # As 1/M: 128 times the gap at 128 equals 32 times that at 32, within errors and the remainder.
     a, b = 32 * gaps[32].value, 128 * gaps[128].value
-    spread = math.hypot(32 * gaps[32].standard_error, 128 * gaps[128].standard_error)
-    assert abs(a - b) < 3.5 * spread + REMAINDER / 32
+    error = math.hypot(32 * gaps[32].standard_error, 128 * gaps[128].standard_error)
+    assert abs(a - b) < 3.5 * error + REMAINDER / 32
     assert b > 10 * 128 * gaps[128].standard_error
 
 
@@ -142,13 +142,13 @@ def test_special_values_are_the_std_part_of_the_full_square(size):
 
 @pytest.mark.slow
 def test_noise_of_statistics_by_sampling():
-    for source, (sample, kurtosis, skewness) in INPUTS.items():
+    for kind, (sample, kurtosis, skewness) in INPUTS.items():
         size, batches = 256, 20_000
         u = sample(size * batches, torch.Generator().manual_seed(1)).reshape(batches, size)
         a, b = u.mean(1), u.std(1, correction=0) - 1
         noise = reg.statistics_noise(size, kurtosis, skewness)
         for got, expected in ((a.var(), noise.mean), (b.var(), noise.std)):
-            assert float(got) == pytest.approx(expected, rel=0.06), source
+            assert float(got) == pytest.approx(expected, rel=0.06), kind
         correlation = noise.covariance / math.sqrt(noise.mean * noise.std)
         assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) == pytest.approx(correlation, abs=0.03)
 
