@@ -83,7 +83,8 @@ class _Affine(torch.autograd.Function):
             # The value of the shift does not matter to any gradient.
             inputs = [x, scale, scale.new_zeros(ctx.shift_shape, requires_grad=True)]
             return *gradients(passes.composed_affine, inputs, needed, (g,)), None, None, None
-        g = _like(g, x, layout)
+        if layout.backend != "composed" and g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
         dx, dscale, dshift = None, None, None
         if needed[1] or needed[2]:
             dscale, dshift = passes.sums(g, x, center, layout, (scale.shape, ctx.shift_shape))
@@ -95,15 +96,7 @@ class _Affine(torch.autograd.Function):
         return dx, dscale, dshift, None, None, None
 
 
-def _like(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """The gradient in the memory format of ``x``, which the kernels rely on."""
-    if layout.backend == "composed" or g.stride() == x.stride():
-        return g
-    out = torch.empty_like(x)
-    return out.copy_(g)
-
-
-def _must_compose(x: Tensor) -> bool:
+def _left_to_torch(x: Tensor) -> bool:
     """Where the plain composition has to run: traced, transformed or forward-mode code, and tensors without strides."""
     return (
         torch.compiler.is_compiling()
@@ -182,7 +175,7 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
     """
     _validate(x)
     count = positions_of(x)
-    if _must_compose(x):
+    if _left_to_torch(x):
         moments = Moments(count=count, process_group=process_group, _compute=lambda _: passes.composed_moments(x))
         scale, shift = _apply_rule(rule, moments, params, x)
         return passes.composed_affine(x, scale, shift)

@@ -133,16 +133,11 @@ class Moments:
         return self._with(mean, var, count)
 
     def _pool_batch(self) -> Moments:
-        mean, var = self.tables
-        samples = mean.shape[0]
-        if samples == 0:
-            # An empty batch has no moments; zeros keep 0/0 out of the graph and out of the other processes' tables.
-            zero = mean.sum(0, keepdim=True)
-            local = Moments(zero, zero, 0)
-        elif samples == 1:
-            local = Moments(mean, var, self.count)
+        samples = self.mean.shape[0]
+        if samples == 1:
+            local = Moments(*self.tables, self.count)
         else:
-            local = Moments(*pool(mean, var, 0, self.backend), self.count * samples, _backend=self.backend)
+            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, _backend=self.backend)
         if self.process_group is None:
             return local
         means, variances, counts = gather_tables(local.mean, local.var, local.count, self.process_group)

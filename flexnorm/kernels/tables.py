@@ -29,9 +29,10 @@ def pool(mean: Tensor, var: Tensor, dim: int, backend: str) -> Pair:
     if backend == "c" and mean.dim() == 2 and mean.is_contiguous() and var.is_contiguous():
         return cast("Pair", _Pool.apply(mean, var, dim))  # type: ignore[no-untyped-call]
     if mean.numel() == 0:
-        pooled = between = mean.sum(dim, keepdim=True)
-    else:
-        between, pooled = torch.var_mean(mean, dim, correction=0, keepdim=True)
+        # An empty batch has no moments; zeros keep 0/0 out of the graph and out of the other processes' tables.
+        zeros = mean.sum(dim, keepdim=True)
+        return zeros, zeros
+    between, pooled = torch.var_mean(mean, dim, correction=0, keepdim=True)
     return pooled, var.mean(dim, keepdim=True) + between
 
 

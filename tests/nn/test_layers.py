@@ -671,9 +671,9 @@ class TestPopulation:
             free(x)
         assert free(x * 100 + 700).mean() > 3
 
-    @pytest.mark.parametrize("native", [True, False])
-    def test_guard_bounds_estimates_that_lag_behind(self, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not native:
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_guard_bounds_estimates_that_lag_behind(self, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not compiled:
             monkeypatch.setattr(normalization, "load", lambda: None)
         x = torch.randn(32, 2, 8, 8) * torch.tensor([1.0, 50.0])[:, None, None]
         y = {}

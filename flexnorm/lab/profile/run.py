@@ -166,9 +166,14 @@ class _Run:
             for step, (x, y) in enumerate(self._batches(steps)):
                 if step % every == 0:
                     bounds.before()
-                if not self._update(optimizer, x, y):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(self.model(x), y)
+                self.losses.append(float(loss.detach()))
+                if not math.isfinite(self.losses[-1]):
                     self.diverged_at = step + 1
                     break
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
                 if any(record.anchor == "previous" for record in monitor.step()):
                     bounds.after()
                 if turning is not None:
@@ -198,16 +203,6 @@ class _Run:
                 "activation": None if site.activation is None else type(site.activation).__name__,
             }
 
-    def _update(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> bool:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(x), y)
-        self.losses.append(float(loss.detach()))
-        if not math.isfinite(self.losses[-1]):
-            return False
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return True
-
     def _batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         while True:
@@ -225,10 +220,12 @@ class _Run:
         count = min(len(order) // self.size, max(2, population // self.size))
         chosen = [self.data.x_train[part].to(self.probe.device) for part in torch.split(order, self.size)[:count]]
         self.images = count * self.size
+        propagates = any(isinstance(module, NormPropUnits) for module in self.model.modules())
+        reports = propagate(self.model, self.probe) if propagates else ()
         for found in (
             channel_numbers(self.model, chosen, self.sites),
             _decay(self.model, torch.cat(chosen), max(self.size, 2)),
-            _propagated(self.model, self.probe),
+            {report.name: {"chi": report.chi, "input_var": _finite(report.input_var)} for report in reports},
         ):
             for name, row in self.rows.items():
                 row |= found.get(name, {})
@@ -248,13 +245,6 @@ def _decay(model: nn.Module, images: Tensor, batch_size: int) -> dict[str, dict[
     return {
         row.layer: {"zeta": row.zeta, "decay": row.penalty} for row in advice.layers if row.layer.split("#")[0] in known
     }
-
-
-def _propagated(model: nn.Module, images: Tensor) -> dict[str, dict[str, float | None]]:
-    """By layer of Normalization Propagation, chi and the measured variance of its pre-activations."""
-    if not any(isinstance(module, NormPropUnits) for module in model.modules()):
-        return {}
-    return {row.name: {"chi": row.chi, "input_var": _finite(row.input_var)} for row in propagate(model, images)}
 
 
 def _network(

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexnorm._messages import unknown_name
 from flexnorm.lab.models import MODELS, norm_names
+from flexnorm.lab.run.files import plain
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES, filled, is_number
 
 REFERENCE_BATCH = 64
@@ -174,7 +175,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists, dictionaries, strings and numbers, ready for YAML and JSON."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: plain(getattr(self, f.name), finite=False) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -209,7 +210,7 @@ class Config:
         }
         for key in ("norms", "optims", "seeds"):
             values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
-        values["schedule_args"] = _plain(self.schedule_settings())
+        values["schedule_args"] = plain(self.schedule_settings(), finite=False)
         # What is off is left out: an experiment without it is the one that it was before there was such a setting.
         optional = {"test_limit": None, "gamma_decay": GAMMA_DECAY, "coherence": None, "estimate": ESTIMATE}
         for key, defaults in optional.items():
@@ -248,7 +249,7 @@ def _typed(key: str, kind: str, value: Any) -> Any:
             for name, inner in value.items():
                 if not isinstance(inner, Mapping):
                     raise ValueError(f"{key}: {name} must be a mapping like {{setting: value}}, not {inner!r}")
-        return _plain(value)
+        return plain(value, finite=False)
     if value is None and "None" in kind:
         return None
     base, known = kind.split(" ")[0], {"int": int, "str": str, "bool": bool}
@@ -270,12 +271,3 @@ def _names(key: str, value: Any) -> list[str]:
         if all(isinstance(name, str) for name in names):
             return names
     raise ValueError(f"{key} must be a list of names or 'a,b', not {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    """Return nested mappings and tuples as dictionaries and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -48,14 +48,14 @@ def atomic_write(path: Path, content: bytes) -> None:
             raise
 
 
-def plain(value: Any) -> Any:
-    """Return `value` with numbers that JSON cannot express (NaN, infinity) replaced by None."""
+def plain(value: Any, *, finite: bool = True) -> Any:
+    """Return `value` as dictionaries and lists, with None for numbers that JSON cannot express (``finite``)."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) or not finite else None
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, finite=finite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, finite=finite) for item in value]
     return value
 
 

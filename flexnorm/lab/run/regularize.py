@@ -11,6 +11,7 @@ from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
 from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
 from flexnorm.optim import GammaDecay
+from flexnorm.probe import batch_norm_layers
 from flexnorm.statistics import PopulationEstimator
 
 
@@ -51,9 +52,6 @@ class StepHooks:
             self._coefficient = float(settings["coefficient"])
             self._gammas = [layer.gamma for layer in propagating if isinstance(layer.gamma, nn.Parameter)]
         elif config.gamma_decay:
-            from flexnorm.optim import GammaDecay
-            from flexnorm.probe import batch_norm_layers
-
             size = settings["batch_size"] or config.batch_size
             self._decay = GammaDecay(model, size, settings["coefficient"], seed=seed)
             weights = [layer.weight for layer in batch_norm_layers(model).values()]
