@@ -193,8 +193,8 @@ def slopes(rows: list[Row]) -> dict[str, Row]:
 
 def training(spec: str) -> None:
     """Run the recipe, and put together the shift per layer."""
+    from flexnorm.lab.files import read_rows
     from flexnorm.lab.run import Config, compare, load_config
-    from flexnorm.lab.run.files import read_rows
 
     values = {**load_config(ROOT / "recipes" / "shift_cifar10.yaml", "small"), "data": spec}
     folder = ROOT / "runs" / "shift_cifar10-small"

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from benchmarks.luo_runs import POOLING, configs
 from flexnorm.lab.data import ImageData, load
 from flexnorm.lab.figures import Curve, Figure, plot
+from flexnorm.lab.files import read_json, read_rows
 from flexnorm.lab.records import Study
 from flexnorm.lab.replicates import Replicates, mean
 from flexnorm.lab.run import Config, compare
-from flexnorm.lab.run.files import read_json, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = dict[str, Any]

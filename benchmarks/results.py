@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
+from flexnorm.lab.files import plain, read_json, read_rows
 from flexnorm.lab.records import Cell, EpochRow, Study
 from flexnorm.lab.replicates import mean, plus_minus
 from flexnorm.lab.report import picture
 from flexnorm.lab.run import load_variants
-from flexnorm.lab.run.files import plain, read_json, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results of the demo -->", "<!-- end of the results -->"

@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
+from flexnorm.lab.files import plain
 from flexnorm.lab.records import Run, Study, with_step_ratios
 from flexnorm.lab.replicates import plus_minus
-from flexnorm.lab.run.files import plain
 
 
 def run(norm, optim, seed, accuracy, status="complete", ms=2.0, holds=True):

@@ -11,7 +11,7 @@ from flexnorm.lab.charts.chart import Chart, Series, legend_sample
 from flexnorm.lab.charts.markup import Markup, element, number
 from flexnorm.lab.charts.palette import HUES, Hue, plain_style, style
 from flexnorm.lab.charts.svg import drawing, fit, group, text, text_width
-from flexnorm.lab.run.files import atomic_write
+from flexnorm.lab.files import atomic_write
 
 GAP, EDGE = 28.0, 24.0
 FORMATS = (".pdf", ".png", ".svg")

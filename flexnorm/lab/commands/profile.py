@@ -50,9 +50,9 @@ def show_profile(
         FileNotFoundError: There is no such folder to write to.
         OSError: The file cannot be written; what was there before stays.
     """
+    from flexnorm.lab.files import atomic_write
     from flexnorm.lab.profile import print_profile
     from flexnorm.lab.profile import profile as measure
-    from flexnorm.lab.run.files import atomic_write
     from flexnorm.lab.run.terminal import console as screen
 
     console = console or screen(150)

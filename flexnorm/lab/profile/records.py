@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from flexnorm.lab.run.files import plain
+from flexnorm.lab.files import plain
 
 Level = Literal["fine", "look", "act"]
 """How urgent a finding is: nothing to do, worth a look, or change something."""

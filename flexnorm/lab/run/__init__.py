@@ -1,8 +1,8 @@
 """From a config to results: a training loop whose runs can be killed and resumed, and comparisons of many runs."""
 
+from flexnorm.lab.files import BusyError, WriteError
 from flexnorm.lab.run.compare import Progress, compare
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.files import BusyError, WriteError
 from flexnorm.lab.run.loop import train_run
 from flexnorm.lab.run.recipes import assign, load_config, load_variants
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexnorm.lab.run.files import atomic_write, writing
+from flexnorm.lab.files import atomic_write, writing
 
 FORMAT = 2
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexnorm._messages import unknown_name
+from flexnorm.lab.files import plain
 from flexnorm.lab.models import MODELS, norm_names
-from flexnorm.lab.run.files import plain
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES, filled, is_number
 
 REFERENCE_BATCH = 64

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flexnorm.lab.data import ImageData
+from flexnorm.lab.files import dump_json, exclusive, read_json, writing
 from flexnorm.lab.records import renamed_command
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.files import dump_json, exclusive, read_json, writing
 
 
 def run_path(norm: str, optim: str, seed: int) -> str:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from flexnorm._messages import optional
 from flexnorm.lab import models
 from flexnorm.lab.data import ImageData, stratified
+from flexnorm.lab.files import append_rows, atomic_write, dump_json, read_json, writing
 from flexnorm.lab.records import (
     COMPLETE,
     DIVERGED,
@@ -34,7 +35,6 @@ from flexnorm.lab.run import environment, schedule, seeding
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.files import append_rows, atomic_write, dump_json, read_json, writing
 from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.lab.run.regularize import StepHooks
 from flexnorm.lab.run.summary import result, step_ms

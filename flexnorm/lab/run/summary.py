@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flexnorm.lab.files import read_rows
 from flexnorm.lab.records import SHIFT_MEANS, EpochRow, ShiftRow
 from flexnorm.lab.replicates import mean
-from flexnorm.lab.run.files import read_rows
 
 _NOTHING = EpochRow(*[math.nan] * len(dataclasses.fields(EpochRow)))
 

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +42,8 @@ def test_folders_that_cannot_be_reported_on(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "absent" / "x", "")
+
+
+def test_a_report_needs_no_torch():
+    code = "import sys, flexnorm.lab.report; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

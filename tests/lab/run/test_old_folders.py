@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from flexnorm.lab.files import plain, read_json, read_rows
 from flexnorm.lab.models import build
 from flexnorm.lab.profile.load import load_weights
 from flexnorm.lab.records import Study
 from flexnorm.lab.report import write_report
 from flexnorm.lab.run import Config, compare, environment
-from flexnorm.lab.run.files import plain, read_json, read_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = Path(__file__).with_name("data")

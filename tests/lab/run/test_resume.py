@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from flexnorm.lab import files as files_module
 from flexnorm.lab.run import Interrupted, compare, train_run
-from flexnorm.lab.run import files as files_module
 
 
 class Crash(BaseException):
@@ -41,7 +41,7 @@ def crash_at(monkeypatch, number, half):
         ("flexnorm.lab.run.loop", "atomic_write"),
         ("flexnorm.lab.run.loop", "append_rows"),
         ("flexnorm.lab.run.checkpoint", "atomic_write"),
-        ("flexnorm.lab.run.files", "atomic_write"),
+        ("flexnorm.lab.files", "atomic_write"),
     ):
         monkeypatch.setattr(f"{module}.{name}", failing(getattr(files_module, name)))
 
