@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 
+from flexnorm.lab import files
 from flexnorm.lab.data.images import from_arrays
 from flexnorm.lab.records import Study
-from flexnorm.lab.run import BusyError, Config, WriteError, compare, files
+from flexnorm.lab.run import BusyError, Config, WriteError, compare
 from flexnorm.lab.run.compare import runs_of
 from flexnorm.lab.run.terminal import console, display, print_table
 

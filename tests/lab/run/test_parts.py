@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 
-from flexnorm.lab import records
-from flexnorm.lab.run import BusyError, WriteError, files, schedule, seeding, summary
+from flexnorm.lab import files, records
+from flexnorm.lab.run import BusyError, WriteError, schedule, seeding, summary
 from flexnorm.lab.run.augment import augment
 from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
 from flexnorm.lab.run.settings import SCHEDULES, filled

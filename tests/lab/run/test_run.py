@@ -7,9 +7,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from flexnorm.lab import files
 from flexnorm.lab.models import build
 from flexnorm.lab.records import SHIFT_NUMBERS, Run
-from flexnorm.lab.run import Config, files, loop, train_run
+from flexnorm.lab.run import Config, loop, train_run
 from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.nn import NormPropLayer
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP
