@@ -25,8 +25,8 @@ class Norm(nn.Module):
     """The declaration of a normalization layer. All of it is for others to read; the forward does not use it.
 
     A subclass that sets :attr:`norm_name` is known by that name at once, everywhere. Where a norm has a class for each
-    number of spatial axes, their common base sets the name and each of them its ``ndims`` (``class CubeNorm2d(CubeNorm,
-    ndims=(4,))``).
+    number of spatial axes, their common base sets the name and each of them, in the same module, its ``ndims`` (``class
+    CubeNorm2d(CubeNorm, ndims=(4,))``).
 
     Attributes:
         ndims: Numbers of axes that the input may have.
@@ -69,10 +69,10 @@ class Norm(nn.Module):
                     f"{taken.__module__}.{taken.__qualname__}; choose another name"
                 )
             _CLASSES[name] = dict.fromkeys(cls.spatial(), cls)
-        elif "ndims" in cls.__dict__ and any(base.__dict__.get("norm_name") for base in cls.__bases__):
-            layers = _CLASSES[name]
-            for ndim in cls.spatial():
-                layers[ndim] = cls
+        elif "ndims" in cls.__dict__ and any(
+            base.__dict__.get("norm_name") and base.__module__ == cls.__module__ for base in cls.__bases__
+        ):
+            _CLASSES[name].update(dict.fromkeys(cls.spatial(), cls))
 
     @classmethod
     def spatial(cls) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -456,7 +457,7 @@ class Study:
             optims=tuple(dict.fromkeys(run.optim for run in runs)),
             baseline=str(results.get("baseline", "batch")),
             data=str(results.get("data") or ""),
-            command=str(results.get("command") or ""),
+            command=renamed_command(results),
             config=config,
             environment=renamed(_mapping(results.get("environment"))),
             total_seconds=number(results.get("total_seconds")),
@@ -478,8 +479,13 @@ class Study:
 
 
 def renamed(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an environment with the version under the package's present name; until 0.1 it was called evenkeel."""
+    """Return an environment with the version under the package's present name; before 0.1 it was called evenkeel."""
     return {"flexnorm" if key == "evenkeel" else key: value for key, value in environment.items()}
+
+
+def renamed_command(record: Mapping[str, Any]) -> str:
+    """Return the command that a file records, by the package's present name; empty if it records none."""
+    return re.sub(r"^evenkeel\b", "flexnorm", str(record.get("command") or ""))
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torch.optim.adamw import adamw
 
 from flexnorm._messages import unknown_name
 from flexnorm.optim.base import Params, SphereOptimizer, check_at_least_zero, check_below_one, fused_takes
+from flexnorm.optim.batches import Observe, State, Workspace, take_step
 from flexnorm.optim.rows import compute_dtype
-from flexnorm.optim.step import Observe, Rotation, State, StepOptions, Workspace, take_step
+from flexnorm.optim.step import Rotation, StepOptions
 
 
 class AdamG(SphereOptimizer):

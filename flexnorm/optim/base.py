@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
+from flexnorm.optim.batches import State, Workspace, take_step
 from flexnorm.optim.manifold import unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, local_part, to_rows
-from flexnorm.optim.step import Rotation, State, StepOptions, Workspace, take_step
+from flexnorm.optim.step import Rotation, StepOptions
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

@@ -75,7 +75,7 @@ def param_groups(
         grad_clip: Bound on the Riemannian gradient of a weight vector, :math:`\nu`.
         ortho: Weight :math:`\alpha` of the orthogonality regularizer. Weights with more rows than inputs get 0: their
             rows cannot be orthogonal, and pushing them apart only makes them unstable.
-        decay_vectors: Whether biases and gains are decayed too.
+        decay_vectors: Whether biases and gains are decayed too, except those for which a norm declares ``no_decay``.
         exclude: Parameters to keep off the manifold, as in :func:`flexnorm.probe.select_parameters`: names, patterns
             (``"head.*"``), modules, or classes of modules that hold them, ..., or a list of these.
         normalize: Bring the rows of manifold weights to unit length now. (The optimizer does it at its first step in
@@ -96,6 +96,8 @@ def param_groups(
         [(True, 0.2, 1), (False, 0.01, 1), (False, 0.01, 4)]
         >>> optimizer = SGDG(groups, momentum=0.9)
     """
+    from flexnorm.nn import undecayed  # here, not above: the layers bring in the compiler
+
     report = scale_invariant_weights(model, example_input, select=select)
     excluded = set(select_parameters(model, report, exclude, "exclude"))
     chosen = [r for r in report.values() if r.selected and r.parameter.requires_grad and r.name not in excluded]
@@ -110,9 +112,12 @@ def param_groups(
         groups.setdefault((r.row_dim, blocks, alpha), new)["params"].append(r.parameter)
     on = {r.parameter for r in chosen}
     rest = [r.parameter for r in report.values() if r.parameter.requires_grad and r.parameter not in on]
+    # Norms may declare parameters that take no decay; without decay_vectors, no vector does.
+    free = {p for p in undecayed(model) if decay_vectors or p.ndim >= 2}
     for parameters, decay in (
-        ([p for p in rest if p.ndim >= 2], weight_decay),
-        ([p for p in rest if p.ndim < 2], weight_decay if decay_vectors else 0.0),
+        ([p for p in rest if p.ndim >= 2 and p not in free], weight_decay),
+        ([p for p in rest if p.ndim < 2 and p not in free], weight_decay if decay_vectors else 0.0),
+        ([p for p in rest if p in free], 0.0),
     ):
         if parameters:
             groups[(decay, len(groups))] = {"params": parameters, "lr": lr, "weight_decay": decay, "manifold": False}

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from flexnorm.optim.base import Params, SphereOptimizer, check_below_one
-from flexnorm.optim.step import Observe, Rotation, State, StepOptions, Workspace, take_step
+from flexnorm.optim.batches import Observe, State, Workspace, take_step
+from flexnorm.optim.step import Rotation, StepOptions
 
 
 class SGDG(SphereOptimizer):

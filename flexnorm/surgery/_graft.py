@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from flexnorm.engine import FlexNorm, Norm
+from flexnorm.engine import FlexNorm
 from flexnorm.nn import norm_of
 from flexnorm.statistics import freeze_layer
 from flexnorm.surgery._act import ThenAct, with_act
@@ -30,7 +30,7 @@ def effect(source: Source, new: nn.Module) -> str:
     ``new`` has the tensors already that it takes over.
     """
     try:
-        after = new if isinstance(new, Norm) else read(new).norm
+        after = read(new).norm
     except RefusedError:
         return "changes"
     freezes = source.frozen and new._buffers.get("running_mean") is not None

@@ -8,8 +8,7 @@ from sphere_cases import PAIRS, drive, gradients, parameters
 from torch import nn
 
 from flexnorm.kernels import build, sphere
-from flexnorm.optim import AdamG
-from flexnorm.optim import step as one_step
+from flexnorm.optim import AdamG, batches
 
 CLASSES = [cls for cls, _ in PAIRS.values()]
 both = pytest.mark.parametrize("cls", CLASSES)
@@ -19,14 +18,14 @@ needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C comp
 @pytest.fixture
 def only_c(monkeypatch):
     """Any weight that does not go the compiled way is an error, unless it is to go one by one."""
-    make = one_step._plan
+    make = batches._plan
 
     def checked(params, state, options):
         plan = make(params, state, options)
         assert options.foreach is False or all(batch._in_c is not None for batch in plan.batches)
         return plan
 
-    monkeypatch.setattr(one_step, "_plan", checked)
+    monkeypatch.setattr(batches, "_plan", checked)
 
 
 def compare(cls, shapes, dtype=torch.float64, steps=5, atol=1e-12, change=lambda t: t, prepare=lambda p: p, **kwargs):

@@ -95,6 +95,20 @@ def test_a_figure_comes_out_and_is_not_trained_twice(figures, monkeypatch, tmp_p
     assert again == result
 
 
+@pytest.mark.parametrize("name", ["optimizers", "batch_sizes", "claims", "trained"])
+def test_the_pictures_of_the_documentation_are_those_of_the_results(monkeypatch, tmp_path, name):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import pictures
+
+    for folder in ("optim", "normprop", "shift", "theory"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    made = getattr(pictures, name)()
+    for path in made if isinstance(made, list) else [made]:
+        drawn = (ROOT / "docs" / path.relative_to(tmp_path)).read_text()
+        assert path.read_text() == drawn, f"{path.name} is old: python -m benchmarks.pictures"
+
+
 def test_smaller_images_are_averages(figures):
     data = figures.images("digits", "small", 100)
     whole = figures.images("digits", "full", 100)

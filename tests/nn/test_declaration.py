@@ -75,6 +75,9 @@ def test_a_declared_class_is_known_at_once_and_forms_of_it_take_their_place() ->
         assert [ek.norm_class("cube", n) for n in (1, 2, 3)] == [Cube, Cube2d, Cube]
         assert (Cube2d.ndims, Cube2d.spatial(), Cube.spatial()) == ((4,), (2,), (1, 2, 3))
         assert ek.norm_of(Named(3)).norm_name == "cube"
+        # Nor is a subclass of another module's norm.
+        type("Wide", (ek.GroupNorm,), {"ndims": (4,), "__module__": "elsewhere"})
+        assert ek.norm_class("group", 2) is ek.GroupNorm
         assert not ek.needs_batch(Cube2d(3))
         with pytest.raises(ValueError, match=r"Square declares norm_name = 'cube', which is that of .*Cube; choose"):
 

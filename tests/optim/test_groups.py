@@ -5,6 +5,7 @@ import torch
 from sphere_networks import IMAGES, zoo
 from torch import nn
 
+from flexnorm.nn import UnitizedBatchNorm2d
 from flexnorm.optim import SGDG, AdamG, param_groups
 from flexnorm.optim.groups import _followers, _has_history, _scale_statistics
 from flexnorm.optim.rows import RowLayout, to_rows
@@ -96,6 +97,16 @@ def test_zero_rows_stay_and_are_named():
     groups = param_groups(model, 0.1, 0.1, 0.0, torch.zeros(4, 3))
     assert "1 rows are zero" in groups.notes[0]
     assert (model[0].weight[1] == 0).all()
+
+
+def test_what_a_norm_declares_free_of_decay_has_none():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), UnitizedBatchNorm2d(6), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn(2, 3, 5, 5))
+    groups = param_groups(model, 0.01, 0.2, 0.1, torch.randn(2, 3, 5, 5), decay_vectors=True)
+    decays = {p: g["weight_decay"] for g in groups for p in g["params"] if not g["manifold"]}
+    assert decays[model[1].alpha] == 0.0
+    assert decays[model[1].weight] == decays[model[3].weight] == 0.1
+    assert len(param_groups(model, 0.01, 0.2, 0.1, torch.randn(2, 3, 5, 5))) == 3
 
 
 def test_options():

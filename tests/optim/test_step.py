@@ -7,16 +7,17 @@ import torch
 from sphere_cases import drive, parameters
 from torch import nn
 
-from flexnorm.optim import SGDG, AdamG, ReferenceAdamG, step
+from flexnorm.optim import SGDG, AdamG, ReferenceAdamG, batches, step
+from flexnorm.optim.batches import State, take_step
 from flexnorm.optim.rows import RowLayout
-from flexnorm.optim.step import Rotation, State, StepOptions, rotate_, take_step
+from flexnorm.optim.step import Rotation, StepOptions, rotate_
 
 PAPER = StepOptions(grad_clip=0.1, ortho=0.1)
 
 
 def plan(shapes, dtype=torch.float32, **options):
     params = parameters(shapes, dtype)
-    made = step._plan(params, State(), StepOptions(**{"grad_clip": 0.1, "ortho": 0.0, **options}))
+    made = batches._plan(params, State(), StepOptions(**{"grad_clip": 0.1, "ortho": 0.0, **options}))
     return [[job.index for job in batch.jobs] for batch in made.batches]
 
 
@@ -36,8 +37,8 @@ def test_what_moves_together(torch_only):
 
 
 def test_what_moves_together_in_c(monkeypatch):
-    monkeypatch.setattr(step.sphere, "load", dict)
-    monkeypatch.setattr(step.sphere, "Rows", lambda *_: object())
+    monkeypatch.setattr(batches.sphere, "load", dict)
+    monkeypatch.setattr(batches.sphere, "Rows", lambda *_: object())
     shapes = [(4, 9), (5, 8), (300, 1000), (300, 1000)]
     assert plan(shapes) == [[0, 1, 2, 3]]
     assert plan(shapes, ortho=0.1) == [[0], [1], [2], [3]]
@@ -46,7 +47,7 @@ def test_what_moves_together_in_c(monkeypatch):
 
 
 def job(weight, moment=None, second=None, count=None):
-    return step.Job(0, RowLayout.of(weight), weight, moment, second, count)
+    return batches.Job(0, RowLayout.of(weight), weight, moment, second, count)
 
 
 def test_what_c_takes():
@@ -66,16 +67,16 @@ def test_what_c_takes():
 def test_a_gradient_in_the_dtype_and_order_of_its_weight():
     w = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
     same, other = torch.ones_like(w), torch.randn(6, 4, 3, 3, dtype=torch.float64)
-    assert step._conforming(same, w) is same
-    got = step._conforming(other, w)
+    assert batches._conforming(same, w) is same
+    got = batches._conforming(other, w)
     assert (got.dtype, got.stride()) == (w.dtype, w.stride())
     torch.testing.assert_close(got, other.float(), rtol=0, atol=0)
 
 
 def test_parts_are_as_large_as_allowed():
     jobs = [job(torch.zeros(2, n)) for n in (5, 5, 5, 50, 1, 1)]
-    assert [len(part) for part in step._parts(jobs, 20)] == [2, 1, 1, 2]
-    assert [len(part) for part in step._parts(jobs, math.inf)] == [6]
+    assert [len(part) for part in batches._parts(jobs, 20)] == [2, 1, 1, 2]
+    assert [len(part) for part in batches._parts(jobs, math.inf)] == [6]
 
 
 @pytest.mark.parametrize("path", [{}, {"foreach": False}, {"compile": True}])
@@ -126,8 +127,8 @@ def test_rotation_by_hand(traced, scale):
 
 
 def test_a_plan_is_kept_and_buffers_grow():
-    workspace = step.Workspace()
-    plans = [workspace.plan(("a",), lambda: step.Plan([], [])) for _ in range(2)]
+    workspace = batches.Workspace()
+    plans = [workspace.plan(("a",), lambda: batches.Plan([], [])) for _ in range(2)]
     assert plans[0] is plans[1]
     cpu = torch.device("cpu")
     small = workspace.take("m", (2, 3), cpu, torch.float32)

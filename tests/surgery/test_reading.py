@@ -184,6 +184,14 @@ def test_the_parameters_that_move_decide() -> None:
     assert effect(source, new) == "kept"
 
 
+def test_of_a_class_with_its_own_rule_nothing_is_claimed() -> None:
+    own = type("Own", (ek.BatchNorm2d,), {"rule": lambda self, moments: (self.weight, self.bias)})
+    plain = type("Plain", (ek.BatchNorm2d,), {"extra_repr": lambda self: "plain"})
+    model = nn.Sequential(randomized(nn.BatchNorm2d(6)))
+    assert conversion_plan(model, own)[0].effect == "changes"
+    assert conversion_plan(model, plain)[0].effect == "kept"
+
+
 def test_a_weight_without_effect_may_go() -> None:
     assert conversion_plan(nn.Sequential(nn.BatchNorm2d(6)), "batch", affine=False)[0].effect == "kept"
     row = conversion_plan(nn.Sequential(randomized(nn.BatchNorm2d(6))), "batch", affine=False)[0]

@@ -54,13 +54,13 @@ def power_of_ten(exponent: int) -> str:
 
 
 def decimals_for(spreads: Iterable[float], *, least: int, most: int, default: int) -> int:
-    """Return how many decimals a column deserves: two significant digits of its typical (median) spread.
+    """Return how many decimals a column deserves: two significant digits of its typical (median) standard deviation.
 
     Args:
         spreads: The standard deviations of the column, in the unit shown; zeros and non-finite ones do not count.
         least: Fewest decimals.
         most: Most decimals.
-        default: The answer where there is no spread (one seed).
+        default: The answer where there is none (one seed).
     """
     known = sorted(s for s in spreads if math.isfinite(s) and s > 0)
     if not known:

@@ -151,7 +151,8 @@ def _round_marks(kind: str, low: float, high: float, decades: Iterable[int], cou
     """Return values, or errors, of one digit in these decades: as many as have room, so that no labels touch."""
     warp, marks = _WARPS[kind], [low]
     least = 0.085 * (warp(high) - warp(low))
-    for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    several = ((1, 2, 5),) if kind == "log" else ((1, 2, 3, 5), (1, 2, 5))
+    for mantissas in (tuple(range(1, 10)), *several, (1, 3), (1,)):
         digits = [m * 10.0**e for e in decades for m in mantissas]
         marks = digits if kind == "log" else sorted({round(1.0 - v, 12) for v in digits})
         marks = [v for v in marks if low <= v <= high]

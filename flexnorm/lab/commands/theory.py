@@ -1,4 +1,4 @@
-"""``flexnorm theory``: the numbers of the theory room as tables, JSON and plots."""
+"""``flexnorm theory``: the numbers of the theory as tables, JSON and plots."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def dynamics(
 ) -> None:
     """Learning dynamics of BN, WN and SGD: equations of motion beside simulated online SGD (Luo et al., sec. 3)."""
     from flexnorm.lab.figures import dynamics_figure
-    from flexnorm.theory import dynamics as room
+    from flexnorm.theory.dynamics import METHODS, Student
 
     settings: dict[str, Any] = {"activation": activation, "lr": lr, "zeta": zeta, "quantity": quantity}
     figure = dynamics_figure(**settings, times=times, N=inputs, runs=runs, seed=seed)
     rows = []
-    for method in room.METHODS:
+    for method in METHODS:
         decay = zeta if method == "bn" else 0.0
-        student = room.Student(method, activation, lr, decay)
+        student = Student(method, activation, lr, decay)
         point = student.fixed_point()
         effective = student.effective_learning_rate(point.gamma, point.L)
         rows.append([method.upper(), point.gamma, point.R, student.max_learning_rate(), effective])

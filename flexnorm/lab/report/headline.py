@@ -29,7 +29,7 @@ def headline(study: Study, rows: Sequence[Cell]) -> Headline:
     details = [
         _accuracy(best, alone=len(ranked) == 1),
         _versus(rival, difference),
-        _luck(best, ranked),
+        _overlap(best, ranked),
         _shift(study, rows),
         _ended(study),
     ]
@@ -111,7 +111,7 @@ def _versus(rival: Cell | None, difference: Replicates) -> str:
     return f"{text}; {interval} and contains zero, so these {difference.n} seeds do not tell the two apart."
 
 
-def _luck(best: Cell, ranked: Sequence[Cell]) -> str:
+def _overlap(best: Cell, ranked: Sequence[Cell]) -> str:
     if len(ranked) < 3:
         return ""
     others = [c for c in ranked if c is not best]
@@ -184,11 +184,11 @@ _EXTREMES: tuple[tuple[Callable[[float], str], str, _Pick], ...] = (
 
 def _percent(sample: Replicates) -> str:
     places = decimals_for([100 * sample.std], least=1, most=3, default=2)
-    spread = f" ± {fixed(100 * sample.std, places)}" if sample.n > 1 else ""
-    return f"{fixed(100 * sample.mean, places)}{spread}\u202f%"
+    std = f" ± {fixed(100 * sample.std, places)}" if sample.n > 1 else ""
+    return f"{fixed(100 * sample.mean, places)}{std}\u202f%"
 
 
 def _points(difference: Replicates) -> str:
     places = decimals_for([100 * difference.std], least=1, most=2, default=2)
-    spread = f" ± {fixed(100 * difference.std, places)}" if difference.n > 1 else ""
-    return f"{fixed(abs(100 * difference.mean), places)}{spread}"
+    std = f" ± {fixed(100 * difference.std, places)}" if difference.n > 1 else ""
+    return f"{fixed(abs(100 * difference.mean), places)}{std}"

@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flexnorm.lab.records import MISSING_RUN, UNFINISHED, EpochRow, Run, ShiftRow, Study, number, renamed
+from flexnorm.lab.records import (
+    MISSING_RUN,
+    UNFINISHED,
+    EpochRow,
+    Run,
+    ShiftRow,
+    Study,
+    number,
+    renamed,
+    renamed_command,
+)
 
 _RUN = re.compile(r"runs/(?P<norm>[^/]+)/(?P<optim>[^/]+)/seed(?P<seed>-?\d+)")
 
@@ -75,7 +85,7 @@ def load(out_dir: str | Path) -> Study:
         optims=tuple(optims),
         baseline=baseline,
         data=str(results.get("data") or experiment.get("data") or ""),
-        command=str(results.get("command") or experiment.get("command") or ""),
+        command=renamed_command(results) or renamed_command(experiment),
         config=config,
         environment=renamed(environment),
         total_seconds=number(results.get("total_seconds")),

@@ -13,7 +13,7 @@ from flexnorm.lab.charts.svg import XMLNS, group, line, marker
 from flexnorm.lab.records import Cell, Study
 from flexnorm.lab.replicates import Replicates
 
-STRIP = (120.0, 20.0)
+SEEDS_SIZE = (120.0, 20.0)
 """Size of the small drawing of the seeds in the accuracy column."""
 
 
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 def results_table(study: Study) -> dict[str, Any]:
     """Return what the table of the page shows: its columns, its rows, and remarks of runs with whom they are about."""
     cells = study.cells
-    strip = accuracy([v for c in cells for v in c.test_accuracy.values])
+    axis = accuracy([v for c in cells for v in c.test_accuracy.values])
     places = (
         decimals_for((100 * c.test_accuracy.std for c in cells), least=1, most=3, default=2),
         decimals_for((100 * c.difference.std for c in cells), least=1, most=2, default=2),
@@ -58,7 +58,7 @@ def results_table(study: Study) -> dict[str, Any]:
             ("Relative shift", "W₁ ÷ spread", "num"),
             ("Step time", f"ratio to {study.baseline}", "num"),
         ),
-        "rows": [_row(study, cell, strip, places) for cell in sorted(cells, key=_rank)],
+        "rows": [_row(study, cell, axis, places) for cell in sorted(cells, key=_rank)],
         "notes": about,
     }
 
@@ -68,7 +68,7 @@ def _rank(cell: Cell) -> tuple[bool, float]:
     return math.isnan(mean), 0.0 if math.isnan(mean) else -mean
 
 
-def _row(study: Study, cell: Cell, strip: Scale, places: tuple[int, int]) -> dict[str, Any]:
+def _row(study: Study, cell: Cell, axis: Scale, places: tuple[int, int]) -> dict[str, Any]:
     optim, base = study.optims.index(cell.optim), cell.norm == study.baseline
     mark = marker(marker_shape(optim), 8, 8, 4.6)
     step, ratio = cell.step_ms.median, cell.step_ratio.median
@@ -79,7 +79,7 @@ def _row(study: Study, cell: Cell, strip: Scale, places: tuple[int, int]) -> dic
         "base": base,
         "swatch": element("svg", mark, xmlns=XMLNS, viewBox="0 0 16 16", class_="swatch", aria_hidden="true"),
         "entries": [
-            Entry(cell.test_accuracy.mean, _mean(cell.test_accuracy, places[0], 100), _strip(cell, strip, optim)),
+            Entry(cell.test_accuracy.mean, _mean(cell.test_accuracy, places[0], 100), _seeds(cell, axis, optim)),
             _runs(cell),
             Entry(0.0, "baseline", quiet=True) if base else _difference(cell.difference, places[1]),
             Entry(cell.train_loss.mean, _significant(cell.train_loss)),
@@ -139,11 +139,11 @@ def _runs(cell: Cell) -> Entry:
     return Entry(len(cell.complete), f"{len(cell.complete)} of {len(cell.runs)}", badges=badges)
 
 
-def _strip(cell: Cell, scale: Scale, optim: int) -> Markup | None:
+def _seeds(cell: Cell, scale: Scale, optim: int) -> Markup | None:
     """Return a drawing of the seeds on a line; the same scale in every row."""
     if not cell.test_accuracy:
         return None
-    width, height = STRIP
+    width, height = SEEDS_SIZE
     *places, centre = (6.0 + (width - 12.0) * scale(v) for v in (*cell.test_accuracy.values, cell.test_accuracy.mean))
     seeds = [marker("circle", place, height / 2, 2.4, class_="seed") for place in places]
     return element(
@@ -155,7 +155,7 @@ def _strip(cell: Cell, scale: Scale, optim: int) -> Markup | None:
         ),
         xmlns=XMLNS,
         viewBox=f"0 0 {number(width)} {number(height)}",
-        class_="strip",
+        class_="seeds",
         aria_hidden="true",
         data_range=f"{percent(scale.low)} to {percent(scale.high)}",
     )

@@ -12,7 +12,7 @@ import torch
 
 from flexnorm.lab import data as datasets
 from flexnorm.lab.data import ImageData
-from flexnorm.lab.records import EpochRow, Run, Study, with_step_ratios
+from flexnorm.lab.records import EpochRow, Run, Study, renamed_command, with_step_ratios
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import dump_json, read_json
 from flexnorm.lab.run.folder import open_experiment, run_path
@@ -163,7 +163,7 @@ def collect(out: Path, config: Config, elapsed: float = 0.0) -> Study:
         optims=tuple(config.optims),
         baseline=config.baseline,
         data=experiment.get("data", ""),
-        command=experiment.get("command", ""),
+        command=renamed_command(experiment),
         config=config.as_dict(),
         environment=runs[-1].environment,
         total_seconds=max(elapsed, sum(run.wall_s for run in runs)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexnorm.lab.data import ImageData
+from flexnorm.lab.records import renamed_command
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.files import dump_json, exclusive, read_json, writing
 
@@ -43,7 +44,7 @@ def open_experiment(out: Path, config: Config, data: ImageData, command: str) ->
         if marker.exists():
             found = read_json(marker)
             if found.get("fingerprint") != config.fingerprint(data.digest):
-                raise ValueError(_other_experiment(out, found.get("resolved", {}), resolved, found.get("command", "")))
+                raise ValueError(_other_experiment(out, found.get("resolved", {}), resolved, renamed_command(found)))
         else:
             experiment = {
                 "format": 1,

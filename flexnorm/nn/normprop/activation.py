@@ -59,17 +59,12 @@ class NormPropUnits(nn.Module):
     z is what the subclass computes. Propagation takes it to be N(0, 1); where it is known not to be, as in a network
     that was converted from a trained one, ``center`` and ``spread`` say what it is instead.
 
-    Args:
-        out_channels: Number of units C.
-        activation: Name, module, elementwise function or :class:`Activation`; None for a last layer: ``gamma z +
-            bias``, not standardized. ``"identity"``: z with no other parameter.
-        constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
-        **options: See :class:`UnitOptions`.
+    The constructor takes the number of units C, and what :class:`NormPropLinear` and :class:`UnitOptions` explain.
 
     Attributes:
         gamma: ``(C,)`` scales of the pre-activations, or None for ``activation="identity"``, where it would have no
             effect.
-        bias: ``(C,)`` shifts of the pre-activations, or None for ``activation="identity"``.
+        bias: ``(C,)`` shifts of the pre-activations, or None likewise.
         slope: Trainable negative slope(s) of PReLU, else None.
         center: Buffer ``(C,)``: mean of z, or None for 0. See :meth:`calibrate_`.
         spread: Buffer ``(C,)``: standard deviation of z, or None for 1.
@@ -358,7 +353,7 @@ class NormPropActivation(NormPropUnits):
         channels: Number of channels C.
         activation: Name, module, elementwise function or :class:`Activation`, but neither None nor ``"identity"``,
             which do nothing.
-        constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
+        constants: ``"exact"`` or ``"paper"``, as of :class:`NormPropLinear`.
         spatial: Number of axes after the channels, 0 for ``(..., C)``.
         **options: See :class:`UnitOptions`.
 

@@ -67,18 +67,13 @@ class NormPropLayer(NormPropUnits):
     ``weight`` is divided by the norm of each filter in the forward pass, so the function does not depend on the
     filters' lengths: optimizers on the sphere may treat every row of it as a scale-invariant vector.
 
-    Args:
-        weight_shape: Shape of the weight.
-        out_channels: Number of filters C.
-        activation: As of :class:`NormPropUnits`, like ``constants``.
-        constants: ``"exact"`` or ``"paper"``.
-        groups: Groups of channels that the linear map keeps apart (1 for linear).
-        unitize: Divide each sample by its root mean square first.
-        **options: See :class:`UnitOptions`.
+    The constructor takes the shape of the weight, the number of filters, and what :class:`NormPropLinear` and
+    :class:`LayerOptions` explain.
 
     Attributes:
         weight: Filters; every filter starts with unit norm.
         in_channels: Channels (features) of the input.
+        groups: Groups of channels that the linear map keeps apart (1 for linear).
     """
 
     in_channels: int
@@ -101,8 +96,7 @@ class NormPropLayer(NormPropUnits):
         self.weight = nn.Parameter(torch.empty(weight_shape, device=options.get("device"), dtype=options.get("dtype")))
         # Before gamma, bias and slope, as optimizers and state dicts have always met it.
         for name in ("gamma", "bias", "slope"):
-            if name in self._parameters:
-                self._parameters[name] = self._parameters.pop(name)
+            self._parameters[name] = self._parameters.pop(name)
         self.reset_parameters()
 
     # -- the pieces that depend on the kind of linear map

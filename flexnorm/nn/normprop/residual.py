@@ -27,9 +27,8 @@ def normprop_add(
         correlation: Assumed correlation of the branches, above -1 and at most 1.
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        variance = a * a + b * b + 2 * correlation * a * b
-        norm = variance.rsqrt() if isinstance(variance, Tensor) else variance**-0.5
-        return x * (a * norm) + fx * (b * norm)
+        inverse = torch.as_tensor(a * a + b * b + 2 * correlation * a * b).rsqrt()
+        return x * (a * inverse) + fx * (b * inverse)
     norm = 1.0 / math.sqrt(a * a + b * b + 2 * correlation * a * b)
     # One fused pass where the first weight is left to the sum's scale.
     return torch.add(x * (a * norm), fx, alpha=b * norm)
@@ -108,7 +107,7 @@ class NormPropAdd(nn.Module):
     Args:
         channels: Number of channels C.
         spatial: Number of axes after the channels.
-        device: Of the weights.
+        device: Of the weights, like ``dtype``.
         dtype: Of the weights.
 
     Attributes:

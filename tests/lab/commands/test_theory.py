@@ -1,4 +1,4 @@
-"""flexnorm theory: what it prints are the room's numbers; what it writes can be read again."""
+"""flexnorm theory: what it prints are the numbers of the theory; what it writes can be read again."""
 
 from __future__ import annotations
 

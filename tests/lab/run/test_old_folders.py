@@ -4,6 +4,7 @@
 epochs of its last run; ``data/evenkeel_results.json`` is what the same comparison wrote when it was left alone.
 """
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -75,7 +76,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(old, config, tmp_path):
     assert events == [("data", 0), ("skip", 1), ("skip", 2), ("skip", 3), ("start", 4), ("epoch", 4), ("end", 4)]
     assert all(run.complete and run.epochs_done == 3 for run in results.runs)
     stored = read_json(old / "results.json")
-    assert stored["command"] == "evenkeel compare --limit 96 --out evenkeel_run"
+    assert stored["command"] == "flexnorm compare --limit 96 --out evenkeel_run"
     for run in stored["runs"]:
         assert run["environment"]["flexnorm"] == "0.1.0.dev0"
         assert "evenkeel" not in run["environment"]
@@ -94,7 +95,7 @@ def test_its_report_can_be_made_before_and_after(old, config):
     assert "stopped after epoch 2" in page
     compare(config, old)
     page = write_report(old).read_text(encoding="utf-8")
-    assert "evenkeel compare --limit 96" in page  # the command that made it
+    assert "flexnorm compare --limit 96" in page  # the command that made it, by its present name
     assert "stopped after epoch" not in page
 
 
@@ -113,7 +114,8 @@ def test_its_results_are_read_and_give_the_same_table():
     assert study.environment["flexnorm"] == stored["environment"]["evenkeel"]
     assert len(study.complete) == 4
     again = plain(study.asdict())
-    for key in ("command", "data", "config", "baseline", "total_seconds", "table"):
+    assert again["command"] == stored["command"].replace("evenkeel compare", "flexnorm compare")
+    for key in ("data", "config", "baseline", "total_seconds", "table"):
         assert again[key] == stored[key], key
     for run, old_run in zip(again["runs"], stored["runs"], strict=True):
         assert run | {"environment": old_run["environment"]} == old_run
@@ -133,3 +135,8 @@ def test_committed_results_are_read(monkeypatch):
     demo = next(result for result in recipes if result["recipe"] == "demo")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results.markdown(demo) in readme
+
+
+def test_the_hint_for_another_experiment_names_the_present_command(old, config):
+    with pytest.raises(ValueError, match=r"there, 4 here(.|\n)*\n  flexnorm compare --limit 96"):
+        compare(dataclasses.replace(config, epochs=4), old)
