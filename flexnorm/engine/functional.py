@@ -124,8 +124,7 @@ def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor
     result = rule(moments, *params)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"a rule returns the pair (scale, shift), got {type(result).__name__}")
-    scale, shift = (_table(table, name, x) for table, name in zip(result, ("scale", "shift"), strict=True))
-    return scale, shift
+    return _table(result[0], "scale", x), _table(result[1], "shift", x)
 
 
 def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
@@ -133,7 +132,8 @@ def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
         if not isinstance(table, (int, float)):
             raise TypeError(f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)")
         table = torch.as_tensor(float(table), device=x.device)
-    flat = table.to(table_dtype(x.dtype))
+    dtype = table_dtype(x.dtype)
+    flat = table if table.dtype == dtype else table.to(dtype)
     if flat.dim() < 2:
         flat = flat.reshape(1, -1)
     if flat.dim() != 2 or flat.shape[0] not in (1, x.shape[0]) or flat.shape[1] not in (1, x.shape[1]):

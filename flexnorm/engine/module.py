@@ -19,8 +19,6 @@ from flexnorm.kernels.tables import track
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["FlexNorm"]
-
 
 def recomputing() -> bool:
     """Whether this forward runs inside a backward, as activation checkpointing does to recompute what it dropped."""

@@ -20,8 +20,6 @@ from torch import Tensor
 from flexnorm.kernels.layout import Layout, over_positions, table_dtype
 from flexnorm.kernels.normalization import call, strided
 
-__all__ = ["affine", "combine", "composed_affine", "composed_moments", "moments", "sums"]
-
 
 def composed_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (N, C) by plain torch operations."""

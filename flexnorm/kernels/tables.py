@@ -63,7 +63,9 @@ class _Pool(torch.autograd.Function):
 
 
 def _in_c(backend: str, batch: Pair, kept: Pair) -> bool:
-    return backend == "c" and all(t.dtype == batch[0].dtype and t.is_contiguous() for t in kept)
+    mean, var = kept
+    alike = mean.dtype == var.dtype == batch[0].dtype
+    return backend == "c" and alike and mean.is_contiguous() and var.is_contiguous()
 
 
 def _entering(batch: Pair, kept: Pair, batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

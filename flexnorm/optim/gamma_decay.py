@@ -44,6 +44,7 @@ class GammaDecay:
     Raises:
         ValueError: If an argument is out of range, or no layer has a scale to decay.
         TypeError: If the coefficient is neither "adaptive" nor a number.
+        RuntimeError: From all methods that need zeta, if it is adaptive and `update` was never called.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
@@ -119,11 +120,7 @@ class GammaDecay:
         self.updates += 1
 
     def zeta(self) -> dict[str, Tensor]:
-        """Return zeta of every layer, (C,) each, without gradient.
-
-        Raises:
-            RuntimeError: If it is adaptive and `update` was never called.
-        """
+        """Return zeta of every layer, (C,) each, without gradient."""
         if not isinstance(self.coefficient, str):
             constant = float(self.coefficient)
             return {name: torch.full_like(scale.detach(), constant) for name, scale in self._scales.items()}
@@ -136,11 +133,7 @@ class GammaDecay:
         return {name: (average / total).detach().clamp_min(0.0) for name, average in averages.items()}
 
     def penalty(self) -> Tensor:
-        """Return ``sum(zeta gamma^2)`` over all channels and layers, a scalar to be added to the mean loss of a batch.
-
-        Raises:
-            RuntimeError: As `zeta`.
-        """
+        """Return ``sum(zeta gamma^2)`` over channels and layers, a scalar to be added to the mean loss of a batch."""
         terms = [(zeta * self._scales[name].square()).sum() for name, zeta in self.zeta().items()]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
@@ -153,7 +146,6 @@ class GammaDecay:
                 (1 - m)`` in the end: give that, if the decay is to weigh against the loss as the penalty does.
 
         Raises:
-            RuntimeError: As `zeta`.
             ValueError: If the learning rate is negative.
         """
         if not lr >= 0:
@@ -162,11 +154,7 @@ class GammaDecay:
             self._scales[name].mul_((1.0 - 2.0 * lr * zeta).clamp_min(0.0))
 
     def report(self) -> list[DecayRow]:
-        """Return one row per layer: zeta, gamma^2 and the penalty.
-
-        Raises:
-            RuntimeError: As `zeta`.
-        """
+        """Return one row per layer: zeta, gamma^2 and the penalty."""
         return [DecayRow.of(name, zeta, self._scales[name].detach()) for name, zeta in self.zeta().items()]
 
     def state_dict(self) -> dict[str, Any]:

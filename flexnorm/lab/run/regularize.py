@@ -67,7 +67,7 @@ class StepHooks:
         """Renew what is due before an update on the images ``x`` (N, C, H, W)."""
         if self._estimator is not None:
             self._estimator()
-        if self._decay is not None and isinstance(self._decay.coefficient, str) and self._steps % self._every == 0:
+        if self._decay is not None and self._decay.adaptive and self._steps % self._every == 0:
             self._decay.update(x)
         self._steps += 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from flexnorm.theory.dynamics.student import Student
 _DIVERGED = 1e6  # a trajectory whose gamma or L passes this value is cut there and called diverged
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """The way of the order parameters, from `solve` or `simulate`. All arrays have shape (T,).
 
     Attributes:

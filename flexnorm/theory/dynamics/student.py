@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,7 @@ METHODS: tuple[str, ...] = ("bn", "wn", "sgd")
 """The students: weight normalization with gamma decay (the model of BN), weight normalization, plain SGD."""
 
 
-@dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(NamedTuple):
     """A fixed point of gamma and R.
 
     Attributes:

@@ -7,8 +7,7 @@ sets.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,7 @@ Vector = NDArray[np.floating[Any]]
 Rng = np.random.Generator
 
 
-@dataclass(frozen=True)
-class Simulated:
+class Simulated(NamedTuple):
     """Means over independent runs.
 
     Attributes:
