@@ -33,6 +33,7 @@ ROOMS = (
     "lab.profile",
     "lab.report",
     "lab.run",
+    "lab.simulations",
     "nn",
     "nn.normprop",
     "optim",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flexnorm._messages import unknown_name
+from flexnorm.lab import simulations
 from flexnorm.lab.charts import HUES, Chart, Series, linear, logarithmic, save
 from flexnorm.theory import dynamics, generalization, regularization
 
@@ -78,7 +79,7 @@ def _line(label: str, x: Sequence[float], value: Callable[[float], float]) -> Cu
 
 def _points(label: str, alphas: Sequence[float], method: str, noise: float, **settings: Any) -> Curve:
     """Return the generalization error of simulated students."""
-    found = [generalization.simulate(method, alpha, noise, **settings) for alpha in alphas]
+    found = [simulations.train_students(method, alpha, noise, **settings) for alpha in alphas]
     y, error = tuple(v.error for v in found), tuple(v.standard_error for v in found)
     return Curve(label, tuple(alphas), y, error, points=True)
 
@@ -207,7 +208,7 @@ def dynamics_figure(
     for method in dynamics.METHODS:
         student = dynamics.Student(method, activation, lr, zeta if method == "bn" else 0.0)
         path = dynamics.solve(student, times=times)
-        runs_ = dynamics.simulate(student, times=marks, N=N, runs=runs, seed=seed)
+        runs_ = simulations.online_sgd(student, times=marks, N=N, runs=runs, seed=seed)
         curves.append(Curve(method.upper(), tuple(path.time.tolist()), tuple(getattr(path, quantity).tolist())))
         error = runs_.standard_error.get(quantity)
         curves.append(
@@ -260,7 +261,7 @@ def regularization_figure(
         curves.append(Curve(f"{name}: with the first-order term of own batches", sizes, tuple(own)))
         for mode in ("independent", "own"):
             gaps = [
-                regularization.bn_gap(gaussian, loss, size, batches=samples // size, mode=mode, seed=seed)
+                simulations.bn_gap(gaussian, loss, size, batches=samples // size, mode=mode, seed=seed)
                 for size in batch_sizes
             ]
             curves.append(

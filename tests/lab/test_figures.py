@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flexnorm.lab import figures
+from flexnorm.lab import figures, simulations
 from flexnorm.theory import dynamics, generalization, regularization
 
 
@@ -25,7 +25,7 @@ def test_figure_1a_holds_the_formulas_and_the_students():
     points = curve(figure, "BN, M=8, 5 epochs")
     assert points.points
     assert points.x == (0.5, 1.0, 2.0)
-    direct = generalization.simulate("batchnorm", 2.0, 0.25, N=48, runs=2, epochs=5, batch_size=8)
+    direct = simulations.train_students("batchnorm", 2.0, 0.25, N=48, runs=2, epochs=5, batch_size=8)
     assert points.y[2] == direct.error
     assert points.error[2] == direct.standard_error
     assert curve(figure, "SGD, simulated").x == (0.5, 2.0)  # not where it diverges

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexnorm.lab import simulations
 from flexnorm.theory import dynamics
 from flexnorm.theory.dynamics import Student
 
@@ -62,7 +63,7 @@ def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, act
     student = Student(method, activation, lr=0.5, zeta=zeta, gamma0=0.5, R0=0.2)
     times = [0, 1, 2, 4, 8]
     theory = dynamics.solve(student, times=times)
-    runs = dynamics.simulate(student, times=times, N=500, runs=16, seed=3)
+    runs = simulations.online_sgd(student, times=times, N=500, runs=16, seed=3)
     assert not theory.diverged
     assert not runs.diverged
     for name in ("gamma", "R", "L", "error"):
@@ -73,7 +74,7 @@ def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, act
 def test_the_comparison_can_fail():
     times = [0, 1, 2, 4, 8]
     theory = dynamics.solve(Student("bn", "relu", 0.5, 0.125, gamma0=0.5, R0=0.2), times=times)
-    runs = dynamics.simulate(Student("bn", "relu", 0.5, 0.25, gamma0=0.5, R0=0.2), times=times, N=500, runs=16)
+    runs = simulations.online_sgd(Student("bn", "relu", 0.5, 0.25, gamma0=0.5, R0=0.2), times=times, N=500, runs=16)
     assert np.max(np.abs(theory.gamma - runs.gamma)[1:] / runs.standard_error["gamma"][1:]) > 3
 
 
@@ -163,8 +164,8 @@ def test_sgd_diverges_above_the_bound_and_not_below_it(activation):
     bound = Student("sgd", activation).max_learning_rate()
     slow, fast = (Student("sgd", activation, factor * bound, R0=0.9) for factor in (0.75, 1.5))
     times = np.linspace(0, 60, 7)
-    below = dynamics.simulate(slow, N=200, runs=4, times=times)
-    above = dynamics.simulate(fast, N=200, runs=4, times=times)
+    below = simulations.online_sgd(slow, N=200, runs=4, times=times)
+    above = simulations.online_sgd(fast, N=200, runs=4, times=times)
     assert not below.diverged
     assert below.error[-1] < 1e-3
     assert above.diverged
@@ -180,11 +181,11 @@ def test_normalized_students_leave_above_the_bound_and_return_by_themselves(meth
     gamma, bound = student.fixed_point().gamma, student.max_learning_rate()
     lr = 1.6 * bound / (gamma if method == "bn" else 1)  # at L = 1 the effective rate is 1.6 times the bound
     start, times = {"gamma0": gamma, "R0": 0.95}, [0, 0.25, 20.0]
-    runs = dynamics.simulate(Student(method, "relu", lr, zeta, **start), N=500, runs=8, times=times)
+    runs = simulations.online_sgd(Student(method, "relu", lr, zeta, **start), N=500, runs=8, times=times)
     assert runs.R[1] < 0.95 - 3 * runs.standard_error["R"][1]
     assert runs.effective_lr[2] < bound
     assert runs.R[2] > 0.95
-    slow = dynamics.simulate(Student(method, "relu", 0.3 * lr, zeta, **start), N=500, runs=8, times=times)
+    slow = simulations.online_sgd(Student(method, "relu", 0.3 * lr, zeta, **start), N=500, runs=8, times=times)
     assert slow.R[1] > 0.95 + 3 * slow.standard_error["R"][1]
 
 
@@ -202,7 +203,7 @@ def test_normalized_students_leave_above_the_bound_and_return_by_themselves(meth
         ({"R0": -1.0}, "R0=-1.0"),
     ],
 )
-@pytest.mark.parametrize("function", [dynamics.solve, dynamics.simulate])
+@pytest.mark.parametrize("function", [dynamics.solve, simulations.online_sgd])
 def test_errors_name_the_value(function, arguments, message):
     who = {name: value for name, value in arguments.items() if name != "times"}
     with pytest.raises(ValueError, match=message):
@@ -211,7 +212,7 @@ def test_errors_name_the_value(function, arguments, message):
 
 def test_other_errors():
     with pytest.raises(ValueError, match="runs=1"):
-        dynamics.simulate(Student(), runs=1)
+        simulations.online_sgd(Student(), runs=1)
     with pytest.raises(TypeError, match="got int"):
         dynamics.averages(1.0, 1.0, 3)
     assert "relu" in dynamics.ACTIVATIONS

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexnorm.lab import simulations
 from flexnorm.theory import generalization as gen
 
 NOISE = 0.25
@@ -20,7 +21,7 @@ def agrees(simulated, value, systematic=0.02):
 @pytest.mark.parametrize("noise", [0.0, NOISE])
 @pytest.mark.parametrize("alpha", [0.3, 0.6, 1.5, 3.0])
 def test_sgd_linear(alpha, noise):
-    got = gen.simulate("sgd", alpha, noise, runs=10)
+    got = simulations.train_students("sgd", alpha, noise, runs=10)
     assert agrees(got, gen.sgd_linear(alpha, noise)) or got.error < 1e-12 > gen.sgd_linear(alpha, noise)
     if alpha < 1:
         assert got.training_loss < 1e-12
@@ -29,14 +30,14 @@ def test_sgd_linear(alpha, noise):
 @pytest.mark.parametrize("zeta", [1 / 64, 0.25])
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_gamma_decay_linear(alpha, zeta):
-    got = gen.simulate("gamma_decay", alpha, NOISE, zeta=zeta, runs=12)
+    got = simulations.train_students("gamma_decay", alpha, NOISE, zeta=zeta, runs=12)
     ridge = gen.ridge_strength(zeta, alpha)
     assert agrees(got, gen.gamma_decay_linear(alpha, ridge, NOISE))
 
 
 def test_the_two_conventions_of_zeta_are_told_apart_by_simulation():
     alpha, zeta = 3.0, 0.25
-    got = gen.simulate("gamma_decay", alpha, NOISE, zeta=zeta, runs=12)
+    got = simulations.train_students("gamma_decay", alpha, NOISE, zeta=zeta, runs=12)
     assert not agrees(got, gen.gamma_decay_linear(alpha, zeta, NOISE))
     assert agrees(got, gen.gamma_decay_linear(alpha, alpha * zeta, NOISE))
 
@@ -45,7 +46,7 @@ def test_weight_normalization_with_gamma_decay_is_ridge_regression():
     """Descent in (gamma, w) of mean (y - sqrt(N) gamma w^T x / ||w||)^2 + zeta gamma^2 ends at the solved student."""
     rng = np.random.default_rng(0)
     N, alpha, zeta = 40, 2.0, 0.1
-    x, y, _ = gen.training_set(alpha, NOISE, N, rng)
+    x, y, _ = simulations.training_set(alpha, NOISE, N, rng)
     w, gamma = rng.standard_normal(N), 1.0
     for _ in range(4000):
         norm = np.linalg.norm(w)
@@ -87,7 +88,7 @@ def test_no_decay_is_the_limit(alpha):
 
 def test_printed_relu_formula_is_regression_on_the_positive_labels():
     for alpha in (0.5, 1.0, 1.5, 2.5):
-        got = gen.simulate("positive", alpha, NOISE, runs=12)
+        got = simulations.train_students("positive", alpha, NOISE, runs=12)
         # beyond alpha = 2 the same reasoning gives half the linear student's error on alpha/2, which is not printed
         expected = gen.sgd_relu(alpha, NOISE) if alpha < 2 else 0.5 + 0.5 * gen.sgd_linear(alpha / 2, NOISE)
         assert agrees(got, expected)
@@ -96,9 +97,9 @@ def test_printed_relu_formula_is_regression_on_the_positive_labels():
 @pytest.mark.slow
 def test_trained_relu_student_is_better_than_printed_and_does_not_diverge():
     for alpha in (1.0, 1.9):
-        got = gen.simulate("sgd", alpha, NOISE, activation="relu", runs=6)
+        got = simulations.train_students("sgd", alpha, NOISE, activation="relu", runs=6)
         assert got.error < gen.sgd_relu(alpha, NOISE) - 3 * got.standard_error
-    peak = gen.simulate("sgd", 2.0, NOISE, activation="relu", runs=4)
+    peak = simulations.train_students("sgd", 2.0, NOISE, activation="relu", runs=4)
     assert peak.error < 1.5
     assert gen.sgd_relu(2.0, NOISE) == math.inf
     assert gen.sgd_relu(2.0) == 0.5
@@ -108,8 +109,8 @@ def test_trained_relu_student_is_better_than_printed_and_does_not_diverge():
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 3.0])
 def test_linear_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
     """Away from alpha = 1, 300 passes: BN and WN + gamma decay agree within 10 percent on the same training sets."""
-    bn = gen.simulate("batchnorm", alpha, NOISE, batch_size=32, epochs=300, runs=4)
-    decay = gen.simulate("gamma_decay", alpha, NOISE, zeta=1 / 64, runs=4)
+    bn = simulations.train_students("batchnorm", alpha, NOISE, batch_size=32, epochs=300, runs=4)
+    decay = simulations.train_students("gamma_decay", alpha, NOISE, zeta=1 / 64, runs=4)
     gaps = np.array(bn.errors) - np.array(decay.errors)
     assert abs(gaps.mean()) < 3 * gaps.std(ddof=1) / 2 + 0.1 * decay.error
 
@@ -117,8 +118,8 @@ def test_linear_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("alpha", [0.5, 1.5, 2.5])
 def test_relu_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
-    bn = gen.simulate("batchnorm", alpha, NOISE, activation="relu", batch_size=16, epochs=300, runs=4)
-    decay = gen.simulate("gamma_decay", alpha, NOISE, activation="relu", zeta=1 / 64, epochs=100, runs=4)
+    bn = simulations.train_students("batchnorm", alpha, NOISE, activation="relu", batch_size=16, epochs=300, runs=4)
+    decay = simulations.train_students("gamma_decay", alpha, NOISE, activation="relu", zeta=1 / 64, epochs=100, runs=4)
     gaps = np.array(bn.errors) - np.array(decay.errors)
     assert abs(gaps.mean()) < 3 * gaps.std(ddof=1) / 2 + 0.1 * decay.error
 
@@ -126,13 +127,13 @@ def test_relu_bn_falls_near_the_curve_at_a_moderate_length_of_training(alpha):
 def test_linear_bn_trained_to_the_end_is_shrunken_least_squares_and_no_ridge():
     """The loss of linear BN sees of the direction only its correlation with the labels: it ends at s times OLS."""
     alpha, size, N, runs = 1.5, 16, 64, 3
-    bn = gen.simulate("batchnorm", alpha, NOISE, batch_size=size, epochs=1500, N=N, runs=runs)
-    decay = gen.simulate("gamma_decay", alpha, NOISE, zeta=1 / (2 * size), N=N, runs=runs)
+    bn = simulations.train_students("batchnorm", alpha, NOISE, batch_size=size, epochs=1500, N=N, runs=runs)
+    decay = simulations.train_students("gamma_decay", alpha, NOISE, zeta=1 / (2 * size), N=N, runs=runs)
     s = math.sqrt(2 / size) * math.exp(math.lgamma(size / 2) - math.lgamma((size - 1) / 2))  # E[sigma_B] / sigma
     for run, error in enumerate(bn.errors):
-        x, y, teacher = gen.training_set(alpha, NOISE, N, np.random.default_rng([0, run]))
+        x, y, teacher = simulations.training_set(alpha, NOISE, N, np.random.default_rng([0, run]))
         weight = s * np.linalg.lstsq(x - x.mean(0), y - y.mean(), rcond=None)[0]
-        assert error == pytest.approx(gen.generalization_error(weight, teacher), rel=0.1)
+        assert error == pytest.approx(simulations.generalization_error(weight, teacher), rel=0.1)
     assert bn.error > 1.2 * decay.error
 
 
@@ -145,12 +146,12 @@ def test_error_in_closed_form_against_sampling():
         for bias in (-0.4, 0.0, 0.7):
             gaps = (x @ teacher - g(x @ w + bias)) ** 2
             error = gaps.std() / math.sqrt(len(x))
-            assert abs(gen.generalization_error(w, teacher, activation, bias) - gaps.mean()) < 4 * error
-    assert gen.generalization_error(0 * w, teacher, "relu") == pytest.approx(teacher @ teacher / N)
+            assert abs(simulations.generalization_error(w, teacher, activation, bias) - gaps.mean()) < 4 * error
+    assert simulations.generalization_error(0 * w, teacher, "relu") == pytest.approx(teacher @ teacher / N)
 
 
 def test_a_single_run_has_no_standard_error():
-    assert math.isnan(gen.simulate("sgd", 0.5, N=16, runs=1).standard_error)
+    assert math.isnan(simulations.train_students("sgd", 0.5, N=16, runs=1).standard_error)
     assert gen.sgd_linear(1.0, NOISE) == math.inf
     assert gen.sgd_linear(1.0) == 0.0
 
@@ -161,10 +162,10 @@ def test_a_single_run_has_no_standard_error():
         (lambda: gen.sgd_linear(0.0), "positive, got 0.0"),
         (lambda: gen.sgd_relu(0.5, -1.0), "got -1.0"),
         (lambda: gen.resolvent(1.0, 0.0), "zeta must be positive, got 0.0"),
-        (lambda: gen.simulate("batch", 1.0), "did you mean 'batchnorm'"),
-        (lambda: gen.simulate("sgd", 1.0, activation="tanh"), "Valid: identity, relu"),
-        (lambda: gen.simulate("sgd", 1.0, runs=0), "runs=0"),
-        (lambda: gen.simulate("batchnorm", 0.1, N=100), "between 2 and the 10 samples, got 32"),
+        (lambda: simulations.train_students("batch", 1.0), "did you mean 'batchnorm'"),
+        (lambda: simulations.train_students("sgd", 1.0, activation="tanh"), "Valid: identity, relu"),
+        (lambda: simulations.train_students("sgd", 1.0, runs=0), "runs=0"),
+        (lambda: simulations.train_students("batchnorm", 0.1, N=100), "between 2 and the 10 samples, got 32"),
     ],
 )
 def test_errors_name_the_value(call, message):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from flexnorm.lab import simulations
 from flexnorm.theory import regularization as reg
 
 SIZES = (16, 32, 128)
@@ -51,9 +52,9 @@ def test_zeta_is_the_gap_between_bn_and_pn(population, kind, loss):
     for size in SIZES:
         expected = reg.zeta(bend, reg.statistics_noise(size, kurtosis, skewness)) * GAMMA**2
         setting = {"gamma": GAMMA, "beta": BETA, "batches": 320_000 // size}
-        independent = reg.bn_gap(sample, LOSSES[loss], size, mode="independent", **setting)
+        independent = simulations.bn_gap(sample, LOSSES[loss], size, mode="independent", **setting)
         assert abs(independent.value - expected) < 3.5 * independent.standard_error + REMAINDER / size**2
-        own = reg.bn_gap(sample, LOSSES[loss], size, mode="own", **setting)
+        own = simulations.bn_gap(sample, LOSSES[loss], size, mode="own", **setting)
         expected += reg.own_batch_term(LOSSES[loss], population[kind], size, GAMMA, BETA)
         assert abs(own.value - expected) < 3.5 * own.standard_error + REMAINDER / size**2
         gaps[size] = independent
@@ -71,16 +72,16 @@ def test_mean_only_and_variance_only(population, loss, mean, variance):
     bend = reg.curvature(LOSSES[loss], population["gaussian"], GAMMA, BETA)
     expected = reg.zeta(bend, reg.statistics_noise(size), **parts) * GAMMA**2
     setting = {"gamma": GAMMA, "beta": BETA, "batches": 20_000, **parts}
-    independent = reg.bn_gap(gaussian, LOSSES[loss], size, mode="independent", **setting)
+    independent = simulations.bn_gap(gaussian, LOSSES[loss], size, mode="independent", **setting)
     assert abs(independent.value - expected) < 3.5 * independent.standard_error + REMAINDER / size**2
-    own = reg.bn_gap(gaussian, LOSSES[loss], size, **setting)
+    own = simulations.bn_gap(gaussian, LOSSES[loss], size, **setting)
     expected += reg.own_batch_term(LOSSES[loss], population["gaussian"], size, GAMMA, BETA, **parts)
     assert abs(own.value - expected) < 3.5 * own.standard_error + REMAINDER / size**2
 
 
 def test_real_batches_leave_the_square_alone():
     """The mean of h_hat^2 over a batch is gamma^2 exactly, so zeta and the first-order term cancel."""
-    own = reg.bn_gap(gaussian, LOSSES["identity"], 16, batches=20_000)
+    own = simulations.bn_gap(gaussian, LOSSES["identity"], 16, batches=20_000)
     assert abs(own.value) < 3.5 * own.standard_error
     assert own.standard_error < 0.05 * 0.75 / 16  # zeta alone would be 0.75/16
     u = gaussian(1_000_000, torch.Generator().manual_seed(3))
@@ -90,7 +91,7 @@ def test_real_batches_leave_the_square_alone():
 
 def test_uncompensated_noise_is_biased_at_first_order():
     size = 32
-    biased = reg.bn_gap(gaussian, LOSSES["identity"], size, mode="uncompensated", mean=False, batches=40_000)
+    biased = simulations.bn_gap(gaussian, LOSSES["identity"], size, mode="uncompensated", mean=False, batches=40_000)
     # E[1/sigma_B^2] - 1 = M/(M - 3) - 1 for the biased variance of M Gaussian values around their mean
     assert abs(biased.value - 0.5 * 3 / (size - 3)) < 3.5 * biased.standard_error
     assert biased.value > 5 / (8 * size)  # the second-order effect that is to be imitated is 1/(8M)
@@ -101,7 +102,7 @@ def test_linear_student_with_a_linear_teacher_only_rescales_gamma(size):
     """Exact for real batches: the loss of PN at gamma s plus (1/s^2 - 1) (gamma s)^2 / 2 with s = E[sigma_B]."""
     teacher = 0.7
     s = math.sqrt(2 / size) * math.exp(math.lgamma(size / 2) - math.lgamma((size - 1) / 2))
-    own = reg.bn_gap(gaussian, LOSSES["linear teacher"], size, gamma=GAMMA, batches=640_000 // size)
+    own = simulations.bn_gap(gaussian, LOSSES["linear teacher"], size, gamma=GAMMA, batches=640_000 // size)
     bn = 0.5 * (teacher**2 - 2 * teacher * GAMMA * s + GAMMA**2)
     pn = 0.5 * (teacher - GAMMA) ** 2
     assert abs(own.value - (bn - pn)) < 3.5 * own.standard_error
@@ -166,8 +167,8 @@ def test_loss_without_curvature():
         (lambda: reg.statistics_noise(8, kurtosis=-3), "below -2, got -3"),
         (lambda: reg.special_zeta("rely", 8), "did you mean 'relu'"),
         (lambda: reg.zeta_printed(torch.zeros(3), 8, curvature="sigmoids"), "did you mean 'sigmoid'"),
-        (lambda: reg.bn_gap(gaussian, LOSSES["relu"], 8, mode="owm"), "did you mean 'own'"),
-        (lambda: reg.bn_gap(gaussian, LOSSES["relu"], 3), "at least 4, got 3"),
+        (lambda: simulations.bn_gap(gaussian, LOSSES["relu"], 8, mode="owm"), "did you mean 'own'"),
+        (lambda: simulations.bn_gap(gaussian, LOSSES["relu"], 3), "at least 4, got 3"),
     ],
 )
 def test_errors_name_the_value(call, message):

@@ -6,8 +6,6 @@ Luo et al. 2019, Sec. 2.
 from flexnorm.theory.regularization.advice import Advice, LayerAdvice, advise
 from flexnorm.theory.regularization.noise import (
     DISTRIBUTIONS,
-    Estimate,
-    bn_gap,
     inverse_std_bias,
     sample_noise,
 )
@@ -37,13 +35,11 @@ __all__ = [
     "Advice",
     "Curvature",
     "DecayRow",
-    "Estimate",
     "LayerAdvice",
     "LayerStrength",
     "PreactivationLoss",
     "StatisticsNoise",
     "advise",
-    "bn_gap",
     "curvature",
     "inverse_std_bias",
     "joint_strength",

@@ -79,7 +79,7 @@ def generalization_error(weight: Vector, teacher: Vector, activation: str = "ide
     return float(teacher @ teacher) / N - 2.0 * overlap + square
 
 
-def simulate(
+def train_students(
     student: str,
     alpha: float,
     noise: float = 0.0,
