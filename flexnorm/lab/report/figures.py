@@ -62,9 +62,6 @@ def _place(study: Study, norm: str, optim: str) -> dict[str, Any]:
     return {"hue": study.norms.index(norm), "style": study.optims.index(optim)}
 
 
-# --- At a glance: a row per normalizer, a mark per optimizer
-
-
 def summary(study: Study) -> list[Chart]:
     """Return three charts with a row per normalizer: test accuracy, relative shift, step time."""
     cells, ratio = study.cells, study.has_baseline
@@ -147,9 +144,6 @@ def _rows(
     return Chart(f"{heading} per normalizer and optimizer", x, y, series, write=write, **words)
 
 
-# --- Learning curves: a line per normalizer, a band over the seeds
-
-
 def loss_curves(study: Study) -> list[Chart]:
     """Return the training loss per epoch, a chart per optimizer."""
     return _curves(study, "Training loss", "cross-entropy (nats)", lambda r: r.train_loss, log_or_linear, significant)
@@ -204,9 +198,6 @@ def mean_series(label: str, tracks: Sequence[dict[float, float]], *, hue: int = 
     columns = [[track[x] for track in tracks if x in track] for x in stops]
     low, high = ([f(c) for c in columns] if len(tracks) > 1 else () for f in (min, max))
     return Series(label, stops, [mean(c) for c in columns], low, high, hue=hue, style=style)
-
-
-# --- Internal covariate shift: over training, and over the depth of the network
 
 
 class Depth(NamedTuple):
@@ -319,9 +310,6 @@ def _interval(found: Iterable[Interval]) -> Interval:
     return low, middle, high
 
 
-# --- Accuracy against shift
-
-
 def scatter(study: Study, *, width: float, height: float) -> Chart | None:
     """Return the chart: a small mark per run, a large one per row of the table; None where no run has both numbers."""
     runs = _plotted(study)
@@ -393,9 +381,6 @@ def _ranks(values: Sequence[float]) -> list[float]:
     """Return the rank of every value; equal ones share the mean of theirs."""
     ordered = sorted(values)
     return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
-
-
-# --- Step time
 
 
 def steps(study: Study, *, width: float) -> Chart | None:
