@@ -41,7 +41,7 @@ class LightningShiftCallback(ShiftWatch, _Base):
         records: All measurements so far.
         monitor: The monitor, once the training has begun; ``None`` on other processes.
 
-    Example:
+    Examples:
         >>> callback = LightningShiftCallback(every=100, sinks=["shift.csv"])
         >>> callback.records
         []
@@ -112,7 +112,7 @@ class LightningPopulationCallback(PopulationRenewal, _Base):
     Attributes:
         estimator: The estimator, once the training has begun.
 
-    Example:
+    Examples:
         >>> import torch
         >>> callback = LightningPopulationCallback(torch.randn(10_000, 8), every=100)
         >>> callback.estimator is None

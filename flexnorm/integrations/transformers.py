@@ -58,7 +58,7 @@ class TransformersShiftCallback(ShiftWatch, _Checkpointed):
         records: All measurements so far.
         monitor: The monitor, once the training has begun; ``None`` on other processes.
 
-    Example:
+    Examples:
         >>> callback = TransformersShiftCallback(every=100, sinks=["shift.csv"])
         >>> callback.records
         []
@@ -115,7 +115,7 @@ class TransformersPopulationCallback(PopulationRenewal, _Checkpointed):
     Attributes:
         estimator: The estimator, once the training has begun.
 
-    Example:
+    Examples:
         >>> callback = TransformersPopulationCallback(torch.randn(10_000, 3, 8, 8), every=100)
         >>> callback.estimator is None
         True

@@ -54,7 +54,7 @@ def load_model(
         ImportError: A package is not installed, or a module cannot be imported.
         FileNotFoundError: There is no checkpoint at the path.
 
-    Example:
+    Examples:
         >>> type(load_model("convnet", norm="unitized", in_channels=1)).__name__
         'Sequential'
     """

@@ -88,7 +88,7 @@ def profile(
         ImportError: Something that the model or the data needs is not installed.
         FileNotFoundError: There is no such data or checkpoint.
 
-    Example:
+    Examples:
         >>> result = profile("convnet", "digits", norm="batch", steps=4, measurements=2, limit=256, population=128)
         >>> [layer.layer for layer in result.layers]
         ['layer1.norm', 'layer2.norm', 'layer3.norm']
