@@ -1,15 +1,4 @@
-"""Convolutional NormProp layers (Eq. 11): one gamma, bias and Frobenius norm per filter.
-
-What zero padding does to the variance: a pre-activation is a sum over the taps of a filter, and taps that fall on
-padding add nothing, so under an input of unit variance the variance at position p is the squared norm of the part of
-the unit filter that lies inside the image,
-
-    v_c(p) = sum over input channels and taps inside the image of W[c, ...]^2 / ||W_c||^2,
-
-which is one in the interior and about 2/3 on an edge, 4/9 in a corner of a 3x3 filter. The map is itself a
-convolution: of an image of ones with the squared filters. In a transposed convolution it also shows how unevenly the
-taps fall on the positions of the output.
-"""
+"""Convolutional NormProp layers, transposed ones too (Eq. 11): one gamma, bias and Frobenius norm per filter."""
 
 from __future__ import annotations
 
@@ -120,16 +109,9 @@ class NormPropConv(ConvLayer):
     input channels (of its group) and kernel positions. Input without a batch axis is accepted.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Number of filters.
-        kernel_size: As for ``nn.Conv2d``, like the following sizes.
-        stride: Step of the window.
-        padding: Zeros (or what ``padding_mode`` says) on both sides of every axis, or ``"same"`` or ``"valid"``.
-        dilation: Spacing of the kernel's taps.
-        groups: Groups of channels; ``in_channels`` for a depthwise convolution.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        activation: As of :class:`NormPropLinear`, like ``constants`` and the options.
-        constants: ``"exact"`` or ``"paper"``.
+        in_channels, out_channels, kernel_size, stride: As of ``nn.Conv2d``.
+        padding, dilation, groups, padding_mode: As of ``nn.Conv2d``.
+        activation, constants: As of :class:`NormPropLinear`, like the options.
         border: ``"paper"``: nothing is done about zero padding, which lowers the variance near the border.
             ``"exact"``: each filter's response is divided by the norm of the part of the filter that lies inside the
             image (costs one elementwise pass).
@@ -259,16 +241,9 @@ class NormPropConvTranspose(ConvLayer):
     position receives only that share of the filter's energy. Input without a batch axis is accepted.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Number of filters.
-        kernel_size: As for ``nn.ConvTranspose2d``, like the following sizes.
-        stride: Step of the window.
-        padding: Cut off both sides of the output.
-        output_padding: Added to one side of the output.
-        groups: Groups of channels.
-        dilation: Spacing of the kernel's taps.
-        activation: As of :class:`NormPropLinear`, like ``constants`` and the options.
-        constants: ``"exact"`` or ``"paper"``.
+        in_channels, out_channels, kernel_size, stride: As of ``nn.ConvTranspose2d``.
+        padding, output_padding, groups, dilation: As of ``nn.ConvTranspose2d``.
+        activation, constants: As of :class:`NormPropLinear`, like the options.
         border: ``"paper"``: nothing is done about borders and phases. ``"exact"``: unit variance at every position.
         **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``.
     """
