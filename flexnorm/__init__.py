@@ -1,7 +1,7 @@
 """Normalization in deep networks: measure its shift, explain BatchNorm, replace it by something better.
 
-The names below are all that most users need; the rooms load when they are first used. ``flexnorm.lab``, the application
-on top (experiments, reports, networks, data, the command line), needs ``pip install 'flexnorm[lab]'``.
+The names below are all that most users need; the packages load when they are first used. ``flexnorm.lab``, the
+application on top (experiments, reports, networks, data, the command line), needs ``pip install 'flexnorm[lab]'``.
 """
 
 from __future__ import annotations
@@ -12,78 +12,32 @@ from typing import TYPE_CHECKING, Any
 from flexnorm._version import __version__
 
 if TYPE_CHECKING:
-    from flexnorm import (
-        engine,
-        integrations,
-        kernels,
-        lab,
-        nn,
-        optim,
-        probe,
-        shift,
-        statistics,
-        surgery,
-        theory,
-        transport,
-    )
+    # isort: off
+    from flexnorm import engine, integrations, kernels, lab, nn, optim
+    from flexnorm import probe, shift, statistics, surgery, theory, transport
+
+    # isort: on
     from flexnorm.engine import FlexNorm, Moments, flex_norm
     from flexnorm.statistics import accumulate, freeze, recalibrate, unfreeze
     from flexnorm.surgery import conversion_plan, convert, convert_to_normprop, fold
 
-# Loaded when first used: the command line answers before torch is there, and rooms cost what they are used for.
-_ROOMS = (
-    "engine",
-    "integrations",
-    "kernels",
-    "lab",
-    "nn",
-    "optim",
-    "probe",
-    "shift",
-    "statistics",
-    "surgery",
-    "theory",
-    "transport",
-)
-_NAMES = {
+# Loaded when first used: the command line answers before torch is there, and packages cost what they are used for.
+_PLACES = {
     **dict.fromkeys(("FlexNorm", "Moments", "flex_norm"), "engine"),
     **dict.fromkeys(("accumulate", "freeze", "recalibrate", "unfreeze"), "statistics"),
     **dict.fromkeys(("conversion_plan", "convert", "convert_to_normprop", "fold"), "surgery"),
 }
 
-__all__ = [
-    "FlexNorm",
-    "Moments",
-    "__version__",
-    "accumulate",
-    "conversion_plan",
-    "convert",
-    "convert_to_normprop",
-    "engine",
-    "flex_norm",
-    "fold",
-    "freeze",
-    "integrations",
-    "kernels",
-    "lab",
-    "nn",
-    "optim",
-    "probe",
-    "recalibrate",
-    "shift",
-    "statistics",
-    "surgery",
-    "theory",
-    "transport",
-    "unfreeze",
-]
+__all__ = ["FlexNorm", "Moments", "__version__", "accumulate", "conversion_plan", "convert", "convert_to_normprop"]
+__all__ += ["engine", "flex_norm", "fold", "freeze", "integrations", "kernels", "lab", "nn", "optim", "probe"]
+__all__ += ["recalibrate", "shift", "statistics", "surgery", "theory", "transport", "unfreeze"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"flexnorm.{_PLACES[name]}"), name)
+    if name in __all__:
         return importlib.import_module(f"flexnorm.{name}")
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"flexnorm.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'flexnorm' has no attribute {name!r}")
 
 

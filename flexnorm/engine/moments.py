@@ -7,14 +7,14 @@ the variances plus the variance of the means. ``E[x^2] - E[x]^2`` is never forme
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine._distributed import gather_tables
-from flexnorm.kernels.tables import pool
+from flexnorm.kernels.tables import Pair, pool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,7 +46,7 @@ class Moments:
         count: int | Tensor = 1,
         *,
         process_group: ProcessGroup | None = None,
-        _compute: Callable[[bool], tuple[Tensor, Tensor]] | None = None,
+        _compute: Callable[[bool], Pair] | None = None,
         _backend: str = "composed",
     ) -> None:
         if _compute is None and (mean is None or var is None):
@@ -59,7 +59,7 @@ class Moments:
         self.process_group = process_group
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def tables(self) -> Pair:
         """Means and biased variances, computed now if they have not been."""
         if self._mean is None or self._var is None:
             assert self._compute is not None
@@ -140,7 +140,7 @@ class Moments:
             local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, _backend=self.backend)
         if self.process_group is None:
             return local
-        means, variances, counts = gather_tables(local.mean, local.var, local.count, self.process_group)
+        means, variances, counts = _gather(local.mean, local.var, local.count, self.process_group)
         total = counts.sum()
         share = (counts / total.clamp_min(1)).to(means.dtype).view(-1, 1)
         pooled = (share * means).sum(0, keepdim=True)
@@ -150,3 +150,39 @@ class Moments:
     def __repr__(self) -> str:
         known = "not computed yet" if self._mean is None else f"shape={tuple(self._mean.shape)}"
         return f"Moments({known}, count={self.count})"
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather a table; the gradient of each process's part is summed over the processes.
+
+    The sum makes ``backward`` of the local losses equal to one ``backward`` of their sum, which is what gradient
+    averaging over processes (DDP) expects.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(table) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(parts, table.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total[torch.distributed.get_rank(ctx.group)], None
+
+
+def _gather(mean: Tensor, var: Tensor, count: int | Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather (1, C) tables and counts from every process of ``group``.
+
+    Returns:
+        Means (world, C), variances (world, C) and counts (world,), the counts in float64 so that they are exact:
+        all travel in it, in one message.
+    """
+    counts = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1, 1)
+    local = torch.cat([mean.double(), var.double(), counts], 1)
+    gathered = cast("Tensor", _Gather.apply(local, group))[:, 0]  # type: ignore[no-untyped-call]
+    means, variances, counts = gathered.tensor_split([mean.shape[1], 2 * mean.shape[1]], 1)
+    return means.to(mean.dtype), variances.to(mean.dtype), counts[:, 0].detach()

@@ -20,11 +20,8 @@ DTYPES = frozenset(_SUFFIXES)
 # Their arguments in the letters of :func:`declare`.
 _PASSES = {"moments": "pppnnni", "affine": "psspnnni", "sums": "pppppnnni", "combine": "ppssdsdppnnni"}
 _TABLES = {
-    "pool_samples": "ppppnn",
-    "pool_channels": "ppppnn",
-    "unpool_samples": "pppppnn",
-    "unpool_channels": "pppppnn",
-    "add_samples": "ppppnn",
+    **dict.fromkeys(("pool_samples", "pool_channels", "add_samples"), "ppppnn"),
+    **dict.fromkeys(("unpool_samples", "unpool_channels"), "pppppnn"),
     "track": "ppppddn",
     "follow": "ppppdin",
     "guard": "ppppddppn",

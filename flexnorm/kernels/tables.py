@@ -17,7 +17,10 @@ from flexnorm.kernels.composed import gradients, must_compose
 from flexnorm.kernels.normalization import call
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
-"""Means and biased variances: (1, C) of a batch, (C,) as a layer keeps them."""
+"""Means and biased variances, (1, C) of a batch, (C,) as a layer keeps them; or scales and shifts."""
+
+Param: TypeAlias = Tensor | None
+"""A weight or a bias (C,); ``None`` for 1 or 0."""
 
 
 def pool(mean: Tensor, var: Tensor, dim: int, backend: str) -> Pair:
@@ -139,14 +142,7 @@ def guard(batch: Pair, kept: Pair, eps: float, ratio: float, backend: str) -> tu
 
 
 def unitize(
-    own: Pair,
-    kept: Pair,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    alpha: Tensor,
-    eps: float,
-    divisor: int | Tensor,
-    backend: str,
+    own: Pair, kept: Pair, weight: Param, bias: Param, alpha: Tensor, eps: float, divisor: int | Tensor, backend: str
 ) -> Pair:
     """Scale and shift (N, C) of unitized batch normalization, :func:`flexnorm.nn.rules.unitize`.
 
@@ -197,9 +193,7 @@ class _Unitize(torch.autograd.Function):
         return None, None, dmean, dvar, *vectors
 
 
-def follow_weights(
-    batch: Pair, kept: Pair, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
-) -> Pair:
+def follow_weights(batch: Pair, kept: Pair, weight: Param, bias: Param, eps: float, backend: str) -> Pair:
     """Scale and shift (1, C) of the statistics ``kept``, with the derivatives of those of the ``batch``.
 
     :func:`flexnorm.nn.rules.renormalize` without limits: population statistics that follow the weights.

@@ -1,15 +1,25 @@
 """What a user puts into a model: normalization modules as rules of the engine, and Normalization Propagation layers."""
 
+# isort: skip_file - a line of names for each norm
 from flexnorm.engine import NORMS
 from flexnorm.nn import normprop, reference, rules
-from flexnorm.nn.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from flexnorm.nn.batch import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    MeanOnlyBatchNorm1d,
+    MeanOnlyBatchNorm2d,
+    MeanOnlyBatchNorm3d,
+    VarianceOnlyBatchNorm1d,
+    VarianceOnlyBatchNorm2d,
+    VarianceOnlyBatchNorm3d,
+)
 from flexnorm.nn.batch_instance import BatchInstanceNorm1d, BatchInstanceNorm2d, BatchInstanceNorm3d
 from flexnorm.nn.factory import TORCH_LAYERS, NoNorm, is_norm, make_norm, needs_batch, norm_class, norm_of, undecayed
 from flexnorm.nn.filter_response import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
 from flexnorm.nn.group import GroupNorm
 from flexnorm.nn.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from flexnorm.nn.layer import LayerNorm1d, LayerNorm2d, LayerNorm3d
-from flexnorm.nn.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from flexnorm.nn.normprop import (
     NormPropActivation,
     NormPropAdd,
@@ -37,14 +47,11 @@ from flexnorm.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from flexnorm.nn.rms import RMSNorm1d, RMSNorm2d, RMSNorm3d
 from flexnorm.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from flexnorm.nn.unitized import UnitizedBatchNorm1d, UnitizedBatchNorm2d, UnitizedBatchNorm3d
-from flexnorm.nn.variance_only import VarianceOnlyBatchNorm1d, VarianceOnlyBatchNorm2d, VarianceOnlyBatchNorm3d
 
 __all__ = ["NORMS", "TORCH_LAYERS", "NoNorm", "is_norm", "make_norm", "needs_batch", "norm_class", "norm_of"]
-__all__ += ["undecayed"]
-__all__ += ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ += ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm"]
 __all__ += ["BatchInstanceNorm1d", "BatchInstanceNorm2d", "BatchInstanceNorm3d"]
 __all__ += ["FilterResponseNorm1d", "FilterResponseNorm2d", "FilterResponseNorm3d"]
-__all__ += ["GroupNorm"]
 __all__ += ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 __all__ += ["LayerNorm1d", "LayerNorm2d", "LayerNorm3d"]
 __all__ += ["MeanOnlyBatchNorm1d", "MeanOnlyBatchNorm2d", "MeanOnlyBatchNorm3d"]
@@ -58,4 +65,4 @@ __all__ += ["RMSNorm1d", "RMSNorm2d", "RMSNorm3d"]
 __all__ += ["SwitchableNorm1d", "SwitchableNorm2d", "SwitchableNorm3d"]
 __all__ += ["UnitizedBatchNorm1d", "UnitizedBatchNorm2d", "UnitizedBatchNorm3d"]
 __all__ += ["VarianceOnlyBatchNorm1d", "VarianceOnlyBatchNorm2d", "VarianceOnlyBatchNorm3d"]
-__all__ += ["normprop", "reference", "rules"]
+__all__ += ["normprop", "reference", "rules", "undecayed"]

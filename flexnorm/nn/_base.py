@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine import FlexNorm
+from flexnorm.kernels.tables import Pair as Pair
+from flexnorm.kernels.tables import Param as Param
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,13 +58,7 @@ class SampleStatistics(FlexNorm):
     statistics_from = "sample"
 
     def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        bias: bool = True,
-        **kwargs: Unpack[Placed],
+        self, num_features: int, eps: float = 1e-5, affine: bool = True, *, bias: bool = True, **kwargs: Unpack[Placed]
     ) -> None:
         super().__init__(num_features, eps, None, affine, False, bias=bias, **kwargs)
 
@@ -72,9 +68,7 @@ def all_equal(parameter: Tensor, value: float) -> bool:
     return parameter.is_meta or bool((parameter == value).all())
 
 
-def standardize(
-    mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def standardize(mean: Tensor, var: Tensor, weight: Param = None, bias: Param = None, eps: float = 1e-5) -> Pair:
     """Return the scale and shift of ``weight * (x - mean) / sqrt(var + eps) + bias``.
 
     Args:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import BatchStatistics, all_equal, standardize
+from flexnorm.nn._base import BatchStatistics, Pair, Param, all_equal, standardize
 
 
 def batch_instance(
@@ -15,11 +15,11 @@ def batch_instance(
     mean: Tensor,
     var: Tensor,
     gate: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Param = None,
+    bias: Param = None,
     *,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Batch-instance normalization (Nam & Kim 2018, eq. 4): a gate per channel between batch and instance.
 
     ``y = weight * (gate * x_batch + (1 - gate) * x_instance) + bias`` with the gate (C,) clipped to [0, 1].
@@ -52,7 +52,7 @@ class _BatchInstanceNorm(BatchStatistics):
         """With a gate of 1 it is batch normalization."""
         return "batch" if all_equal(self.gate, 1) else "batch_instance"
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize with the batch and with each instance, and mix by the gate."""
         mean, var = self.batch_or_running(moments)
         return batch_instance(moments, mean, var, self.gate, self.weight, self.bias, eps=self.eps)

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import Placed, SampleStatistics
+from flexnorm.nn._base import Pair, Param, Placed, SampleStatistics
 
 
-def filter_response(
-    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float | Tensor = 1e-6
-) -> tuple[Tensor, Tensor]:
+def filter_response(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float | Tensor = 1e-6) -> Pair:
     """Filter response normalization (Singh & Krishnan 2020, eq. 1-2): mean square per sample and channel.
 
     ``eps`` is added to the mean square; a tensor (1,) or (C,) if it is learned (its absolute value is used).
@@ -64,7 +62,7 @@ class _FilterResponseNorm(SampleStatistics):
             if (parameter := self._parameters.get(name)) is not None:
                 nn.init.constant_(parameter, value)
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Divide each channel of each sample by its root mean square."""
         eps = self.eps if self.learned_eps is None else self.learned_eps
         return filter_response(moments, self.weight, self.bias, eps=eps)

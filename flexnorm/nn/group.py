@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn._base import standardize
+from flexnorm.nn._base import Pair, Param, standardize
 
 
-def group(
-    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, groups: int, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def group(moments: Moments, weight: Param = None, bias: Param = None, *, groups: int, eps: float = 1e-5) -> Pair:
     """Group normalization (Wu & He 2018): moments per sample, over positions and the channels of a group.
 
     ``groups`` is the number of groups of neighbouring channels; it divides C.
@@ -75,7 +72,7 @@ class GroupNorm(FlexNorm):
         """One group is layer normalization, one channel a group instance normalization."""
         return {1: "layer", self.num_features: "instance"}.get(self.num_groups, "group")
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize each sample with the moments of its groups."""
         return group(moments, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
 

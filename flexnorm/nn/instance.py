@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn._base import Shared, standardize
+from flexnorm.nn._base import Pair, Param, Shared, standardize
 
 
-def instance(
-    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def instance(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
     """Instance normalization (Ulyanov et al. 2016): moments per sample and channel, over positions."""
     return standardize(moments.mean, moments.var, weight, bias, eps)
 
@@ -51,7 +49,7 @@ class _InstanceNorm(FlexNorm):
         """With running statistics its evaluation is that of batch normalization."""
         return "batch" if not training and self.running_mean is not None else "instance"
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize each channel of each sample with its own moments."""
         if self.running_mean is not None and self.running_var is not None and (self.frozen or not self.training):
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from flexnorm.engine import Moments
-from flexnorm.nn._base import SampleStatistics
+from flexnorm.nn._base import Pair, Param, SampleStatistics
 from flexnorm.nn.group import group
 
 
-def layer(
-    moments: Moments, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+def layer(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
     """Layer normalization over (C, *spatial) (Ba et al. 2016), with one weight and bias per channel."""
     return group(moments, weight, bias, groups=1, eps=eps)
 
@@ -25,7 +21,7 @@ class _LayerNorm(SampleStatistics):
 
     norm_name = torch_layer = "layer"
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize each sample with its own moments."""
         return layer(moments, self.weight, self.bias, eps=self.eps)
 

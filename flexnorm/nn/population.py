@@ -30,7 +30,7 @@ from torch import Tensor
 from flexnorm._messages import unknown_name
 from flexnorm.engine import FlexNorm, Moments, recomputing
 from flexnorm.kernels.tables import follow, follow_weights, guard
-from flexnorm.nn._base import Shared, standardize
+from flexnorm.nn._base import Pair, Param, Shared, standardize
 
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
 _FEW_VALUES = 16
@@ -40,11 +40,11 @@ def population(
     moments: Moments,  # noqa: ARG001 - a rule receives them; this one needs none, and so costs no pass over x
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Param = None,
+    bias: Param = None,
     *,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Population normalization (Luo et al. 2019, sec. 2): fixed moments of the whole population, in training too.
 
     ``mean`` and ``var`` are (C,). ``moments`` is not read: this rule costs one affine pass.
@@ -119,7 +119,7 @@ class _PopulationNorm(FlexNorm):
         """Its evaluation is that of batch normalization."""
         return "population" if training else "batch"
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize with the population statistics, in training too."""
         if self.frozen or not self.training:
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
@@ -148,13 +148,13 @@ class _PopulationNorm(FlexNorm):
         super().check_input(x)
         self._samples = x.shape[0]
 
-    def _population(self) -> tuple[Tensor, Tensor]:
+    def _population(self) -> Pair:
         assert self.running_mean is not None
         assert self.running_var is not None
         return self.running_mean, self.running_var
 
     @torch.no_grad()
-    def _bounded(self, pooled: Moments) -> tuple[Tensor, Tensor]:
+    def _bounded(self, pooled: Moments) -> Pair:
         """Return the statistics within the guard about those of the batch."""
         mean, var = self._population()
         if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):

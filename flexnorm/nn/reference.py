@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexnorm.nn._base import Param
+
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view((1, -1) + (1,) * (x.dim() - 2))
 
 
-def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _affine(xhat: Tensor, weight: Param, bias: Param) -> Tensor:
     y = xhat if weight is None else xhat * _channels(weight, xhat)
     return y if bias is None else y + _channels(bias, xhat)
 
@@ -25,37 +27,29 @@ def _standardize_over(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
     return (x - mean) / torch.sqrt(var + eps)
 
 
-def batch(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def batch(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
     """Batch normalization: mean and variance over samples and positions."""
     return _affine(_standardize_over(x, (0, *range(2, x.dim())), eps), weight, bias)
 
 
-def instance(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def instance(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
     """Instance normalization: mean and variance over positions."""
     return _affine(_standardize_over(x, tuple(range(2, x.dim())), eps), weight, bias)
 
 
-def layer(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def layer(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
     """Layer normalization: mean and variance over channels and positions."""
     return _affine(_standardize_over(x, tuple(range(1, x.dim())), eps), weight, bias)
 
 
-def group(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, groups: int, eps: float = 1e-5
-) -> Tensor:
+def group(x: Tensor, weight: Param = None, bias: Param = None, *, groups: int, eps: float = 1e-5) -> Tensor:
     """Group normalization: mean and variance over positions and the channels of a group."""
     split = x.reshape(x.shape[0], groups, -1)
     return _affine(_standardize_over(split, (2,), eps).reshape(x.shape), weight, bias)
 
 
 def population(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
+    x: Tensor, mean: Tensor, var: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5
 ) -> Tensor:
     """Population normalization: given mean and variance (C,)."""
     return _affine((x - _channels(mean, x)) / torch.sqrt(_channels(var, x) + eps), weight, bias)
@@ -63,8 +57,8 @@ def population(
 
 def unitized(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Param,
+    bias: Param,
     alpha: Tensor,
     mean: Tensor | None = None,
     var: Tensor | None = None,
@@ -82,14 +76,12 @@ def unitized(
     return _affine(xhat * (a / torch.sqrt(square + eps) + (1 - a)), weight, bias)
 
 
-def rms(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def rms(x: Tensor, weight: Param = None, *, eps: float = 1e-5) -> Tensor:
     """Root mean square normalization over channels and positions."""
     return _affine(x / torch.sqrt((x**2).mean(tuple(range(1, x.dim())), keepdim=True) + eps), weight, None)
 
 
-def filter_response(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float | Tensor = 1e-6
-) -> Tensor:
+def filter_response(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float | Tensor = 1e-6) -> Tensor:
     """Filter response normalization, without its activation."""
     axes = tuple(range(2, x.dim()))
     square = (x**2).mean(axes, keepdim=True) if axes else x**2
@@ -100,8 +92,8 @@ def renorm(
     x: Tensor,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Param = None,
+    bias: Param = None,
     *,
     r_max: float,
     d_max: float,
@@ -117,13 +109,7 @@ def renorm(
 
 
 def switchable(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
+    x: Tensor, mean_weight: Tensor, var_weight: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5
 ) -> Tensor:
     """Switchable normalization with the statistics of the batch; order instance, layer, batch."""
     space = tuple(range(2, x.dim()))
@@ -135,20 +121,18 @@ def switchable(
     return _affine((x - mean) / torch.sqrt(var + eps), weight, bias)
 
 
-def mean_only(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def mean_only(x: Tensor, weight: Param = None, bias: Param = None) -> Tensor:
     """Mean-only batch normalization."""
     return _affine(x - x.mean((0, *range(2, x.dim())), keepdim=True), weight, bias)
 
 
-def variance_only(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def variance_only(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
     """Variance-only batch normalization."""
     var = x.var((0, *range(2, x.dim())), correction=0, keepdim=True)
     return _affine(x / torch.sqrt(var + eps), weight, bias)
 
 
-def batch_instance(
-    x: Tensor, gate: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
-) -> Tensor:
+def batch_instance(x: Tensor, gate: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
     """Batch-instance normalization."""
     share = _channels(gate.clamp(0, 1), x)
     return _affine(share * batch(x, eps=eps) + (1 - share) * instance(x, eps=eps), weight, bias)

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine import Moments, recomputing
-from flexnorm.nn._base import BatchStatistics, Shared, standardize
+from flexnorm.nn._base import BatchStatistics, Pair, Param, Shared, standardize
 
 
 def renorm(
     moments: Moments,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Param = None,
+    bias: Param = None,
     *,
     r_max: float | Tensor,
     d_max: float | Tensor,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Batch renormalization (Ioffe 2017, alg. 1): batch statistics, corrected towards the running ones.
 
     ``y = weight * (r * (x - mu_B) / sigma_B + d) + bias`` with ``r = sigma_B / sigma`` clipped to [1/r_max, r_max] and
@@ -41,13 +41,13 @@ def renormalize(
     batch_var: Tensor,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Param = None,
+    bias: Param = None,
     *,
     r_max: float | Tensor,
     d_max: float | Tensor,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Batch statistics (1, C) corrected towards others (C,): :func:`renorm` on given statistics of the batch.
 
     Without limits (``r_max = d_max = inf``) the values are those of ``mean`` and ``var``, and the derivatives those of
@@ -112,7 +112,7 @@ class _BatchRenorm(BatchStatistics):
         self.r_max, self.d_max, self.warmup, self.ramp = r_max, d_max, warmup, ramp
         self._used: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def limits(self) -> tuple[Tensor, Tensor]:
+    def limits(self) -> Pair:
         """Return r_max and d_max at the present step, as scalar tensors."""
         assert self.num_batches_tracked is not None
         since = (self.num_batches_tracked - self.warmup).float()
@@ -124,7 +124,7 @@ class _BatchRenorm(BatchStatistics):
         """Without corrections, and in evaluation, it is batch normalization."""
         return "batch" if not training or (self.r_max == 1 and self.d_max == 0) else "renorm"
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Renormalize in training; standardize with the running statistics in evaluation."""
         assert self.running_mean is not None
         assert self.running_var is not None

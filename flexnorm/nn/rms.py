@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Unpack
 
 import torch
-from torch import Tensor
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import Placed, SampleStatistics
+from flexnorm.nn._base import Pair, Param, Placed, SampleStatistics
 
 
-def rms(moments: Moments, weight: Tensor | None = None, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def rms(moments: Moments, weight: Param = None, *, eps: float = 1e-5) -> Pair:
     """Root mean square normalization (Zhang & Sennrich 2019) of each sample over (C, *spatial)."""
     scale = (moments.pool("channels").mean_square + eps).rsqrt()
     scale = scale if weight is None else scale * weight
@@ -30,7 +29,7 @@ class _RMSNorm(SampleStatistics):
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, **kwargs: Unpack[Placed]) -> None:
         super().__init__(num_features, eps, affine, bias=False, **kwargs)
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Divide each sample by its root mean square."""
         return rms(moments, self.weight, eps=self.eps)
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from flexnorm.engine import Moments
-from flexnorm.nn._base import BatchStatistics, standardize
+from flexnorm.nn._base import BatchStatistics, Pair, Param, standardize
 
 
 def switch(
@@ -16,11 +16,11 @@ def switch(
     var: Tensor,
     mean_weight: Tensor,
     var_weight: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight: Param = None,
+    bias: Param = None,
     *,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Switchable normalization (Luo et al. 2019, eq. 3-5): learned mixtures of instance, layer and batch statistics.
 
     ``mean`` and ``var`` are those of the batch, or running ones, (1, C) or (C,). ``mean_weight`` (3,) and
@@ -48,7 +48,7 @@ class _SwitchableNorm(BatchStatistics):
     mean_weight: nn.Parameter
     var_weight: nn.Parameter
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize with the mixed statistics."""
         mean, var = self.batch_or_running(moments)
         return switch(moments, mean, var, self.mean_weight, self.var_weight, self.weight, self.bias, eps=self.eps)

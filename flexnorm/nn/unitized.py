@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from flexnorm._messages import unknown_name
 from flexnorm.engine import Moments
 from flexnorm.kernels import tables
-from flexnorm.nn._base import BatchStatistics, Shared, all_equal
+from flexnorm.nn._base import BatchStatistics, Pair, Param, Shared, all_equal
 
 
 def unitize(
     moments: Moments,
     mean: Tensor,
     var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Param,
+    bias: Param,
     alpha: Tensor,
     *,
     eps: float = 1e-5,
     unit_norm: str = "paper",
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Unitization on top of given statistics (Huang & Yu 2020, layer as released by the authors).
 
     With xhat = (x - mean) / sqrt(var + eps) and one squared norm per sample, ``s_n = ||xhat_n||^2 / P^2``
@@ -47,14 +47,8 @@ def unitize(
 
 
 def unitized(
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    alpha: Tensor,
-    *,
-    eps: float = 1e-5,
-    unit_norm: str = "paper",
-) -> tuple[Tensor, Tensor]:
+    moments: Moments, weight: Param, bias: Param, alpha: Tensor, *, eps: float = 1e-5, unit_norm: str = "paper"
+) -> Pair:
     """Unitized batch normalization: :func:`unitize` on the statistics of the batch."""
     pooled = moments.pool("batch")
     return unitize(moments, pooled.mean, pooled.var, weight, bias, alpha, eps=eps, unit_norm=unit_norm)
@@ -111,7 +105,7 @@ class _UnitizedBatchNorm(BatchStatistics):
         """At alpha = 0 it is batch normalization."""
         return "batch" if all_equal(self.alpha, 0) else "unitized"
 
-    def rule(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def rule(self, moments: Moments) -> Pair:
         """Standardize with batch (or running) statistics, then move each sample towards unit norm by alpha."""
         mean, var = self.batch_or_running(moments)
         alpha = self.alpha.clamp(0, 1) if self.constrain_alpha else self.alpha

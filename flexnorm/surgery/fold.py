@@ -77,11 +77,7 @@ class FoldPlan(Report[FoldRow]):
 
 
 def fold_plan(
-    model: nn.Module,
-    *,
-    example_input: Any = None,
-    include: Selection | None = None,
-    exclude: Selection | None = None,
+    model: nn.Module, *, example_input: Any = None, include: Selection | None = None, exclude: Selection | None = None
 ) -> FoldPlan:
     """Say what :func:`fold` would do with the same arguments; the model is not changed.
 

@@ -115,10 +115,7 @@ class ConversionPlan(Report[ConversionRow]):
     headings = ("layer", "is", "becomes", "function", "remarks")
 
     def __init__(
-        self,
-        rows: Sequence[ConversionRow],
-        evaluation: Difference | None = None,
-        training: Difference | None = None,
+        self, rows: Sequence[ConversionRow], evaluation: Difference | None = None, training: Difference | None = None
     ) -> None:
         super().__init__(rows)
         self.evaluation = evaluation

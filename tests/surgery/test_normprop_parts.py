@@ -12,9 +12,19 @@ from torch.nn import functional as F
 from flexnorm.nn.normprop import NormPropConv2d, resolve_activation
 from flexnorm.surgery._reading import RefusedError
 from flexnorm.surgery.normprop import graph as ops
-from flexnorm.surgery.normprop.layers import Moments, Tail, activation_layer, add_layer, linear_layer, plain_linear
+from flexnorm.surgery.normprop.layers import (
+    HANDS_ON,
+    Moments,
+    ScaleShift,
+    Tail,
+    activation_layer,
+    add_layer,
+    joined,
+    linear_layer,
+    passed,
+    plain_linear,
+)
 from flexnorm.surgery.normprop.layers import through as through_linear
-from flexnorm.surgery.normprop.scaling import HANDS_ON, ScaleShift, joined, passed
 
 
 def vector(*values: float) -> torch.Tensor:

@@ -19,21 +19,14 @@ from flexnorm.surgery._producers import LINEAR
 from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery.normprop.graph import Network, Stats
 from flexnorm.surgery.normprop.rewrite import Options, Rewriter
-from flexnorm.surgery.plan import ConversionPlan, ConversionRow
-
-__all__ = ["NormPropPlan", "convert_to_normprop", "normprop_plan"]
-
-PADDINGS = ("keep", "zeros")
+from flexnorm.surgery.plan import ConversionPlan, ConversionRow, first_three
 
 
 class NormPropPlan(ConversionPlan):
     """What :func:`flexnorm.convert_to_normprop` would do; prints as a table.
 
-    Attributes:
-        rows: One :class:`ConversionRow` per linear map, normalization, activation and sum, in the order of execution:
-            what becomes of it, or why it stays.
-        evaluation: Measured difference of the outputs in evaluation mode.
-        training: The same in training mode, in which batch normalization takes the statistics of the batch.
+    A :class:`ConversionPlan` with a row per linear map, normalization, activation and sum, in the order of execution.
+    In training mode, whose difference is measured too, batch normalization takes the statistics of the batch.
     """
 
 
@@ -106,7 +99,10 @@ def convert_to_normprop(
     """
     layer = {"constants": constants, "eps": eps, "unitize": unitize, "border": border}
     new, rows, measured = _converted(model, example_input, batches, include, exclude, padding, **layer)
-    _warn(rows)
+    refused = [f"{row.name} ({row.source}): {row.reason}" for row in rows if row.status == "refuse"]
+    if refused:
+        shown = first_three(refused, "normprop_plan")
+        warnings.warn(f"{len(refused)} of {len(rows)} layers stay as they are: {shown}", stacklevel=2)
     if padding == "keep" and not unitize and border == "paper" and not measured.preserved:
         raise RuntimeError(f"the converted model computes another function on example_input: {measured}")
     return new
@@ -151,8 +147,8 @@ def _converted(
     inner = unwrap(model)
     if example_input is None:
         raise ValueError("conversion needs example_input: an input of the model, to see the shape of every value")
-    if padding not in PADDINGS:
-        raise ValueError(unknown_name("padding", padding, PADDINGS))
+    if padding not in ("keep", "zeros"):
+        raise ValueError(unknown_name("padding", padding, ("keep", "zeros")))
     if padding == "keep" and layer.get("border") == "exact":
         raise ValueError("border='exact' rescales the border, padding='keep' keeps it as it was; give padding='zeros'")
     # A wrong value is refused here and not in the middle of the conversion.
@@ -174,11 +170,17 @@ def _converted(
             for p in find_places(inner, is_candidate)
         ]
         return copy.deepcopy(inner), rows, Difference(0.0, 0.0)
-
-    def change(copied: nn.Module, example: Any) -> nn.Module:
-        return _rewritten(copied, example, stats, options)[0]
-
-    return new, rows, difference(inner, new, example_input, change, training=False)
+    return (
+        new,
+        rows,
+        difference(
+            inner,
+            new,
+            example_input,
+            lambda copied, x: _rewritten(copied, x, stats, options)[0],
+            training=False,
+        ),
+    )
 
 
 def _rewritten(
@@ -186,7 +188,8 @@ def _rewritten(
 ) -> tuple[nn.Module, list[ConversionRow]]:
     """Rewrite in place; what comes back is the model itself, or a graph of its modules where the forward changes."""
     network = Network(model, example_input)
-    hooked = [name for name, m in model.named_modules() if next(m.children(), None) is not None and _hooks(m)]
+    parents = [(name, m) for name, m in model.named_modules() if next(m.children(), None) is not None]
+    hooked = [name for name, m in parents if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     rewriter = Rewriter(network, stats, options)
     rewriter.run()
     if not rewriter.rewired:
@@ -202,15 +205,3 @@ def _rewritten(
         if name not in vars(new) and not inspect.ismethod(value):
             new.__dict__[name] = value
     return new, rewriter.rows
-
-
-def _hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _warn(rows: list[ConversionRow]) -> None:
-    refused = [row for row in rows if row.status == "refuse"]
-    if refused:
-        shown = "; ".join(f"{row.name} ({row.source}): {row.reason}" for row in refused[:3])
-        more = f"; and {len(refused) - 3} more, see normprop_plan()" if len(refused) > 3 else ""
-        warnings.warn(f"{len(refused)} of {len(rows)} layers stay as they are: {shown}{more}", stacklevel=3)

@@ -19,8 +19,6 @@ from flexnorm.statistics import Pool
 from flexnorm.surgery._producers import LINEAR, _Tracer
 from flexnorm.surgery._reading import RefusedError
 
-__all__ = ["Network", "Stats", "activation_of", "dropout_of", "in_place", "is_activation", "is_cat", "summands"]
-
 Stats = dict[str, tuple[Tensor, Tensor]]
 """Mean and biased variance (C,) of a value over samples and positions, by the name of its node; float64."""
 

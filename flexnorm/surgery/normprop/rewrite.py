@@ -1,6 +1,6 @@
 """Put NormProp layers where linear maps, normalizations, activations and sums were, operation by operation.
 
-Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.normprop.scaling`). Where an
+Every value of the new network stands for one of the original (:mod:`~flexnorm.surgery.normprop.layers`). Where an
 operation is not understood, the values that it reads are turned back into the original's by a scale and a shift, and it
 is left as it was. So the network computes the same function whatever is understood of it.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,39 +20,23 @@ from flexnorm.surgery._producers import LINEAR
 from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery.normprop import graph as ops
 from flexnorm.surgery.normprop import layers
-from flexnorm.surgery.normprop.layers import Moments, Tail
-from flexnorm.surgery.normprop.scaling import HANDS_ON, ScaleShift, joined, passed
+from flexnorm.surgery.normprop.layers import HANDS_ON, Moments, ScaleShift, Tail, joined, passed
 from flexnorm.surgery.plan import ConversionRow
 
-__all__ = ["Options", "Rewriter"]
 
+class Options(NamedTuple):
+    """What the user wants."""
 
-@dataclass(frozen=True)
-class Options:
-    """What the user wants.
-
-    Attributes:
-        layer: Constructor arguments of the NormProp layers.
-        keep_padding: Pad with the values that stand for zero.
-        chosen: Whether a module of that name may be replaced.
-    """
-
-    layer: Mapping[str, Any]
-    keep_padding: bool
-    chosen: Callable[[str], bool]
+    layer: Mapping[str, Any]  # constructor arguments of the NormProp layers
+    keep_padding: bool  # pad with the values that stand for zero
+    chosen: Callable[[str], bool]  # whether a module of that name may be replaced
 
 
 class Rewriter:
-    """One conversion, in place, of a model and its graph.
+    """One conversion, in place, of a model, whose modules are exchanged, and of its graph where that is not enough.
 
-    Args:
-        network: The model, whose modules are exchanged, and its graph, which is edited where that is not enough.
-        stats: Measured moments of the values by name of node, empty if nothing was measured.
-        options: What the user wants.
-
-    Attributes:
-        rows: A report row per layer.
-        rewired: Whether the graph differs from what the model's own forward does.
+    ``stats`` is empty if nothing was measured. Afterwards ``rows`` has a report row per layer, and ``rewired`` says
+    whether the graph differs from what the model's own forward does.
     """
 
     def __init__(self, network: ops.Network, stats: ops.Stats, options: Options) -> None:
@@ -69,11 +52,7 @@ class Rewriter:
         self._like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.empty(0))
 
     def run(self) -> None:
-        """Do it.
-
-        Raises:
-            RefusedError: If an operation overwrites a value that is read afterwards.
-        """
+        """Convert; RefusedError if an operation overwrites a value that is read afterwards."""
         self._refuse_overwriting()
         for node in list(self.network.graph.nodes):
             if node in self._done or node.op in ("placeholder", "get_attr") or ops.is_shape_query(node):
@@ -127,10 +106,9 @@ class Rewriter:
         linear = layers.through(module, scaling, shape, keep_padding=self.options.keep_padding)
         tail = self._tail(node)
         if tail is None:
-            notes: tuple[str, ...] = ()
             if scaling is not None:
                 self._put(module, layers.plain_linear(module, linear))
-                notes = ("its weight takes standardized input",)
+            notes = ("its weight takes standardized input",) * (scaling is not None)
             self._row(node, status="keep", reason="no normalization, activation or sum after it", notes=notes)
             return
         moments = self._moments(node)
@@ -140,7 +118,7 @@ class Rewriter:
         new, self._scaling[node] = layers.linear_layer(module, linear, moments, tail, self.options.layer)
         _keep_frozen(new, module, self.network.module(tail.nodes[0]) if tail.nodes else None)
         self._put(module, new.train(module.training))
-        notes = () if moments is not None else ("its unit filters are taken to yield unit variance",)
+        notes = ("its unit filters are taken to yield unit variance",) * (moments is None)
         self._row(node, target=type(new).__name__, notes=notes)
         for follower in tail.nodes:
             self._row(follower, target=f"(part of {self._name(node)})")
