@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm.nn.normprop.checks import positive, sizes
+from flexnorm.nn.normprop.checks import Spatial, positive, sizes
 from flexnorm.nn.normprop.conv import Size
 from flexnorm.nn.normprop.elementwise import ActivationLike, resolve_activation
 from flexnorm.nn.normprop.integrals import activation_moments, initial_affine
@@ -114,10 +114,8 @@ def window_correlation(x: Tensor, kernel_size: Size) -> float:
     return float(((k * ratio - 1) / (k - 1)).mean())
 
 
-class PoolLayer(nn.Module):
+class PoolLayer(Spatial, nn.Module):
     """What average and maximum pooling share; the arguments are those of :class:`NormPropAvgPool`."""
-
-    spatial: int
 
     def __init__(
         self,
@@ -213,37 +211,25 @@ class NormPropMaxPool(PoolLayer):
         return y if self.correlation is None else (y - self.mean) * (1 / self.std)
 
 
-class NormPropAvgPool1d(NormPropAvgPool):
+class NormPropAvgPool1d(NormPropAvgPool, spatial=1):
     """:class:`NormPropAvgPool` of signals."""
 
-    spatial = 1
 
-
-class NormPropAvgPool2d(NormPropAvgPool):
+class NormPropAvgPool2d(NormPropAvgPool, spatial=2):
     """:class:`NormPropAvgPool` of images."""
 
-    spatial = 2
 
-
-class NormPropAvgPool3d(NormPropAvgPool):
+class NormPropAvgPool3d(NormPropAvgPool, spatial=3):
     """:class:`NormPropAvgPool` of volumes."""
 
-    spatial = 3
 
-
-class NormPropMaxPool1d(NormPropMaxPool):
+class NormPropMaxPool1d(NormPropMaxPool, spatial=1):
     """:class:`NormPropMaxPool` of signals."""
 
-    spatial = 1
 
-
-class NormPropMaxPool2d(NormPropMaxPool):
+class NormPropMaxPool2d(NormPropMaxPool, spatial=2):
     """:class:`NormPropMaxPool` of images."""
 
-    spatial = 2
 
-
-class NormPropMaxPool3d(NormPropMaxPool):
+class NormPropMaxPool3d(NormPropMaxPool, spatial=3):
     """:class:`NormPropMaxPool` of volumes."""
-
-    spatial = 3
