@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flexnorm.optim.invariance import InvarianceReport, WeightReport, probing, scale_invariant_weights
 from flexnorm.optim.manifold import row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
-from flexnorm.probe import Selection, select_parameters
+from flexnorm.probe import Selection, hooked, select_parameters
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -187,12 +187,6 @@ def _followers(
         if args and id(args[0]) in produced:
             found.append((produced[id(args[0])][0], module))
 
-    with probing(model, example_input) as probe:
-        handles = [layer.register_forward_hook(after) for layer in layers]
-        handles += [norm.register_forward_pre_hook(before) for norm in norms]
-        try:
-            probe.run({})
-        finally:
-            for handle in handles:
-                handle.remove()
+    with probing(model, example_input) as probe, hooked(layers, after=after), hooked(norms, before):
+        probe.run({})
     return found
