@@ -15,10 +15,10 @@ from flexnorm.lab.data import ImageData
 from flexnorm.lab.files import dump_json, read_json
 from flexnorm.lab.records import EpochRow, Run, Study, renamed_command, with_step_ratios
 from flexnorm.lab.run.config import Config
+from flexnorm.lab.run.environment import stop_on_signals
 from flexnorm.lab.run.folder import open_experiment, run_path
 from flexnorm.lab.run.loop import build_model, fabric_of, train_run
-from flexnorm.lab.run.regularize import StepHooks
-from flexnorm.lab.run.stop import stop_on_signals
+from flexnorm.lab.run.updates import StepHooks
 
 
 @dataclass(frozen=True)
