@@ -100,9 +100,7 @@ def from_arrays(
         )
     y_train = _labels(name, "y_train", y_train, len(x_train))
     y_test = _labels(name, "y_test", y_test, len(x_test))
-    names = tuple(str(c) for c in classes) if classes is not None else None
-    if names is None:
-        names = tuple(str(i) for i in range(int(max(y_train.max(), y_test.max())) + 1))
+    names = tuple(map(str, range(int(max(y_train.max(), y_test.max())) + 1) if classes is None else classes))
     for key, y in (("y_train", y_train), ("y_test", y_test)):
         if y.max() >= len(names):
             raise ValueError(
@@ -123,12 +121,9 @@ def from_arrays(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, not {limit}")
-    if limit is not None and limit < len(x_train):
-        keep = stratified(y_train, limit, seed)
-        x_train, y_train = x_train[keep], y_train[keep]
-    if limit is not None and limit < len(x_test):
-        keep = stratified(y_test, limit, seed)
-        x_test, y_test = x_test[keep], y_test[keep]
+    if limit is not None:
+        kept, tested = (stratified(y, min(limit, len(y)), seed) for y in (y_train, y_test))
+        x_train, y_train, x_test, y_test = x_train[kept], y_train[kept], x_test[tested], y_test[tested]
     sha = hashlib.sha256()
     for a in (x_train, y_train, x_test, y_test):
         sha.update(f"{a.shape}{a.dtype.str}".encode())
@@ -155,8 +150,7 @@ def _pixels(name: str, key: str, x: Array) -> Array:
         raise ValueError(f"{name}: {key} is empty (shape {x.shape}); at least one image is needed")
     if 0 in x.shape:
         raise ValueError(f"{name}: the images of {key} have no pixels (shape {x.shape})")
-    if x.ndim == 3:
-        x = x[..., None]
+    x = x[..., None] if x.ndim == 3 else x
     if x.shape[1] <= 4 < x.shape[3]:
         raise ValueError(
             f"{name}: {key} has shape {x.shape}, which looks like channels first; "
@@ -176,10 +170,8 @@ def _labels(name: str, key: str, y: Array, count: int) -> npt.NDArray[np.int64]:
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"{name}: {key} has type {y.dtype}; labels must be integers from 0")
     if len(y) != count:
-        images = key.replace("y_", "x_")
-        raise ValueError(
-            f"{name}: {key} has {len(y)} labels but {images} has {count} images; each image needs one label"
-        )
+        images = f"x_{key.removeprefix('y_')} has {count} images"
+        raise ValueError(f"{name}: {key} has {len(y)} labels but {images}; each image needs one label")
     if y.min() < 0:
         raise ValueError(f"{name}: {key} holds the negative label {y.min()}; labels must be integers from 0")
     return y.astype(np.int64)

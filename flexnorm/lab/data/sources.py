@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from flexnorm._messages import optional, unknown_name
-from flexnorm.lab.data.images import ImageData, from_arrays, stratified
+from flexnorm.lab.data.images import Array, ImageData, from_arrays, stratified
 
 SOURCES = "'digits', a .npz file, an image folder with train/ and val/ (or test/), or 'hf:NAME'"
 
@@ -67,15 +66,12 @@ def load(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
     raise ValueError(f"{unknown_name('data set', spec, ['digits'])}; or give {SOURCES}")
 
 
-TEST_IMAGES = 360
-
-
 def load_digits(limit: int | None = None, seed: int = 0) -> ImageData:
     """Load the digits: 1,437 training and 360 test images of 8x8 pixels, one channel, ten classes."""
     raw = optional("sklearn.datasets", "data 'digits'", "lab").load_digits()
     x, y = raw.images.astype(np.uint8), raw.target.astype(np.int64)
     test = np.zeros(len(y), dtype=bool)
-    test[stratified(y, TEST_IMAGES, seed=0)] = True
+    test[stratified(y, 360, seed=0)] = True
     return from_arrays("digits", x[~test], y[~test], x[test], y[test], limit=limit, seed=seed, white=16.0)
 
 
@@ -89,10 +85,6 @@ def load_folder(path: Path, limit: int | None = None, seed: int = 0) -> ImageDat
 
     The folder holds ``train`` and one of ``val``, ``valid``, ``validation``, ``test``. All images must have the same
     size. The classes are the folder names under ``train/`` in sorted order.
-
-    Raises:
-        ValueError: If a folder is missing or empty, the classes differ, an image cannot be read or sizes differ.
-        ImportError: If Pillow is missing.
     """
     train = path / "train"
     test = next((path / n for n in ("val", "valid", "validation", "test") if (path / n).is_dir()), None)
@@ -103,15 +95,14 @@ def load_folder(path: Path, limit: int | None = None, seed: int = 0) -> ImageDat
             f"it holds: {found}"
         )
     classes = _classes(train)
-    extra = sorted(set(_classes(test)) - set(classes))
-    if extra:
+    if extra := sorted(set(_classes(test)) - set(classes)):
         raise ValueError(
             f"{test} holds the classes {', '.join(extra[:5])}, which {train} does not; both need the same class folders"
         )
     files = {part: _files(part, classes) for part in (train, test)}
     grey = all(_open(file, lambda image: image.mode in _GREY) for listed in files.values() for file, _ in listed)
     size: tuple[int, int] | None = None
-    arrays: list[npt.NDArray[np.generic]] = []
+    arrays: list[Array] = []
     for part in (train, test):
         images = []
         for file, _ in files[part]:
@@ -166,10 +157,6 @@ def load_hub(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
 
     The image column is the first of type ``Image``, the label column the first of type ``ClassLabel``; the test images
     are the split ``test``, or ``validation`` or ``valid`` where there is none.
-
-    Raises:
-        ImportError: If ``datasets`` is not installed.
-        ValueError: If the data set cannot be found or lacks a split, images or labels.
     """
     name, _, config = spec.removeprefix("hf:").partition(":")
     if not name:
@@ -188,7 +175,7 @@ def load_hub(spec: str, limit: int | None = None, seed: int = 0) -> ImageData:
     if image is None or label is None:
         kinds = ", ".join(f"{key} ({type(kind).__name__})" for key, kind in features.items())
         raise ValueError(f"{spec} has the columns {kinds}; needed: one of type Image and one of type ClassLabel")
-    arrays: list[npt.NDArray[np.generic]] = []
+    arrays: list[Array] = []
     modes = {picture.mode for part in ("train", test) for picture in splits[part][image]}
     mode = "L" if modes <= {"1", "L"} else "RGB"
     for part in ("train", test):
@@ -208,17 +195,13 @@ def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
     """Load ``x_train, y_train, x_test, y_test`` and, if present, ``classes`` (label names) from a ``.npz`` archive.
 
     It may have any compression that :mod:`zipfile` reads; other members are ignored.
-
-    Raises:
-        ValueError: If the file is no ``.npz`` archive, is damaged, lacks a key or holds unusable arrays.
     """
     _check_archive(path)
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
+    arrays: dict[str, Array] = {}
     try:
         # Opened here, because np.load leaves its own file open where the archive is damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = [key for key in KEYS if key not in archive.files]
-            if missing:
+            if missing := [key for key in KEYS if key not in archive.files]:
                 raise ValueError(
                     f"{path} lacks {', '.join(missing)}; it holds: {', '.join(archive.files) or 'nothing'}. "
                     f"Needed: {', '.join(KEYS)} (and optionally classes)"
@@ -254,10 +237,10 @@ def _check_archive(path: Path) -> None:
     raise ValueError(f"{path} ({size:,} bytes) is not a .npz archive: it does not begin like a zip file")
 
 
-def _member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> npt.NDArray[np.generic]:
+def _member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> Array:
     """Read one array; an array of Python objects is refused with its name."""
     try:
-        array: npt.NDArray[np.generic] = archive[key]
+        array: Array = archive[key]
     except MemoryError:
         raise
     except Exception as error:  # a damaged member raises whatever its decompressor or NumPy's header parser does

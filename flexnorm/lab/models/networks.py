@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -29,18 +30,13 @@ def watched_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def convnet(blocks: Blocks, *, widths: Sequence[int] = (16, 32, 64)) -> nn.Sequential:
-    """Plain network of 3x3 convolutions: the first keeps the size, each further one halves it; mean over positions.
-
-    Args:
-        blocks: Normalization, channels of the images and number of classes.
-        widths: Channels of each convolution.
-    """
+    """Plain network of 3x3 convolutions of ``widths``: each but the first halves the size; mean over positions."""
     if not widths:
         raise ValueError("widths must name at least one layer, got an empty sequence")
     sizes = (blocks.in_channels, *widths)
     layers = [
-        (f"layer{number}", blocks.conv(sizes[number - 1], sizes[number], stride=1 if number == 1 else 2))
-        for number in range(1, len(sizes))
+        (f"layer{number}", blocks.conv(cin, cout, stride=1 if number == 1 else 2))
+        for number, (cin, cout) in enumerate(pairwise(sizes), 1)
     ]
     return blocks.network(layers, sizes[-1], [name for name, _ in layers])
 
@@ -49,7 +45,7 @@ def vgg(blocks: Blocks, *, stages: Sequence[Sequence[int]], width: int | None = 
     """VGG-style network: stages of 3x3 convolutions, each followed by 2x2 max-pooling; mean over positions.
 
     Args:
-        blocks: Normalization, channels of the images and number of classes.
+        blocks: Makes the layers.
         stages: Widths of the convolutions of each stage; images must have at least ``2**len(stages)`` pixels a side.
         width: Channels of the first convolution, in place of those of ``stages``; all others scale with it.
 
@@ -77,7 +73,7 @@ def nin(blocks: Blocks, *, width: int = 192) -> nn.Sequential:
     here the 5x5 is padded, so that the size stays 8.
 
     Args:
-        blocks: Normalization, channels of the images and number of classes.
+        blocks: Makes the layers.
         width: 192 in the paper; the other widths scale with it.
     """
     head = [("head", initialized(nn.Conv2d(width, blocks.num_classes, 1), width))]
@@ -157,7 +153,7 @@ def resnet(blocks: Blocks, *, depth: int, width: int = 16, dropout: float = 0.0)
     """Pre-activation residual network for small images (He et al. 2016): three stages of ``(depth - 2) / 6`` blocks.
 
     Args:
-        blocks: Normalization, channels of the images and number of classes.
+        blocks: Makes the layers.
         depth: Number of weight layers, ``6 n + 2``: 8, 20, 56, 110.
         width: Channels of the first stage; the next have twice and four times as many.
         dropout: Share of the activations that is dropped after each block, 0 to 1 (Luo et al. 2019, sec. 5: 0.1).
@@ -175,7 +171,7 @@ def resnet18(blocks: Blocks, *, width: int = 64, dropout: float = 0.0) -> nn.Seq
     """ResNet-18 as it is used on small images: four stages of two blocks, a 3x3 stem, no max-pooling, pre-activation.
 
     Args:
-        blocks: Normalization, channels of the images and number of classes.
+        blocks: Makes the layers.
         width: Channels of the first stage; each further one has twice as many.
         dropout: As in :func:`resnet`.
     """
@@ -187,7 +183,7 @@ def wide_resnet(blocks: Blocks, *, depth: int, widen: int = 10, dropout: float =
     """Wide residual network (Zagoruyko & Komodakis, arXiv 1605.07146): three stages of ``(depth - 4) / 6`` blocks.
 
     Args:
-        blocks: Normalization, channels of the images and number of classes.
+        blocks: Makes the layers.
         depth: Number of weight layers, ``6 n + 4``: 10, 16, 28, 40.
         widen: The stages have 16, 32 and 64 times this many channels; the first convolution has 16.
         dropout: Share of the activations that is dropped between the two convolutions of a block, 0 to 1.
@@ -216,8 +212,7 @@ def _stages(
     """
     # The stem of a pre-activation network is bare: the first block normalizes. A propagating stem standardizes itself.
     make = blocks.conv if blocks.propagates else blocks.convolution
-    first = make(blocks.in_channels, stem)
-    layers: list[tuple[str, nn.Module]] = [("stem", first)]
+    layers: list[tuple[str, nn.Module]] = [("stem", make(blocks.in_channels, stem))]
     names: list[str] = []
     channels = stem
     for stage, (size, out) in enumerate(stages, start=1):

@@ -71,13 +71,7 @@ def own_weight(module: nn.Module) -> str | None:
 
 
 def find_sites(model: nn.Module, batch: Tensor, layers: Selection) -> list[Site]:
-    """Return the calls of the chosen layers in one forward of a batch, in their order. Leaves no trace in the model.
-
-    Args:
-        model: The model.
-        batch: (N, C, H, W) images.
-        layers: Which layers, as for :func:`flexnorm.probe.select_layers`.
-    """
+    """Return the calls of the chosen layers in one forward of a batch (N, C, H, W). Leaves no trace in the model."""
     chosen = select_layers(model, layers)
     taps = {
         name: module
@@ -121,14 +115,8 @@ def channel_numbers(
 ) -> dict[str, dict[str, float | int | None]]:
     """Look at every layer in one side forward per batch, as in training. Leaves no trace in the model.
 
-    Args:
-        model: The model.
-        batches: Disjoint batches of the size that the training has, (M, *) each; noise needs at least two.
-        sites: The layers.
-
-    Returns:
-        By name of the site, ``noise``, ``staleness``, ``dead`` and ``saturated`` of
-        :class:`flexnorm.lab.profile.LayerProfile`; ``None`` for what could not be measured.
+    The ``batches`` (M, *) are disjoint and as large as those of the training; noise needs at least two. Returns by name
+    of the site ``noise``, ``staleness``, ``dead`` and ``saturated`` of :class:`LayerProfile`, as far as measurable.
     """
     places = {site.name: site for site in sites}
     seen: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in places}
@@ -230,15 +218,8 @@ class BoundWatch:
 
     Layers in training normalize by the moments of the probe itself, so the noise is 0; layers with population
     statistics, and frozen ones, are bounded with the noise that the statistics they use have on the probe. Where the
-    guard of a population layer acted, they are others, and this update is passed over.
-
-    Args:
-        model: The model.
-        probe: What the shift is measured on.
-        sites: The layers; those of a kind for which no bound is known are passed over.
-
-    Attributes:
-        found: The bounds so far by name of the site.
+    guard of a population layer acted, they are others, and this update is passed over; so are layers of a kind for
+    which no bound is known. ``found`` has the bounds so far by name of the site.
     """
 
     def __init__(self, model: nn.Module, probe: Tensor, sites: Sequence[Site]) -> None:

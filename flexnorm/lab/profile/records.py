@@ -206,20 +206,14 @@ LIMITS = Limits()
 
 
 def judge(result: Profile, limits: Limits = LIMITS) -> Profile:
-    """Return a profile with the findings that follow from its numbers.
-
-    Args:
-        result: The measurements.
-        limits: Where a number becomes a finding.
-    """
-    layers = tuple(replace(layer, findings=tuple(_layer(layer, result, limits))) for layer in result.layers)
+    """Return a profile with the findings that follow from its numbers."""
+    topics = (_noise, _shift, _statistics, _decay, _rate, _channels, _propagation)
+    layers = tuple(
+        replace(layer, findings=tuple(finding for topic in topics for finding in topic(layer, result, limits)))
+        for layer in result.layers
+    )
     whole = replace(result, layers=layers)
     return replace(whole, findings=tuple(sorted(_whole(whole, limits), key=urgency, reverse=True)))
-
-
-def _layer(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:
-    for topic in (_noise, _shift, _statistics, _decay, _rate, _channels, _propagation):
-        yield from topic(layer, result, limits)
 
 
 def _statistics(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Finding]:

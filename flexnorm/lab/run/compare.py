@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,10 +53,8 @@ class Progress:
 
 def runs_of(config: Config) -> Iterator[tuple[str, str, int]]:
     """Yield (norm, optimizer, seed) of every run; runs that are compared with each other follow each other in time."""
-    for seed in config.seeds:
-        for optim in config.optims:
-            for norm in config.norms:
-                yield norm, optim, seed
+    for seed, optim, norm in itertools.product(config.seeds, config.optims, config.norms):
+        yield norm, optim, seed
 
 
 def compare(

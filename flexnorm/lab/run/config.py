@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -155,13 +156,8 @@ class Config:
                 settings[key] *= share**0.5 if adaptive else share
         if self.lr is not None:
             settings["lr"] = self.lr
-        for layer in (
-            self.optims.get(optim, {}),
-            self.overrides.get(norm, {}),
-            self.overrides.get(f"{norm}/{optim}", {}),
-        ):
-            settings.update(layer)
-        return settings
+        own, overrides = self.optims.get(optim, {}), self.overrides
+        return {**settings, **own, **overrides.get(norm, {}), **overrides.get(f"{norm}/{optim}", {})}
 
     def schedule_settings(self) -> dict[str, Any]:
         """Return the arguments of the schedule with the defaults filled in."""
@@ -207,9 +203,8 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """Return :meth:`as_dict` with the settings of every cell written out; equal experiments give equal values."""
         values = self.as_dict()
-        values["settings"] = {
-            f"{norm}/{optim}": self.optim_settings(norm, optim) for norm in self.norms for optim in self.optims
-        }
+        cells = itertools.product(self.norms, self.optims)
+        values["settings"] = {f"{norm}/{optim}": self.optim_settings(norm, optim) for norm, optim in cells}
         for key in ("norms", "optims", "seeds"):
             values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
         values["schedule_args"] = plain(self.schedule_settings(), finite=False)

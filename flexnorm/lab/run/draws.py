@@ -27,17 +27,14 @@ def order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def augment(x: Tensor, kinds: Sequence[str], pixels: int, generator: torch.Generator) -> Tensor:
-    """Return a randomly displaced and mirrored copy of a batch.
+    """Return a randomly displaced and mirrored copy of a batch ``x`` (N, C, H, W), in one gather.
 
     Args:
-        x: (N, C, H, W) standardized images, so that zero is the mean grey.
+        x: Standardized images, so that zero is the mean grey.
         kinds: Any of ``flip`` (each image is mirrored with probability 1/2), ``shift`` (moved by up to `pixels` in each
-            direction, zero fill) and ``crop`` (the same with a reflected border).
+            direction, zero fill) and ``crop`` (the same with a reflected border); none returns `x` itself.
         pixels: Largest displacement.
         generator: Private CPU generator.
-
-    Returns:
-        (N, C, H, W); `x` itself if `kinds` is empty.
 
     Raises:
         ValueError: If a reflected border is as wide as the image.

@@ -23,9 +23,7 @@ SMALL = 1024
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return versions and hardware as plain values."""
-    on = str(device)
-    if device.type == "cuda":
-        on = f"{device} ({torch.cuda.get_device_name(device)})"
+    on = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return {
         "flexnorm": __version__,
         "torch": str(torch.__version__),
@@ -79,14 +77,9 @@ class Interrupted(Exception):  # noqa: N818  (like KeyboardInterrupt: a request,
 
 
 class StopRequest:
-    """Remembers that a signal has arrived.
+    """Remembers the number of the first ``signal`` that has arrived, 0 as long as none has."""
 
-    Attributes:
-        signal: Number of the first signal, 0 as long as none has arrived.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
+    signal = 0
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal has arrived. Called where stopping is safe."""

@@ -92,7 +92,7 @@ FORMAT = 2
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` atomically.
+    """Write the state of a run at the end of an epoch: tensors, numbers and strings, so that loading never runs code.
 
     Raises:
         WriteError: If the disk does not take it; the previous checkpoint is then still there.

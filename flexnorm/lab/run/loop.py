@@ -49,11 +49,7 @@ class DivergedError(Exception):
 
 
 def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
-    """Build the network of an experiment with one normalization.
-
-    Raises:
-        ValueError: If network or normalization do not take the arguments they were given.
-    """
+    """Build the network of an experiment; ValueError if it or its normalization does not take their arguments."""
     own = config.norm_args.get(norm)
     try:
         return models.build(config.model, norm, data.shape[0], data.num_classes, norm_args=own, **config.model_args)
@@ -161,17 +157,11 @@ class _Run:
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
             self.monitor: Any = None
-            if self.shift_every:
-                self.monitor = stack.enter_context(
-                    ShiftMonitor(
-                        self.model,
-                        self.probe,
-                        layers=models.watched_layers(self.model),
-                        every=self.shift_every,
-                        lag=self.config.shift_lag,
-                        max_samples=self.config.shift_samples,
-                    )
-                )
+            if every := self.shift_every:
+                watched, lag = models.watched_layers(self.model), self.config.shift_lag
+                samples = self.config.shift_samples
+                monitor = ShiftMonitor(self.model, self.probe, watched, every=every, lag=lag, max_samples=samples)
+                self.monitor = stack.enter_context(monitor)
             self._resume()
             started -= self.seconds
             try:
@@ -193,7 +183,11 @@ class _Run:
                 self._write_shift()
                 return self._finish(DIVERGED, str(error))
         self.seconds = time.perf_counter() - started
-        self._write_weights()
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        # One entry only: the library writes several in an order that changes from process to process.
+        note = {"flexnorm": json.dumps(self.config.as_dict())}
+        content = optional("safetensors.torch", "training", "lab").save(weights, metadata=note)
+        atomic_write(self.folder / "model.safetensors", content)
         return self._finish(COMPLETE)
 
     def _train_epoch(self, check_stop: Callable[[], None]) -> tuple[float, float]:
@@ -281,8 +275,8 @@ class _Run:
 
     def _save(self, done: EpochRow) -> None:
         """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
-        rows = [[*dataclasses.astuple(done)]]
-        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, rows)
+        row = [*dataclasses.astuple(done)]
+        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, [row])
         self._write_shift()
         if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
             return
@@ -314,16 +308,6 @@ class _Run:
             rows.append([epoch, values["step"], values["layer"], *(float(values[name]) for name in SHIFT_NUMBERS)])
         self.monitor.records.clear()
         self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
-
-    def _write_weights(self) -> None:
-        """Write the trained weights in the format that every framework reads."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        # One entry only: the library writes several in an order that changes from process to process.
-        note = {"flexnorm": json.dumps(self.config.as_dict())}
-        atomic_write(
-            self.folder / "model.safetensors",
-            optional("safetensors.torch", "training", "lab").save(weights, metadata=note),
-        )
 
     def _finish(self, status: str, reason: str = "") -> Run:
         """Write the summary: from then on the run counts as done."""

@@ -108,10 +108,7 @@ def filled(kind: str, where: str, defaults: Mapping[str, Any], given: Mapping[st
         kind: ``"optims"``, ``"gamma_decay"``, ``"estimate"`` or ``"schedule"``.
         where: The key that messages begin with.
         defaults: The table of that kind.
-        given: The settings that differ from it.
-
-    Raises:
-        ValueError: For a setting that there is not, or a value that it does not take.
+        given: The settings that differ from it; a ValueError says which there is not, or what it takes.
     """
     for key, value in given.items():
         if key not in defaults:
@@ -123,14 +120,7 @@ def filled(kind: str, where: str, defaults: Mapping[str, Any], given: Mapping[st
 
 
 def schedule_factor(name: str, args: Mapping[str, Any], step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Return what the learning rate is multiplied by at one step.
-
-    Args:
-        name: One of :data:`flexnorm.lab.run.SCHEDULES`.
-        args: Complete arguments, as they are listed there.
-        step: Number of updates made so far, from 0.
-        steps_per_epoch: Updates in one epoch.
-        epochs: Length of the run.
+    """Return the factor that one of :data:`SCHEDULES`, its ``args`` complete, gives after ``step`` updates.
 
     Examples:
         >>> [schedule_factor("cosine", {"warmup": 0.0, "final": 0.0}, step, 10, 2) for step in (0, 10)]

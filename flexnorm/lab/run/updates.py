@@ -16,26 +16,19 @@ from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, GammaDecay, param_groups
 from flexnorm.probe import batch_norm_layers
 from flexnorm.statistics import PopulationEstimator
 
+# Optimizers that leave the length of weights free.
 _FLAT = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "sgdp": SGDP, "adamp": AdamP}
-"""Optimizers that leave the length of weights free."""
 
 
 def make_optimizer(
     model: nn.Module, optim: str, settings: Mapping[str, Any], example_input: Tensor
 ) -> tuple[torch.optim.Optimizer, list[str]]:
-    """Build an optimizer for a model.
+    """Build one of :data:`OPTIMS` for a model not yet moved or wrapped; also return remarks for the run's summary.
 
     Layers of Normalization Propagation get unit weights now and after every step (Arpit et al., 2016, section 3.3),
-    unless the optimizer itself keeps weights on the sphere.
-
-    Args:
-        model: The network, not yet moved or wrapped.
-        optim: One of :data:`flexnorm.lab.run.OPTIMS`.
-        settings: Complete settings, as :meth:`flexnorm.lab.run.Config.optim_settings` returns them.
-        example_input: (N, C, H, W) a few images, to find out which weights are scale-invariant.
-
-    Returns:
-        The optimizer, and remarks for the summary of the run (empty as a rule).
+    unless the optimizer itself keeps weights on the sphere. ``settings`` are complete, as
+    :meth:`flexnorm.lab.run.Config.optim_settings` returns them; a few images ``example_input`` (N, C, H, W) show which
+    weights are scale-invariant.
     """
     s = dict(settings)
     if "beta1" in s:
