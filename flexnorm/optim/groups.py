@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flexnorm._messages import unknown_name
 from flexnorm.optim.manifold import row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, row_axis, to_rows
-from flexnorm.probe import Selection, arguments, isolated, private_randomness, select_parameters, tensors
+from flexnorm.probe import Selection, arguments, hooked, isolated, private_randomness, select_parameters, tensors
 
 _PROBE_BATCH = 16  # batch normalization of two values gives +-1 whatever the weight, so a tiny batch proves nothing
 _EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
@@ -448,10 +448,6 @@ def _followers(
         if args and id(args[0]) in produced:
             found.append((produced[id(args[0])][0], module))
 
-    with probing(model, example_input) as probe, ExitStack() as hooks:
-        for handle in [layer.register_forward_hook(after) for layer in layers]:
-            hooks.enter_context(handle)
-        for handle in [norm.register_forward_pre_hook(before) for norm in norms]:
-            hooks.enter_context(handle)
+    with probing(model, example_input) as probe, hooked(layers, after=after), hooked(norms, before):
         probe.run({})
     return found

@@ -98,9 +98,8 @@ class WeightMonitor(Monitor[WeightRecord]):
             names = select_parameters(self._model, parameters, chosen, "weights", "weight")
             parameters = {name: parameters[name] for name in names}
         self._parameters = parameters
-        owners = {
-            p: module for module in reversed(list(self._model.modules())) for p in module.parameters(recurse=False)
-        }
+        modules = reversed(list(self._model.modules()))
+        owners = {p: module for module in modules for p in module.parameters(recurse=False)}
         self._layouts = {name: RowLayout.of(p, *row_axis(owners[p], p)) for name, p in parameters.items()}
 
     @property

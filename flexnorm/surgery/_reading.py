@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
 from flexnorm.nn import TORCH_LAYERS, NormPropUnits, is_norm, norm_class
-from flexnorm.probe import call, isolated, unwrap
+from flexnorm.probe import call, hooked, isolated, unwrap
 from flexnorm.statistics import Frozen, is_frozen
 from flexnorm.surgery._act import ThenAct
 
@@ -188,10 +187,7 @@ def axes_of(model: nn.Module, modules: Iterable[nn.Module], example_input: Any) 
             seen.setdefault(id(module), set()).add(inputs[0].dim())
 
     inner = unwrap(model)
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(module.register_forward_pre_hook(look))
-        stack.enter_context(isolated(inner, 0))
+    with hooked(modules, look), isolated(inner, 0):
         inner.eval()
         call(inner, example_input)
     return seen

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexnorm.kernels import shift_clamp
-from flexnorm.nn.normprop.checks import one_of, positive
+from flexnorm.nn.normprop.checks import Spatial, one_of, positive
 from flexnorm.nn.normprop.elementwise import (
     Activation,
     ActivationLike,
@@ -53,7 +53,7 @@ class UnitOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class NormPropUnits(nn.Module):
+class NormPropUnits(Spatial, nn.Module, spatial=0):
     """Base class of everything that propagates: ``(act(gamma (z - center) / spread + bias) - mean) / std``.
 
     z is what the subclass computes. Propagation takes it to be N(0, 1); where it is known not to be, as in a network
@@ -77,7 +77,6 @@ class NormPropUnits(nn.Module):
         TypeError: For an activation or dtype of the wrong kind.
     """
 
-    spatial: int = 0
     unitize: bool = False
     gamma: nn.Parameter | None
     bias: nn.Parameter | None

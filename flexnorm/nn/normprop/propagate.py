@@ -1,14 +1,6 @@
 """What every NormProp layer of a network does to mean, variance and perturbations: predicted, and measured.
 
-The prediction of a layer takes its normalized pre-activations to be N(0, 1). Beside it stand, where a batch is given,
-the moments of the pre-activations and of the output on that batch. Reading them:
-
-- pre-activation variance away from 1, or mean away from 0: the layer before it (or a pooling, a sum, the data layer)
-  is not standardized;
-- conditional prediction (from the measured mean and variance of every unit's pre-activation) away from the measured
-  output: the pre-activations are not Gaussian; see their skewness and excess kurtosis;
-- chi above 1, or a cumulative chi that grows: the mean squares of single samples run away from each other;
-- a large canonical error: filters are far from orthogonal, so the units of the layer are correlated.
+How to read the report: ``docs/normprop.md``, "Looking inside".
 """
 
 from __future__ import annotations
