@@ -232,9 +232,10 @@ class BatchNoise:
         self._strengths = dict(strengths or {})
         self._handles = [module.register_forward_hook(partial(self._hook, name)) for name, module in found.items()]
 
-    def _hook(self, name: str, module: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        if not module.training:
-            return y
+    def _hook(self, name: str, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._noisy(name, module, output) if module.training else output
+
+    def _noisy(self, name: str, module: nn.Module, y: Tensor) -> Tensor:
         known = self._strengths.get(name)
         ones = torch.ones(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
         r, s = sample_noise(
