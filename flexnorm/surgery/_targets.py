@@ -29,23 +29,14 @@ _ALWAYS = frozenset({"eps", "momentum", "affine", "process_group"})
 
 @dataclass(frozen=True)
 class Target:
-    """Where a conversion goes.
+    """Where a conversion goes."""
 
-    Attributes:
-        label: How a report calls it.
-        name: Name of the norm, or of a layer of torch; empty where it depends on the old layer.
-        of_torch: Whether torch's layer is meant.
-        cls: The class, if the user named one.
-        function: The user's function of the old layer.
-        kwargs: The user's constructor arguments, which win over those of the old layer.
-    """
-
-    label: str
-    name: str = ""
-    of_torch: bool = False
-    cls: type[nn.Module] | None = None
-    function: Callable[[nn.Module], nn.Module | None] | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    label: str  # how a report calls it
+    name: str = ""  # of the norm, or of a layer of torch; empty where it depends on the old layer
+    of_torch: bool = False  # whether torch's layer is meant
+    cls: type[nn.Module] | None = None  # the class, if the user named one
+    function: Callable[[nn.Module], nn.Module | None] | None = None  # the user's, of the old layer
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments that win over the old layer's
 
     @property
     def restores(self) -> bool:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from flexnorm.engine import Norm
 from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places
-from flexnorm.surgery._compare import difference, outputs
 from flexnorm.surgery._graft import UNKNOWN, effect, final_class, graft, graft_hooks, move_tensors, notes
 from flexnorm.surgery._reading import RefusedError, Source, axes_of, common_ndim, is_candidate, read
 from flexnorm.surgery._targets import Target, To, resolve
-from flexnorm.surgery.plan import ConversionPlan, ConversionRow, first_three
+from flexnorm.surgery.plan import ConversionPlan, ConversionRow, difference, first_three, outputs
 
 
 @dataclass
