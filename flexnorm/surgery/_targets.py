@@ -108,20 +108,16 @@ def _carries(argument: str, old: Norm, cls: type[nn.Module]) -> bool:
 def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     """Understand the argument ``to`` of a conversion, and refuse arguments that no such layer takes."""
     target = _resolve(to, kwargs)
-    if target.function is not None:
-        classes: tuple[type[nn.Module], ...] = ()
-    elif target.cls is not None:
-        classes = (target.cls,)
-    elif target.of_torch:
+    classes: tuple[type[nn.Module], ...] = ()
+    if target.of_torch and target.cls is None:
         classes = _TORCH[target.name][1:2] if target.name else (nn.BatchNorm2d, nn.GroupNorm)
-    else:
-        classes = (norm_class(target.name),)
+    elif target.function is None:
+        classes = (target.cls or norm_class(target.name),)
     valid = {name for cls in classes for name in constructor_arguments(cls)}
     for name in kwargs:
         if name not in valid:
-            raise TypeError(
-                unknown_name(f"argument for {target.label}", name, valid - {"num_features", "num_channels"})
-            )
+            known = valid - {"num_features", "num_channels"}
+            raise TypeError(unknown_name(f"argument for {target.label}", name, known))
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -253,7 +254,15 @@ def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Mo
     """Fold the layers of these names in place; the model comes back in evaluation mode."""
     model = unwrap(model).eval()
     places = [place for place in find_places(model, is_candidate) if place.name in chosen]
-    producers, failure = _producers(model, example_input)
+    producers, failure = Producers(), ""
+    try:
+        producers = traced(model)
+    except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, anything can happen
+        if example_input is None:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            failure = f"the model cannot be traced ({lines[0]}); pass example_input"
+        else:
+            producers = executed(model, example_input)
     names = {id(module): name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     rows = []
@@ -272,16 +281,6 @@ def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], exam
         return _fold(copied, example, {row.name for row in rows})[0]
 
     return difference(model, folded, example_input, change, training=False)
-
-
-def _producers(model: nn.Module, example_input: Any) -> tuple[Producers, str]:
-    try:
-        return traced(model), ""
-    except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, anything can happen
-        if example_input is not None:
-            return executed(model, example_input), ""
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Producers(), f"the model cannot be traced ({lines[0]}); pass example_input"
 
 
 def _fold_one(
@@ -309,7 +308,10 @@ def _fold_one(
 
 
 def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], owners: Counter[int]) -> str:
-    own = {name for cls in type(linear).__mro__[: _depth(linear)] for name in cls.__dict__}
+    above = itertools.takewhile(
+        lambda cls: cls not in LINEAR, type(linear).__mro__
+    )  # put on top of torch's by the user
+    own = {name for cls in above for name in cls.__dict__}
     if own & {"forward", "_conv_forward", "_output_padding", "__call__"}:
         return f"the {type(linear).__name__} before it is a subclass with its own forward"
     if parametrize.is_parametrized(linear) or "weight" not in linear._parameters:
@@ -318,15 +320,10 @@ def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], 
         return "the weight of the linear map before it is used elsewhere too"
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (linear, norm)):
         return "it, or the linear map before it, has forward hooks or a replaced forward"
-    out = linear.out_features if isinstance(linear, nn.Linear) else linear.out_channels
-    if out != channels or (isinstance(linear, nn.Linear) and axes - {2}):
+    matrix = isinstance(linear, nn.Linear)
+    if channels != (linear.out_features if matrix else linear.out_channels) or (matrix and axes - {2}):
         return "its channels are not the outputs of the linear map before it"
     return ""
-
-
-def _depth(linear: nn.Module) -> int:
-    """How many classes the user has put on top of torch's."""
-    return next(depth for depth, cls in enumerate(type(linear).__mro__) if cls in LINEAR)
 
 
 def _fold_normprop(model: nn.Module, place: Place, row: FoldRow) -> tuple[FoldRow, nn.Module]:
