@@ -1,10 +1,19 @@
 """Look into a model without leaving a trace: isolation, side forwards, points, one language to select layers."""
 
 from flexnorm.probe.capture import CURVED_LOSSES, ImageTables, Loss, batch_norm_layers, capture
-from flexnorm.probe.forward import Look, Mode, side_forward
-from flexnorm.probe.isolate import isolated, private_randomness
+from flexnorm.probe.forward import (
+    Look,
+    Mode,
+    Samples,
+    channel_axis,
+    hooked,
+    isolated,
+    private_randomness,
+    side_forward,
+    take_points,
+    watched,
+)
 from flexnorm.probe.nested import arguments, batch_inputs, call, detached, first_tensor, map_tensors, tensors
-from flexnorm.probe.points import Samples, channel_axis, take_points
 from flexnorm.probe.select import (
     Place,
     Selection,
@@ -36,6 +45,7 @@ __all__ = [
     "detached",
     "find_places",
     "first_tensor",
+    "hooked",
     "isolated",
     "map_tensors",
     "private_randomness",
@@ -47,4 +57,5 @@ __all__ = [
     "take_points",
     "tensors",
     "unwrap",
+    "watched",
 ]

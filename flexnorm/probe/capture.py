@@ -8,7 +8,6 @@ accounted for.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.probe.isolate import isolated
+from flexnorm.probe.forward import isolated, watched
 from flexnorm.probe.select import Selection, select, unwrap
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -133,27 +132,18 @@ def capture(
     if not isinstance(loss, str) and targets is None:
         raise ValueError("a callable loss needs targets; give them, or name the loss to use its curvature instead")
     seen: list[tuple[str, Tensor, Tensor]] = []
-    calls: Counter[str] = Counter()
 
-    def tap(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            calls[name] += 1
-            if not output.requires_grad:  # all parameters before and in this layer are frozen
-                output = output.detach().requires_grad_()
-            seen.append((name if calls[name] == 1 else f"{name}#{calls[name]}", args[0], output))
-            return output.clone()  # what follows may work in place; the gradient asked for is that of `output` itself
-
-        return hook
+    def tap(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # all parameters before and in this layer are frozen
+            output = output.detach().requires_grad_()
+        seen.append((name, args[0], output))
+        return output.clone()  # what follows may work in place; the gradient asked for is that of `output` itself
 
     inner = unwrap(model)
     with isolated(inner, 0), torch.enable_grad():
         inner.eval()
-        handles = [module.register_forward_hook(tap(name)) for name, module in chosen.items()]
-        try:
+        with watched(chosen, tap):
             outputs = inner(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         if isinstance(loss, str):
             generator = generator or torch.Generator(outputs.device).manual_seed(0)
             total = (outputs * CURVED_LOSSES[loss](outputs.detach(), generator)).sum()

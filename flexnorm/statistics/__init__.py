@@ -1,11 +1,9 @@
 """What estimates, holds or merges the statistics of normalization layers, in any model."""
 
 from flexnorm.engine import Pool, pool_processes
-from flexnorm.statistics._layers import has_statistics
 from flexnorm.statistics.accumulate import Accumulation, accumulate
-from flexnorm.statistics.estimate import PopulationEstimator, estimate_population
-from flexnorm.statistics.frozen import Frozen, freeze, freeze_layer, is_frozen, unfreeze
-from flexnorm.statistics.recalibrate import recalibrate
+from flexnorm.statistics.frozen import Frozen, freeze, freeze_layer, has_statistics, is_frozen, unfreeze
+from flexnorm.statistics.recalibrate import PopulationEstimator, estimate_population, recalibrate
 
 __all__ = [
     "Accumulation",

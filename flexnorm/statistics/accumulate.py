@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from flexnorm.engine import FlexNorm, Moments, Pool, recomputing
 from flexnorm.probe import Selection, find_places, select_places
-from flexnorm.statistics._layers import has_statistics, new_pool
+from flexnorm.statistics.frozen import has_statistics
+from flexnorm.statistics.recalibrate import new_pool
 
 # The unbiased and the biased variance of that many values are the same number.
 _MANY = 2**60

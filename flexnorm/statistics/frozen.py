@@ -8,7 +8,12 @@ from torch import nn
 
 from flexnorm.engine import FlexNorm
 from flexnorm.probe import Selection, find_places, select_places
-from flexnorm.statistics._layers import has_statistics
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether the layer ``module`` keeps running statistics."""
+    normalizes = isinstance(module, (FlexNorm, nn.modules.batchnorm._NormBase))
+    return normalizes and module._buffers.get("running_mean") is not None
 
 
 class Frozen:

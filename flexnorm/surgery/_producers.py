@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import NormPropUnits
-from flexnorm.probe import call, isolated, tensors
+from flexnorm.probe import call, hooked, isolated, tensors
 from flexnorm.surgery._reading import is_candidate
 
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -135,17 +133,11 @@ def executed(model: nn.Module, example_input: Any) -> Producers:
         watch.inside.pop()
 
     norms = [module for module in model.modules() if is_candidate(module)]
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, LINEAR):
-                hooks.enter_context(module.register_forward_hook(after_linear))
-        for module in norms:
-            hooks.enter_context(module.register_forward_pre_hook(before_norm))
-            hooks.enter_context(module.register_forward_hook(after_norm))
-        with isolated(model, 0), torch.no_grad():
-            model.eval()
-            with watch:
-                returned = {id(t) for t in tensors(call(model, example_input))}
+    linear = [module for module in model.modules() if isinstance(module, LINEAR)]
+    with hooked(linear, after=after_linear), hooked(norms, before_norm, after_norm), isolated(model, 0):
+        model.eval()
+        with watch:
+            returned = {id(t) for t in tensors(call(model, example_input))}
     for norm in norms:
         output = inputs.get(id(norm))
         used = output is not None and (

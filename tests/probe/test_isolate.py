@@ -13,7 +13,7 @@ from torch import nn
 
 import flexnorm.nn as fn
 from flexnorm.probe import isolated, private_randomness, side_forward
-from flexnorm.probe.isolate import _copied, _stop_synchronizing
+from flexnorm.probe.forward import _copied, _stop_synchronizing
 
 
 def test_what_a_forward_may_write_into_is_copied_and_shared_where_it_was() -> None:

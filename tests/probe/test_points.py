@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flexnorm.probe import channel_axis, take_points
-from flexnorm.probe.points import chosen_rows
+from flexnorm.probe.forward import chosen_rows
 
 
 @pytest.mark.parametrize(

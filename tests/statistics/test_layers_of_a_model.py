@@ -9,7 +9,7 @@ from torch import nn
 import flexnorm.nn as ek
 from flexnorm import FlexNorm
 from flexnorm.statistics import has_statistics
-from flexnorm.statistics._layers import kept, new_pool, of_population, watching
+from flexnorm.statistics.recalibrate import kept, new_pool, of_population, watching
 
 
 class OwnSampleNorm(FlexNorm):

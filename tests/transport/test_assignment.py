@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from flexnorm.transport import wasserstein
-from flexnorm.transport.exact import augmenting_paths
+from flexnorm.transport.distances import augmenting_paths
 
 
 @given(n=st.integers(0, 30), seed=st.integers(0, 10**6), ties=st.booleans())

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexnorm.shift import moment_lower_bound, shift_bounds, wasserstein
-from flexnorm.transport.bounds import _moved
-from flexnorm.transport.inequalities import LOWER, UPPER
+from flexnorm.transport.bounds import LOWER, UPPER, _moved
 
 
 def sample(kind: str, n: int, d: int, generator: torch.Generator) -> Tensor:
