@@ -66,16 +66,9 @@ def take_step(
     workspace: Workspace | None = None,
     observe: Observe | None = None,
 ) -> None:
-    """Move all weights by one step against their gradients (not written to), and their state along, in place.
+    """Move all weights, taken as directions, by one step against their gradients, and their state along, in place.
 
-    Args:
-        params: The weights; their rows are taken as directions.
-        grads: Their gradients.
-        state: Their state.
-        rotation: The numbers of the optimizer.
-        options: What the group says.
-        workspace: Buffers and plans, kept from step to step.
-        observe: Told index, angle walked and tangent norm of the rows of every weight.
+    ``observe`` is told index, angle walked and tangent norm of the rows of every weight.
     """
     workspace, whole = workspace or Workspace(), options.ortho != 0
     params, grads, moments = (local_parts(t, options.row_dim, whole) for t in (params, grads, state.moments))
@@ -178,15 +171,12 @@ class Batch:
         self._counts = [job.layout.rows for job in jobs]
         self._shape = (sum(self._counts), jobs[0].layout.n)
         self._dtype = compute_dtype(jobs[0].weight)
-        self._weights = [job.layout.view(job.weight) for job in jobs]
-        self._moments = [job.layout.view(job.moment) for job in jobs if job.moment is not None]
+        weights, moments = [job.weight for job in jobs], [job.moment for job in jobs if job.moment is not None]
         self._seconds = [job.second for job in jobs if job.second is not None]
         self._steps = [job.step for job in jobs if job.step is not None]
-        self._in_c = None
-        if in_c:
-            weights, moments = [job.weight for job in jobs], [job.moment for job in jobs]
-            seconds, steps = [job.second for job in jobs], [job.step for job in jobs]
-            self._in_c = sphere.Rows(weights, moments, seconds, steps, self._counts)
+        self._in_c = sphere.Rows(weights, moments, self._seconds, self._steps, self._counts) if in_c else None
+        self._weights = [job.layout.view(job.weight) for job in jobs]
+        self._moments = [job.layout.view(moment) for job, moment in zip(jobs, moments, strict=False)]
 
     def step(
         self, grads: Sequence[Tensor], rotation: Rotation, options: StepOptions, workspace: Workspace, watched: bool

@@ -87,8 +87,8 @@ class WeightMonitor(Monitor[WeightRecord]):
         anchor: Anchor = "previous",
         sinks: Iterable[Any] = (),
     ) -> None:
-        # Here and below, not above: optimizers bring in the compiler, which would double the time to import this room.
-        from flexnorm.optim.rows import RowLayout
+        # Here and below, not above: optimizers bring in the compiler, which would double the time of the import.
+        from flexnorm.optim import RowLayout, row_axis
 
         super().__init__(model, every, lag, anchor, sinks)
         self._optimizer = optimizer
@@ -98,7 +98,9 @@ class WeightMonitor(Monitor[WeightRecord]):
             names = select_parameters(self._model, parameters, chosen, "weights", "weight")
             parameters = {name: parameters[name] for name in names}
         self._parameters = parameters
-        self._layouts = {name: RowLayout.of(p, *_row_axis(self._model, p)) for name, p in parameters.items()}
+        modules = reversed(list(self._model.modules()))
+        owners = {p: module for module in modules for p in module.parameters(recurse=False)}
+        self._layouts = {name: RowLayout.of(p, *row_axis(owners[p], p)) for name, p in parameters.items()}
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -110,8 +112,7 @@ class WeightMonitor(Monitor[WeightRecord]):
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        from flexnorm.optim.manifold import angle
-        from flexnorm.optim.rows import to_rows
+        from flexnorm.optim import angle, to_rows
 
         for name, weight in now.items():
             old, new = (to_rows(w.to(weight.device).double(), self._layouts[name]) for w in (before[name], weight))
@@ -134,12 +135,3 @@ class WeightMonitor(Monitor[WeightRecord]):
 
     def _config(self) -> dict[str, Any]:
         return {"weights": list(self._parameters)}
-
-
-def _row_axis(model: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:
-    """Axis of the output units and number of groups: transposed convolutions have them elsewhere."""
-    for module in model.modules():
-        if any(own is parameter for own in module.parameters(recurse=False)):
-            transposed = bool(getattr(module, "transposed", False)) and parameter.ndim >= 3
-            return (1, int(getattr(module, "groups", 1))) if transposed else (0, 1)
-    return 0, 1  # pragma: no cover - every parameter of a model belongs to one of its modules

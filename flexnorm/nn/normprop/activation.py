@@ -32,6 +32,8 @@ from flexnorm.nn.normprop.integrals import (
     rectifier_tables,
 )
 
+Linear = Callable[[Tensor | None, Tensor | None], Tensor]
+
 DEFAULT_EPS = 1e-5
 """Added to the variance of an activation, whose size at gamma = 1 is 0.34 for ReLU."""
 
@@ -43,8 +45,7 @@ class UnitOptions(TypedDict, total=False):
         init: ``"stable"`` (gamma 1, bias 0.5 for ReLU; see :func:`~flexnorm.nn.normprop.integrals.initial_affine`) or
             ``"paper"`` (gamma 1/1.21, bias 0). None, the default: the one that goes with ``constants``.
         eps: Added to the exact variance; 1e-5 by default.
-        device: Of the parameters, as for torch's layers.
-        dtype: Likewise.
+        device, dtype: Of the parameters, as for torch's layers.
     """
 
     init: str | None
@@ -62,8 +63,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
     The constructor takes the number of units C, and what :class:`NormPropLinear` and :class:`UnitOptions` explain.
 
     Attributes:
-        gamma: ``(C,)`` scales of the pre-activations, or None for ``activation="identity"``, where it would have no
-            effect.
+        gamma: ``(C,)`` scales of the pre-activations, or None for ``"identity"``, where it would have no effect.
         bias: ``(C,)`` shifts of the pre-activations, or None likewise.
         slope: Trainable negative slope(s) of PReLU, else None.
         center: Buffer ``(C,)``: mean of z, or None for 0. See :meth:`calibrate_`.
@@ -71,10 +71,6 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
         activation: The resolved :class:`Activation`, or None.
         unitize: Whether each sample is divided by its root mean square first.
         spatial: Number of axes after the channels (0 for linear).
-
-    Raises:
-        ValueError: For unknown names, a negative eps, or slopes of PReLU that are not one per channel.
-        TypeError: For an activation or dtype of the wrong kind.
     """
 
     unitize: bool = False
@@ -136,8 +132,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
     def _table_like(self) -> Tensor:
         """A table (C,) of the parameters' device and dtype, in float32 at least."""
         like = self._stored
-        half = like.dtype in (torch.float16, torch.bfloat16)
-        return torch.empty(self.out_channels, dtype=torch.float32 if half else like.dtype, device=like.device)
+        return torch.empty(self.out_channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def preactivations(self, x: Tensor) -> Tensor:
         """z, as propagation takes it to be N(0, 1): for diagnosis."""
@@ -248,7 +243,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
 
     # -- forward
 
-    def _units(self, linear: Callable[[Tensor | None, Tensor | None], Tensor]) -> Tensor:
+    def _units(self, linear: Linear) -> Tensor:
         """The standardized activation of ``linear(scale, shift)``, which is to return ``scale z + shift``."""
         act = self.activation
         if self.gamma is None or self.bias is None:
@@ -265,14 +260,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
         u = linear(self.gamma, self.bias)
         return channel_affine(act(u), inverse, -mean * inverse, self.spatial)
 
-    def _rectified(
-        self,
-        linear: Callable[[Tensor | None, Tensor | None], Tensor],
-        act: Activation,
-        scale: Tensor,
-        shift: Tensor,
-        offset: Tensor,
-    ) -> Tensor:
+    def _rectified(self, linear: Linear, act: Activation, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
         """``act(scale z + shift) - offset`` for a rectifier."""
         relu = self.slope is None and act.negative_slope == 0.0
         if relu and self._own_shift and shift_clamp.may(scale):
@@ -357,7 +345,7 @@ class NormPropActivation(NormPropUnits):
         **options: See :class:`UnitOptions`.
 
     Raises:
-        ValueError: For sizes out of range, unknown names, or an activation that does nothing.
+        ValueError: As of :class:`NormPropLinear`, or for an activation that does nothing.
         TypeError: For an activation or dtype of the wrong kind.
 
     Examples:

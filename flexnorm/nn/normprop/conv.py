@@ -20,7 +20,7 @@ _UNSET = {"padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "paddin
 
 
 class ConvLayer(NormPropLayer):
-    """What convolutions and transposed convolutions share; ``geometry`` holds the sizes by name."""
+    """What convolutions and transposed ones share; ``geometry``: sizes by name, ``unit``: activation and constants."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -32,23 +32,15 @@ class ConvLayer(NormPropLayer):
     shared = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        groups: int,
-        geometry: dict[str, Size],
-        border: str,
-        activation: ActivationLike | None,
-        constants: str,
-        **options: Unpack[LayerOptions],
+        self, inputs: int, outputs: int, groups: int, geometry: dict[str, Size], border: str, *unit: Any, **options: Any
     ) -> None:
-        channels, filters = positive("in_channels", in_channels), positive("out_channels", out_channels)
+        channels, filters = positive("in_channels", inputs), positive("out_channels", outputs)
         if channels % positive("groups", groups) or filters % groups:
             raise ValueError(f"in_channels {channels} and out_channels {filters} must be divisible by groups {groups}")
         checked = {k: sizes(k, v, self.spatial, 0 if k.endswith("padding") else 1) for k, v in geometry.items()}
         outer = (channels, filters // groups) if self.transposed else (filters, channels // groups)
         shape = (*outer, *checked["kernel_size"])
-        super().__init__(shape, filters, activation, constants, groups=groups, **options)
+        super().__init__(shape, filters, *unit, groups=groups, **options)
         self.in_channels = channels
         self.border = one_of("border", border, ("paper", "exact"))
         for name, value in checked.items():
@@ -149,13 +141,10 @@ class NormPropConv(ConvLayer):
         if border == "exact" and padding_mode != "zeros":
             raise ValueError(f"border='exact' corrects zero padding; padding_mode={padding_mode!r} does not need it")
         geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        if not isinstance(padding, str):
-            geometry["padding"] = padding
-        else:
-            one_of("padding", padding, ("same", "valid"))
+        geometry |= {"padding": 0 if isinstance(padding, str) else padding}
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
         if isinstance(padding, str):
-            self.padding = padding
+            self.padding = one_of("padding", padding, ("same", "valid"))
         if padding == "same" and any(s != 1 for s in self.stride):
             raise ValueError(f"padding='same' needs stride 1, got {stride!r}")
         self.padding_mode = padding_mode
@@ -274,6 +263,7 @@ class NormPropConvTranspose(ConvLayer):
         geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
         geometry |= {"output_padding": output_padding, "dilation": dilation}
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
+        self.fan_gain = math.sqrt(math.prod(self.stride))
 
     def _grouped(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, -1, *weight.shape[1:])
@@ -287,11 +277,6 @@ class NormPropConvTranspose(ConvLayer):
         # Output channel c = (group g, j): its filter is weight[inputs of g, j].
         scale = scale.reshape(self.groups, 1, -1, *(1,) * self.spatial)
         return (self._grouped(weight) * scale).reshape(weight.shape)
-
-    @property
-    def fan_gain(self) -> float:
-        """Root of the product of the strides: what an output position receives is that much less."""
-        return math.sqrt(math.prod(self.stride))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]

@@ -257,8 +257,7 @@ def initial_affine(activation: Activation | None, init: str) -> tuple[float, flo
 
     ``"stable"``: gamma = 1 and the bias of smallest magnitude, on a grid of half units, at which the gain chi of
     :func:`activation_gains` is at most 0.9, so that the mean square of every single sample contracts towards 1 with
-    depth. ReLU, GELU and PReLU get 1/2, SiLU 1, hard-swish 3/2; tanh, sigmoid, ELU and SELU contract by themselves
-    and keep 0. Where no value of the grid reaches 0.9 (softplus), the one with the smallest chi is taken.
+    depth. Where no value of the grid reaches 0.9 (softplus), the one with the smallest chi is taken.
 
     A last layer (no ``activation``) and the identity start at (1, 0).
     """

@@ -63,9 +63,12 @@ class NormPropLayer(NormPropUnits):
         weight: Filters; every filter starts with unit norm.
         in_channels: Channels (features) of the input.
         groups: Groups of channels that the linear map keeps apart (1 for linear).
+        fan_gain: Factor by which a unit-norm filter must be enlarged to give unit variance: 1, or, of a transposed
+            convolution, whose output positions receive that much less, the root of the product of the strides.
     """
 
     in_channels: int
+    fan_gain: float = 1.0
     shared: ClassVar[tuple[str, ...]]  # constructor arguments and attributes that torch's own layer has, too
 
     def __init__(
@@ -97,11 +100,6 @@ class NormPropLayer(NormPropUnits):
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """A ``weight`` with the filter of unit c multiplied by ``scale[c]``."""
         return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-
-    @property
-    def fan_gain(self) -> float:
-        """Factor by which a unit-norm filter must be enlarged to give unit variance (transposed convolutions only)."""
-        return 1.0
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -194,7 +192,8 @@ class NormPropLinear(NormPropLayer):
             :class:`UnitOptions`.
 
     Raises:
-        ValueError: For sizes that are not positive integers, or unknown names.
+        ValueError: For sizes that are not positive integers, unknown names, a negative eps, or slopes of PReLU that are
+            not one per channel.
         TypeError: For an activation or dtype of the wrong kind.
 
     Examples:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,8 +24,7 @@ from flexnorm.nn.normprop import Activation, NormPropActivation, NormPropAdd, No
 from flexnorm.surgery._reading import RefusedError
 
 
-@dataclass(frozen=True)
-class ScaleShift:
+class ScaleShift(NamedTuple):
     """``x[n, c] = scale[c] * x'[n, c] + shift[c]``, channels on axis 1; both (C,) in float64, ``scale`` never 0."""
 
     scale: Tensor
@@ -114,8 +113,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 # -- layers
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Mean and standard deviation (C,) of a value of the original network, float64."""
 
     mean: Tensor
@@ -137,8 +135,7 @@ class Tail:
     slope: Tensor | None = None  # trained slopes of PReLU
 
 
-@dataclass(frozen=True)
-class LinearMap:
+class LinearMap(NamedTuple):
     """``W x + b`` in terms of standardized values: ``weight x' + bias``, padding with ``pad``."""
 
     weight: Tensor
@@ -170,10 +167,8 @@ def _with(module: nn.Module, **parameters: nn.Parameter | None) -> Any:
 def through(module: Any, scaling: ScaleShift | None, shape: torch.Size, *, keep_padding: bool) -> LinearMap:
     """A linear map of values that stand for others as ``scaling`` says (None: for themselves), of that ``shape``.
 
-    ``keep_padding``: pad with the values that stand for zero, instead of with zeros.
-
-    Raises:
-        RefusedError: If that is no linear map plus a constant per channel.
+    ``keep_padding``: pad with the values that stand for zero, instead of with zeros. RefusedError if that is no linear
+    map plus a constant per channel.
     """
     weight = module.weight.detach().double().cpu()
     outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
@@ -209,11 +204,7 @@ def _constant(module: Any, scaling: ScaleShift, shape: torch.Size) -> Tensor:
 
 
 def plain_linear(module: Any, linear: LinearMap) -> nn.Module:
-    """The same kind of layer for standardized input, its output the original's: for a head.
-
-    Raises:
-        RefusedError: If it would have to pad with other values than zero.
-    """
+    """The same kind of layer for standardized input, its output the original's; RefusedError if it pads otherwise."""
     if linear.pad is not None:
         raise RefusedError("pads with zeros, which are no zeros of its standardized input")
     trained = {"requires_grad": module.weight.requires_grad}
