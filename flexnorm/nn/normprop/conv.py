@@ -141,13 +141,10 @@ class NormPropConv(ConvLayer):
         if border == "exact" and padding_mode != "zeros":
             raise ValueError(f"border='exact' corrects zero padding; padding_mode={padding_mode!r} does not need it")
         geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        if not isinstance(padding, str):
-            geometry["padding"] = padding
-        else:
-            one_of("padding", padding, ("same", "valid"))
+        geometry |= {"padding": 0 if isinstance(padding, str) else padding}
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
         if isinstance(padding, str):
-            self.padding = padding
+            self.padding = one_of("padding", padding, ("same", "valid"))
         if padding == "same" and any(s != 1 for s in self.stride):
             raise ValueError(f"padding='same' needs stride 1, got {stride!r}")
         self.padding_mode = padding_mode
