@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexnorm.lab.data import ImageData, load, stratified
-from flexnorm.lab.profile.bound import BoundWatch, bounded
-from flexnorm.lab.profile.channels import channel_numbers
+from flexnorm.lab.profile.layers import BoundWatch, bounded, channel_numbers, find_sites, own_weight, watched
 from flexnorm.lab.profile.load import load_model, load_weights
-from flexnorm.lab.profile.records import LayerProfile, Profile
-from flexnorm.lab.profile.sites import find_sites, own_weight, watched
-from flexnorm.lab.profile.verdict import LIMITS, Limits, judge
+from flexnorm.lab.profile.records import LIMITS, LayerProfile, Limits, Profile, judge
 from flexnorm.lab.run import environment
-from flexnorm.lab.run.optimizers import make_optimizer
+from flexnorm.lab.run.updates import make_optimizer
 from flexnorm.nn import needs_batch
 from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights

@@ -31,13 +31,12 @@ from flexnorm.lab.records import (
     renamed,
 )
 from flexnorm.lab.replicates import mean
-from flexnorm.lab.run import environment, schedule, seeding
-from flexnorm.lab.run.augment import augment
-from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run import draws, environment
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.optimizers import make_optimizer
-from flexnorm.lab.run.regularize import StepHooks
-from flexnorm.lab.run.summary import result, step_ms
+from flexnorm.lab.run.draws import augment
+from flexnorm.lab.run.folder import load_checkpoint, result, save_checkpoint, step_ms, truncate
+from flexnorm.lab.run.settings import schedule_factor
+from flexnorm.lab.run.updates import StepHooks, make_optimizer
 from flexnorm.nn import make_norm, needs_batch
 from flexnorm.shift import ShiftMonitor
 
@@ -50,11 +49,7 @@ class DivergedError(Exception):
 
 
 def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
-    """Build the network of an experiment with one normalization.
-
-    Raises:
-        ValueError: If network or normalization do not take the arguments they were given.
-    """
+    """Build the network of an experiment; ValueError if it or its normalization does not take their arguments."""
     own = config.norm_args.get(norm)
     try:
         return models.build(config.model, norm, data.shape[0], data.num_classes, norm_args=own, **config.model_args)
@@ -135,7 +130,7 @@ class _Run:
         self.notes: list[str] = []
         atomic_write(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
 
-        torch.manual_seed(seeding.mixed(self.seed, 0, "weights"))
+        torch.manual_seed(draws.mixed(self.seed, 0, "weights"))
         self.model = build_model(config, data, self.norm)
         self.refused = refusal(self.model, config, self.norm)
         device = fabric.device
@@ -157,22 +152,16 @@ class _Run:
         self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
-        self.hooks = StepHooks(self.config, self.model, self.x_train, seeding.mixed(self.seed, 0, "extras"))
+        self.hooks = StepHooks(self.config, self.model, self.x_train, draws.mixed(self.seed, 0, "extras"))
         # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
             self.monitor: Any = None
-            if self.shift_every:
-                self.monitor = stack.enter_context(
-                    ShiftMonitor(
-                        self.model,
-                        self.probe,
-                        layers=models.watched_layers(self.model),
-                        every=self.shift_every,
-                        lag=self.config.shift_lag,
-                        max_samples=self.config.shift_samples,
-                    )
-                )
+            if every := self.shift_every:
+                watched, lag = models.watched_layers(self.model), self.config.shift_lag
+                samples = self.config.shift_samples
+                monitor = ShiftMonitor(self.model, self.probe, watched, every=every, lag=lag, max_samples=samples)
+                self.monitor = stack.enter_context(monitor)
             self._resume()
             started -= self.seconds
             try:
@@ -194,16 +183,20 @@ class _Run:
                 self._write_shift()
                 return self._finish(DIVERGED, str(error))
         self.seconds = time.perf_counter() - started
-        self._write_weights()
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        # One entry only: the library writes several in an order that changes from process to process.
+        note = {"flexnorm": json.dumps(self.config.as_dict())}
+        content = optional("safetensors.torch", "training", "lab").save(weights, metadata=note)
+        atomic_write(self.folder / "model.safetensors", content)
         return self._finish(COMPLETE)
 
     def _train_epoch(self, check_stop: Callable[[], None]) -> tuple[float, float]:
         """Make the updates of one epoch; return their mean loss and the last learning rate."""
         config, device = self.config, self.fabric.device
         # Dropout and the like draw from the global generator: it, too, is a function of (seed, epoch).
-        torch.manual_seed(seeding.mixed(self.seed, self.epoch, "network"))
-        displacements = seeding.generator(self.seed, self.epoch, "augment")
-        order = seeding.order(len(self.x_train), self.seed, self.epoch).to(device)
+        torch.manual_seed(draws.mixed(self.seed, self.epoch, "network"))
+        displacements = draws.generator(self.seed, self.epoch, "augment")
+        order = draws.order(len(self.x_train), self.seed, self.epoch).to(device)
         arguments = config.schedule_settings()
         losses: list[float] = []
         self.model.train()
@@ -212,7 +205,7 @@ class _Run:
             chosen = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             x = augment(self.x_train[chosen], config.augment, config.augment_pixels, displacements)
             y = self.y_train[chosen]
-            factor = schedule.factor(config.schedule, arguments, self.step, self.steps_per_epoch, config.epochs)
+            factor = schedule_factor(config.schedule, arguments, self.step, self.steps_per_epoch, config.epochs)
             for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = lr * factor
             begin = time.perf_counter()
@@ -282,8 +275,8 @@ class _Run:
 
     def _save(self, done: EpochRow) -> None:
         """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
-        rows = [[*dataclasses.astuple(done)]]
-        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, rows)
+        row = [*dataclasses.astuple(done)]
+        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, [row])
         self._write_shift()
         if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
             return
@@ -315,16 +308,6 @@ class _Run:
             rows.append([epoch, values["step"], values["layer"], *(float(values[name]) for name in SHIFT_NUMBERS)])
         self.monitor.records.clear()
         self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
-
-    def _write_weights(self) -> None:
-        """Write the trained weights in the format that every framework reads."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        # One entry only: the library writes several in an order that changes from process to process.
-        note = {"flexnorm": json.dumps(self.config.as_dict())}
-        atomic_write(
-            self.folder / "model.safetensors",
-            optional("safetensors.torch", "training", "lab").save(weights, metadata=note),
-        )
 
     def _finish(self, status: str, reason: str = "") -> Run:
         """Write the summary: from then on the run counts as done."""
