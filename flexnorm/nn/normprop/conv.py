@@ -88,6 +88,8 @@ class ConvLayer(NormPropLayer):
             value = getattr(self, name, unset)
             if value not in (unset, (unset,) * self.spatial, "valid"):
                 parts.append(f"{name}={value!r}")
+        if getattr(self, "padding_value", None) is not None:
+            parts.append("padding_value=...")
         if self.border != "paper":
             parts.append(f"border={self.border!r}")
         return ", ".join([*parts, self._options()])
@@ -205,10 +207,6 @@ class NormPropConv(ConvLayer):
         folded = super()._folded(**changed, padding=0)
         pad = ChannelPad(self._explicit_padding(), self.spatial, self.weight.dtype, self.padding_value)
         return nn.Sequential(pad, *(folded if isinstance(folded, nn.Sequential) else [folded]))
-
-    def extra_repr(self) -> str:
-        """Arguments that define the layer, defaults left out."""
-        return super().extra_repr() + ("" if self.padding_value is None else ", padding_value=...")
 
 
 class NormPropConv1d(NormPropConv, spatial=1):
