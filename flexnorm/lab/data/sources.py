@@ -196,7 +196,8 @@ def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
 
     It may have any compression that :mod:`zipfile` reads; other members are ignored.
     """
-    _check_archive(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} {_no_archive(path)}")
     arrays: dict[str, Array] = {}
     try:
         # Opened here, because np.load leaves its own file open where the archive is damaged.
@@ -216,25 +217,19 @@ def load_npz(path: Path, limit: int | None = None, seed: int = 0) -> ImageData:
     return from_arrays(str(path), *(arrays[key] for key in KEYS), classes=classes, limit=limit, seed=seed)
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a file that is no zip archive, and say what it seems to be."""
-    if zipfile.is_zipfile(path):
-        return
+def _no_archive(path: Path) -> str:
+    """Return what a file that is no zip archive seems to be."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(6)
     if size == 0:
-        raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
+        return "is empty (0 bytes); copy or download it again"
     if head.startswith(b"PK"):
-        raise ValueError(
-            f"{path} ({size:,} bytes) is damaged or incomplete: its end is missing; copy or download it again"
-        )
+        return f"({size:,} bytes) is damaged or incomplete: its end is missing; copy or download it again"
     if head == b"\x93NUMPY":
-        raise ValueError(
-            f"{path} is a single array, not a .npz archive; "
-            f"save it with np.savez_compressed(path, x_train=..., y_train=..., x_test=..., y_test=...)"
-        )
-    raise ValueError(f"{path} ({size:,} bytes) is not a .npz archive: it does not begin like a zip file")
+        call = "np.savez_compressed(path, x_train=..., y_train=..., x_test=..., y_test=...)"
+        return f"is a single array, not a .npz archive; save it with {call}"
+    return f"({size:,} bytes) is not a .npz archive: it does not begin like a zip file"
 
 
 def _member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> Array:

@@ -10,8 +10,19 @@ from typing import Any
 from torch import nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.lab.models.blocks import Blocks, NormSpec, norm_names
-from flexnorm.lab.models.networks import conv4fc2, convnet, nin, resnet, resnet18, vgg, watched_layers, wide_resnet
+from flexnorm.lab.models.networks import (
+    Blocks,
+    NormSpec,
+    conv4fc2,
+    convnet,
+    nin,
+    norm_names,
+    resnet,
+    resnet18,
+    vgg,
+    watched_layers,
+    wide_resnet,
+)
 
 __all__ = ["MODELS", "build", "norm_names", "watched_layers"]
 

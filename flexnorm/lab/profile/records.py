@@ -330,14 +330,11 @@ def _propagation(layer: LayerProfile, _: Profile, limits: Limits) -> Iterator[Fi
     if variance is None or layer.chi is None:
         return
     level = _level(max(variance, 1 / variance) if variance > 0 else math.inf, limits.variance)
-    text = (
-        f"the pre-activations of {layer.layer} have variance {_number(variance)} where propagation takes them for 1 "
-        f"(chi {_number(layer.chi)})"
-    )
+    text = f"the pre-activations of {layer.layer} have variance {_number(variance)} where propagation takes them for 1 "
+    text += f"(chi {_number(layer.chi)})"
     if level != "fine":
-        text += (
-            ": unitize=True restores 1 by construction, and a positive bias lowers chi (flexnorm.nn.normprop.propagate)"
-        )
+        text += ": unitize=True restores 1 by construction, and a positive bias lowers chi "
+        text += "(flexnorm.nn.normprop.propagate)"
     yield Finding(level, "propagation", variance, text)
 
 

@@ -250,10 +250,8 @@ def _typed(key: str, kind: str, value: Any) -> Any:
     if value is None and "None" in kind:
         return None
     base, known = kind.split(" ")[0], {"int": int, "str": str, "bool": bool}
-    if base == "float" and is_number(value):
-        return float(value)
-    if type(value) is known.get(base):
-        return value
+    if type(value) is known.get(base) or (base == "float" and is_number(value)):
+        return float(value) if base == "float" else value
     words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
     raise ValueError(f"{key} must be {words[base]}, not {value!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import pickle
@@ -53,7 +52,14 @@ def open_experiment(out: Path, config: Config, data: ImageData, command: str) ->
         if marker.exists():
             found = read_json(marker)
             if found.get("fingerprint") != config.fingerprint(data.digest):
-                raise ValueError(_other_experiment(out, found.get("resolved", {}), resolved, renamed_command(found)))
+                theirs, differences = renamed_command(found), _differences(found.get("resolved", {}), resolved)
+                lines = [f"  {key}: {a} there, {b} here" for key, a, b in differences]
+                raise ValueError(
+                    f"{out} holds another experiment; nothing was written. It differs in\n"
+                    + "\n".join(lines or ["  the version of its format"])
+                    + "\nChoose another --out, or repeat the settings found there"
+                    + (f":\n  {theirs}" if theirs else ".")
+                )
         else:
             experiment = {
                 "format": 1,
@@ -65,17 +71,6 @@ def open_experiment(out: Path, config: Config, data: ImageData, command: str) ->
             }
             dump_json(marker, experiment)
         yield
-
-
-def _other_experiment(out: Path, there: dict[str, Any], here: dict[str, Any], command: str) -> str:
-    """Return the message that names every setting in which two experiments differ."""
-    lines = [f"  {key}: {a} there, {b} here" for key, a, b in _differences(there, here)]
-    return (
-        f"{out} holds another experiment; nothing was written. It differs in\n"
-        + "\n".join(lines or ["  the version of its format"])
-        + "\nChoose another --out, or repeat the settings found there"
-        + (f":\n  {command}" if command else ".")
-    )
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -141,7 +136,7 @@ def truncate(path: Path, size: int) -> None:
             file.truncate(size)
 
 
-_NOTHING = EpochRow(*[math.nan] * len(dataclasses.fields(EpochRow)))
+_LAST = ("train_loss", "test_loss", "test_accuracy")
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -163,11 +158,8 @@ def result(folder: Path) -> dict[str, Any]:
         for layer, rows in layers.items()
     }
     measured = [row for rows in layers.values() for row in rows]
-    last = epochs[-1] if epochs else _NOTHING
     return {
-        "train_loss": last.train_loss,
-        "test_loss": last.test_loss,
-        "test_accuracy": last.test_accuracy,
+        **{name: getattr(epochs[-1], name) if epochs else math.nan for name in _LAST},
         "best_test_accuracy": max((row.test_accuracy for row in epochs), default=math.nan),
         "shift": shift,
         "shift_w1": mean([layer["w1"] for layer in shift.values()]),

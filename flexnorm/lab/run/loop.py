@@ -57,17 +57,6 @@ def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
         raise ValueError(f"model {config.model} with norm {norm}: {error}") from error
 
 
-def refusal(model: nn.Module, config: Config, norm: str) -> str | None:
-    """Return why a network cannot be trained in this experiment, or None if it can."""
-    if config.batch_size > 1 or not any(needs_batch(module) for module in model.modules()):
-        return None
-    return (
-        f"{norm} normalizes by the statistics of the training batch, and a batch of 1 image has none but its own: "
-        f"training would fit statistics that the network never sees again. "
-        f"Train with a batch size of at least 2, or with a norm that can: {', '.join(single_image_norms())}"
-    )
-
-
 def single_image_norms() -> list[str]:
     """Return the norms that can be trained one image at a time: those that never mix the images of a batch."""
     return [name for name in models.norm_names() if name == "normprop" or not needs_batch(make_norm(name, 16))]
@@ -123,16 +112,13 @@ class _Run:
         self.norm, self.seed = config.norms[0], config.seeds[0]
         (self.optim,) = config.optims
         self.steps_per_epoch = max(1, len(data.x_train) // config.batch_size)
-        every = config.shift_every
-        if every is None:
-            every = max(1, min(self.steps_per_epoch, self.steps_per_epoch * config.epochs // 20))
-        self.shift_every = every if monitor else 0
+        often = max(1, min(self.steps_per_epoch, self.steps_per_epoch * config.epochs // 20))
+        self.shift_every = 0 if not monitor else often if config.shift_every is None else config.shift_every
         self.notes: list[str] = []
         atomic_write(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
 
         torch.manual_seed(draws.mixed(self.seed, 0, "weights"))
         self.model = build_model(config, data, self.norm)
-        self.refused = refusal(self.model, config, self.norm)
         device = fabric.device
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
         tested = slice(None) if config.test_limit is None else _some(data.y_test, config.test_limit)
@@ -145,8 +131,13 @@ class _Run:
         self.seconds = 0.0
 
     def train(self, on_epoch: Callable[[EpochRow], None], check_stop: Callable[[], None]) -> Run:
-        if self.refused:
-            return self._finish(REFUSED, self.refused)
+        if self.config.batch_size == 1 and any(map(needs_batch, self.model.modules())):
+            return self._finish(
+                REFUSED,
+                f"{self.norm} normalizes by the statistics of the training batch, and a batch of 1 image has none but "
+                f"its own: training would fit statistics that the network never sees again. "
+                f"Train with a batch size of at least 2, or with a norm that can: {', '.join(single_image_norms())}",
+            )
         started = time.perf_counter()
         settings = self.config.optim_settings(self.norm, self.optim)
         self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
@@ -248,8 +239,7 @@ class _Run:
 
     def _resume(self) -> None:
         """Take up the last checkpoint, or clear what a run without one has left."""
-        path = self.folder / "checkpoint.pt"
-        metrics, shift = self.folder / "metrics.csv", self.folder / "shift.csv"
+        path, metrics, shift = (self.folder / name for name in ("checkpoint.pt", "metrics.csv", "shift.csv"))
         if not path.exists():
             for leftover in (metrics, shift):
                 with writing(leftover):
@@ -303,9 +293,8 @@ class _Run:
             return
         rows = []
         for record in self.monitor.records:
-            values = record.asdict()
-            epoch = (values["step"] - 1) // self.steps_per_epoch + 1
-            rows.append([epoch, values["step"], values["layer"], *(float(values[name]) for name in SHIFT_NUMBERS)])
+            values, epoch = record.asdict(), (record.step - 1) // self.steps_per_epoch + 1
+            rows.append([epoch, record.step, record.layer, *(float(values[name]) for name in SHIFT_NUMBERS)])
         self.monitor.records.clear()
         self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
 

@@ -72,13 +72,11 @@ class StepHooks:
 
     def __init__(self, config: Config, model: nn.Module, samples: Tensor, seed: int) -> None:
         settings = {**GAMMA_DECAY, **config.gamma_decay}
-        self._model, self._coherence = model, config.coherence
+        self._model, self._coherence, self._decoupled = model, config.coherence, bool(settings["decoupled"])
         self._every: int = settings["every"]
-        self._decoupled = bool(config.gamma_decay) and bool(settings["decoupled"])
-        self._steps = 0
         self._decay: GammaDecay | None = None
-        self._coefficient = 0.0
         self._gammas: list[nn.Parameter] = []
+        self._coefficient, self._steps = 0.0, 0
         propagating = [module for module in model.modules() if isinstance(module, NormPropLayer)]
         if config.coherence and not propagating:
             raise ValueError("coherence is a penalty on layers of Normalization Propagation; this network has none")
@@ -98,9 +96,7 @@ class StepHooks:
         self._estimator: PopulationEstimator | None = None
         if any(getattr(module, "statistics", None) == "estimated" for module in model.modules()):
             pool = {**ESTIMATE, **config.estimate}
-            self._estimator = PopulationEstimator(
-                model, samples, size=pool["samples"], every=pool["every"], chunk=pool["chunk"], seed=seed
-            )
+            self._estimator = PopulationEstimator(model, samples, size=pool.pop("samples"), **pool, seed=seed)
 
     def before(self, x: Tensor) -> None:
         """Renew what is due before an update on the images ``x`` (N, C, H, W)."""
@@ -112,9 +108,7 @@ class StepHooks:
 
     def penalty(self) -> Tensor | None:
         """Return what is to be added to the loss, or None."""
-        terms: list[Tensor] = []
-        if self._coherence:
-            terms.append(self._coherence * coherence_penalty(self._model))
+        terms = [self._coherence * coherence_penalty(self._model)] if self._coherence else []
         if self._gammas and not self._decoupled:
             if self._decay is not None:
                 terms.append(self._decay.penalty())

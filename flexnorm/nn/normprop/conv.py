@@ -56,7 +56,7 @@ class ConvLayer(NormPropLayer):
             )
 
     def variance(self, unit: Tensor, size: tuple[int, ...]) -> Tensor:
-        """``v_c(p)``, ``(1, C, *output size)``, of unit filters on an input of spatial size ``size``."""
+        """Squared norm ``(1, C, *output size)`` of what lies inside an image of that ``size`` of each unit filter."""
         ones = unit.new_ones((1, self.in_channels, *size))
         with torch.autocast(unit.device.type, enabled=False):
             return self._linear(ones, unit.square(), None)
