@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, Self, TypeVar, get_args
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, get_args
 
 from torch import Tensor, nn
 
@@ -15,10 +15,20 @@ from flexnorm.shift.schedules import Schedule, as_schedule
 from flexnorm.shift.sinks import Sink, as_sink
 
 Anchor = Literal["previous", "initial", "both"]
+Every = int | Schedule | Iterable[int]
 Snapshot = dict[str, Tensor]
 R = TypeVar("R", bound=Record)
 
 _FORMAT = 1
+
+
+class MonitorOptions(TypedDict, total=False):
+    """What every monitor takes by keyword, as explained at :class:`flexnorm.shift.ShiftMonitor`."""
+
+    every: Every
+    lag: int
+    anchor: Anchor
+    sinks: Iterable[Any]
 
 
 class Monitor(ABC, Generic[R]):
@@ -30,7 +40,7 @@ class Monitor(ABC, Generic[R]):
     _kind: type[R]
 
     def __init__(
-        self, model: nn.Module, every: int | Schedule | Iterable[int], lag: int, anchor: Anchor, sinks: Iterable[Any]
+        self, model: nn.Module, every: Every = 100, lag: int = 1, anchor: Anchor = "previous", sinks: Iterable[Any] = ()
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
