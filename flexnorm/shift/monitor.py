@@ -44,7 +44,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
             out for the purpose does well.
         layers: Which layers, in the language of :func:`flexnorm.probe.select`: ``"norm"`` for all normalization layers,
             a name, a glob pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these.
-        every: When to measure: a number of steps, a list of steps, or a schedule from :mod:`flexnorm.shift.schedules`.
+        every: When to measure: a number of steps, a list of steps, or a schedule as :class:`EverySteps` is.
         lag: Optimizer steps between the two distributions that are compared.
         anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
         metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`flexnorm.shift.metrics`,
@@ -58,8 +58,8 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         autocast: Type to run the side forward in under autocast; ``None`` for the state at the call of :meth:`step`.
         channel_dim: Axis of the channels where the default (last for LayerNorm, RMSNorm, Linear, Embedding and
             attention, else 1) is wrong.
-        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks from
-            :mod:`flexnorm.shift.sinks`, or functions of a record.
+        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks such
+            as :class:`flexnorm.shift.TensorBoardSink`, or functions of a record.
         seed: Seed of the choice of points and of the noise in the side forward.
 
     Attributes:
