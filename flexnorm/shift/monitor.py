@@ -29,10 +29,9 @@ from flexnorm.probe import (
     side_forward,
     take_points,
 )
-from flexnorm.shift.base import Anchor, Monitor, Snapshot, check_count
+from flexnorm.shift.base import Anchor, Every, Monitor, Snapshot, check_count
 from flexnorm.shift.metrics import Metric, Seen, as_metrics
 from flexnorm.shift.records import ShiftRecord, measure_shift
-from flexnorm.shift.schedules import Schedule
 
 
 class ShiftMonitor(Monitor[ShiftRecord]):
@@ -45,7 +44,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
             out for the purpose does well.
         layers: Which layers, in the language of :func:`flexnorm.probe.select`: ``"norm"`` for all normalization layers,
             a name, a glob pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these.
-        every: When to measure: a number of steps, a list of steps, or a schedule from :mod:`flexnorm.shift.schedules`.
+        every: When to measure: a number of steps, a list of steps, or a schedule as :class:`EverySteps` is.
         lag: Optimizer steps between the two distributions that are compared.
         anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
         metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`flexnorm.shift.metrics`,
@@ -59,8 +58,8 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         autocast: Type to run the side forward in under autocast; ``None`` for the state at the call of :meth:`step`.
         channel_dim: Axis of the channels where the default (last for LayerNorm, RMSNorm, Linear, Embedding and
             attention, else 1) is wrong.
-        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks from
-            :mod:`flexnorm.shift.sinks`, or functions of a record.
+        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks such
+            as :class:`flexnorm.shift.TensorBoardSink`, or functions of a record.
         seed: Seed of the choice of points and of the noise in the side forward.
 
     Attributes:
@@ -95,7 +94,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         probe: Any,
         layers: Selection = "norm",
         *,
-        every: int | Schedule | Iterable[int] = 100,
+        every: Every = 100,
         lag: int = 1,
         anchor: Anchor = "previous",
         metrics: Iterable[str | Metric] = (),
@@ -108,13 +107,14 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         sinks: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
-        super().__init__(model, every, lag, anchor, sinks)
+        super().__init__(model, every=every, lag=lag, anchor=anchor, sinks=sinks)
         check_count("max_samples", max_samples)
         for name, value, valid in (("samples", samples, get_args(Samples)), ("mode", mode, get_args(Mode))):
             if value not in valid:
                 raise ValueError(unknown_name(name, value, valid))
         check_watchable(self._model)
         self._layers = select_layers(self._model, layers)
+        self.layers = tuple(self._layers)
         self._probe = detached(probe)
         self._metrics = as_metrics(metrics)
         self._options = {"samples": samples, "max_samples": max_samples, "mode": mode, "seed": seed}
@@ -122,11 +122,6 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         self._points = partial(take_points, samples=samples, limit=max_samples, seed=seed)
         self._channel_dim = channel_dim
         self._numbers: dict[str, dict[str, float]] = {}
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that are watched."""
-        return tuple(self._layers)
 
     def look(self) -> Snapshot:
         """The points of each layer's output for the probe, (n, d) on the CPU. Changes nothing in the model."""

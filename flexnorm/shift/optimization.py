@@ -14,15 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm.probe import Selection, check_watchable, detached, isolated, select_layers, side_forward
-from flexnorm.shift.base import Anchor, Monitor, Snapshot
+from flexnorm.shift.base import Monitor, MonitorOptions, Snapshot
 from flexnorm.shift.records import Record
-from flexnorm.shift.schedules import Schedule
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -58,11 +57,9 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
         batch: What ``loss`` takes, kept as a copy.
         layers: Which layers, as for :class:`ShiftMonitor`; ``None`` for all that hold a parameter of two or more axes
             themselves.
-        every: When to measure, as for :class:`ShiftMonitor`.
-        lag: Optimizer steps between before and after (1 in the paper).
-        anchor: What to compare with, as for :class:`ShiftMonitor`.
-        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
         seed: Seed of the noise in the side forward.
+        **options: ``every`` (500 by default), ``lag`` (1, as in the paper), ``anchor`` and ``sinks``, as for
+            :class:`ShiftMonitor`.
 
     Attributes:
         records: All measurements so far, a list of :class:`OptimizationRecord`.
@@ -82,13 +79,11 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
         batch: Any,
         layers: Selection | None = None,
         *,
-        every: int | Schedule | Iterable[int] = 500,
-        lag: int = 1,
-        anchor: Anchor = "previous",
-        sinks: Iterable[Any] = (),
         seed: int = 0,
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(model, every, lag, anchor, sinks)
+        options.setdefault("every", 500)
+        super().__init__(model, **options)
         check_watchable(self._model)
         self._loss = loss
         self._batch = detached(batch)
@@ -99,17 +94,12 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
         else:
             chosen = set(select_layers(self._model, layers).values())
             wanted = {name for name, module in self._model.named_modules() if module in chosen}
-        self._measured = [name for name in self._owners if name in wanted]
-        if not self._measured:
+        self.layers = tuple(name for name in self._owners if name in wanted)
+        if not self.layers:
             raise ValueError(
                 "none of the layers holds parameters itself and is called by the loss; "
                 f"those that do: {', '.join(self._owners) or 'none'}"
             )
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that are measured, in the order of their first call."""
-        return tuple(self._measured)
 
     def look(self) -> Snapshot:
         """Copies of all parameters, by name."""
@@ -144,37 +134,26 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
     def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
         device = next(iter(now.values())).device
         mixed = {name: value.to(device) for name, value in before.items()}
-        gradients = self.gradients(mixed, self._measured)
+        gradients = self.gradients(mixed, self.layers)
         for layer, own in self._owners.items():
             if layer in gradients:
                 first, second = gradients[layer], self.gradients(mixed, [layer])[layer]
                 size, change = float(first.norm()), float((first - second).norm())
                 lengths = size * float(second.norm())
-                yield (
-                    layer,
-                    {
-                        "gradient": size,
-                        "shift": change,
-                        "relative": change / size if size > 0 else float("nan"),
-                        "cosine": float(first @ second) / lengths if lengths > 0 else float("nan"),
-                    },
-                )
+                relative = change / size if size > 0 else float("nan")
+                cosine = float(first @ second) / lengths if lengths > 0 else float("nan")
+                yield layer, {"gradient": size, "shift": change, "relative": relative, "cosine": cosine}
             mixed.update({name: now[name] for name in own})
 
     def _order(self) -> dict[str, list[str]]:
         """Names of the own parameters of each layer, in the order in which the loss first calls the layers."""
-        owners = {
-            name: module for name, module in self._model.named_modules() if list(module.parameters(recurse=False))
-        }
+        owners = {name: m for name, m in self._model.named_modules() if list(m.parameters(recurse=False))}
         called: dict[str, None] = {}
-        side_forward(
-            self._model,
-            self._batch,
-            owners,
-            lambda name, *_: called.setdefault(name.split("#")[0]),
-            forward=self._loss,
-            seed=self._seed,
-        )
+
+        def look(name: str, *_: Any) -> None:
+            called.setdefault(name.split("#")[0])
+
+        side_forward(self._model, self._batch, owners, look, forward=self._loss, seed=self._seed)
         # A parameter that several modules share belongs to the first that is called.
         kept = {id(parameter): name for name, parameter in self._model.named_parameters()}
         result: dict[str, list[str]] = {}
@@ -185,7 +164,7 @@ class OptimizationMonitor(Monitor[OptimizationRecord]):
         return result
 
     def _config(self) -> dict[str, Any]:
-        return {"layers": self._measured, "seed": self._seed}
+        return {"layers": list(self.layers), "seed": self._seed}
 
 
 class _Loss(nn.Module):

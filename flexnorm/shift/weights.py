@@ -8,17 +8,16 @@ step is what shows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm.probe import Selection, select_parameters
-from flexnorm.shift.base import Anchor, Monitor, Snapshot
+from flexnorm.shift.base import Monitor, MonitorOptions, Snapshot
 from flexnorm.shift.records import Record
-from flexnorm.shift.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,7 @@ class WeightMonitor(Monitor[WeightRecord]):
             modules that hold them, ..., or a list of these), or the report of
             :func:`flexnorm.optim.scale_invariant_weights`; ``None`` for all parameters with two or more axes. Angles
             mean most for scale-invariant weights.
-        every: When to measure, as for :class:`ShiftMonitor`.
-        lag: Optimizer steps between the two looks that are compared.
-        anchor: What to compare with, as for :class:`ShiftMonitor`.
-        sinks: Where else to put each record, as for :class:`ShiftMonitor`.
+        **options: ``every``, ``lag``, ``anchor`` and ``sinks``, as for :class:`ShiftMonitor`, with its defaults.
 
     Attributes:
         records: All measurements so far, a list of :class:`WeightRecord`.
@@ -81,16 +77,12 @@ class WeightMonitor(Monitor[WeightRecord]):
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         weights: Selection | Mapping[str, Any] | None = None,
-        *,
-        every: int | Schedule | Iterable[int] = 100,
-        lag: int = 1,
-        anchor: Anchor = "previous",
-        sinks: Iterable[Any] = (),
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        # Here and below, not above: optimizers bring in the compiler, which would double the time to import this room.
+        # Here and below, not above: optimizers bring in the compiler, which doubles the time that the import takes.
         from flexnorm.optim.rows import RowLayout
 
-        super().__init__(model, every, lag, anchor, sinks)
+        super().__init__(model, **options)
         self._optimizer = optimizer
         parameters = {name: p for name, p in self._model.named_parameters() if p.ndim >= 2}
         if weights is not None:
@@ -98,12 +90,8 @@ class WeightMonitor(Monitor[WeightRecord]):
             names = select_parameters(self._model, parameters, chosen, "weights", "weight")
             parameters = {name: parameters[name] for name in names}
         self._parameters = parameters
+        self.weights = tuple(parameters)
         self._layouts = {name: RowLayout.of(p, *_row_axis(self._model, p)) for name, p in parameters.items()}
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of the weights that are watched."""
-        return tuple(self._parameters)
 
     def look(self) -> Snapshot:
         """Copies of the weights, by name."""
@@ -117,16 +105,14 @@ class WeightMonitor(Monitor[WeightRecord]):
             old, new = (to_rows(w.to(weight.device).double(), self._layouts[name]) for w in (before[name], weight))
             angles, square = angle(old, new), new.square().sum(-1)
             alive, rate = square[square > 0], self._rate(self._parameters[name])
-            yield (
-                name,
-                {
-                    "norm": float(square.mean().sqrt()),
-                    "angle": float(angles.mean()),
-                    "largest_angle": float(angles.max()),
-                    "learning_rate": rate,
-                    "effective_rate": rate * float(alive.reciprocal().mean()) if len(alive) else 0.0,
-                },
-            )
+            numbers = {
+                "norm": float(square.mean().sqrt()),
+                "angle": float(angles.mean()),
+                "largest_angle": float(angles.max()),
+                "learning_rate": rate,
+                "effective_rate": rate * float(alive.reciprocal().mean()) if len(alive) else 0.0,
+            }
+            yield name, numbers
 
     def _rate(self, parameter: Tensor) -> float:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
@@ -138,8 +124,6 @@ class WeightMonitor(Monitor[WeightRecord]):
 
 def _row_axis(model: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:
     """Axis of the output units and number of groups: transposed convolutions have them elsewhere."""
-    for module in model.modules():
-        if any(own is parameter for own in module.parameters(recurse=False)):
-            transposed = bool(getattr(module, "transposed", False)) and parameter.ndim >= 3
-            return (1, int(getattr(module, "groups", 1))) if transposed else (0, 1)
-    return 0, 1  # pragma: no cover - every parameter of a model belongs to one of its modules
+    module = next(m for m in model.modules() if any(own is parameter for own in m.parameters(recurse=False)))
+    transposed = bool(getattr(module, "transposed", False)) and parameter.ndim >= 3
+    return (1, int(getattr(module, "groups", 1))) if transposed else (0, 1)

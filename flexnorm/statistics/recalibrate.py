@@ -284,7 +284,9 @@ def _usable(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
 
 
 class PopulationEstimator:
-    """Renews the statistics of the PopulationNorm layers every few steps.
+    """Renews the statistics of the PopulationNorm layers with ``statistics="estimated"`` every few steps.
+
+    Luo et al. 2019, Sec. 5: population normalization takes its statistics from 10,000 training samples.
 
     Call it once before each training step; or use it as a context, within which every forward pass of the model in
     training mode counts as a step, so that it works in any loop or trainer. Call `renew` before an evaluation, so that
