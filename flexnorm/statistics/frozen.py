@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -43,14 +44,10 @@ class Frozen:
         return f"{super().extra_repr()}, frozen=True"  # type: ignore[misc]
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
+@functools.cache
 def _frozen_class(thawed: type[nn.Module]) -> type[nn.Module]:
-    if thawed not in _classes:
-        body = {"thawed": thawed, "__module__": thawed.__module__, "__doc__": thawed.__doc__}
-        _classes[thawed] = type(thawed.__name__, (Frozen, thawed), body)
-    return _classes[thawed]
+    body = {"thawed": thawed, "__module__": thawed.__module__, "__doc__": thawed.__doc__}
+    return type(thawed.__name__, (Frozen, thawed), body)
 
 
 def _empty(thawed: type[nn.Module]) -> nn.Module:
