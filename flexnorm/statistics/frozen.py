@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -44,10 +43,14 @@ class Frozen:
         return f"{super().extra_repr()}, frozen=True"  # type: ignore[misc]
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _frozen_class(thawed: type[nn.Module]) -> type[nn.Module]:
-    body = {"thawed": thawed, "__module__": thawed.__module__, "__doc__": thawed.__doc__}
-    return type(thawed.__name__, (Frozen, thawed), body)
+    if thawed not in _classes:
+        body = {"thawed": thawed, "__module__": thawed.__module__, "__doc__": thawed.__doc__}
+        _classes[thawed] = type(thawed.__name__, (Frozen, thawed), body)
+    return _classes[thawed]
 
 
 def _empty(thawed: type[nn.Module]) -> nn.Module:

@@ -178,8 +178,8 @@ def exact_wasserstein(pair: Pair, p: float, max_iterations: int | None) -> Tenso
             i, j, mass = torch.arange(n), torch.as_tensor(assignment(cost.numpy())), None
         else:
             equal = (torch.full((size,), 1 / size, dtype=torch.float64) for size in (n, m))
-            heavy = (even if mass is None else mass[k] for mass, even in zip((a, b), equal, strict=True))
-            i, j, mass = _network_simplex(cost.numpy(), *heavy, max_iterations)
+            heavy = [even if mass is None else mass[k] for mass, even in zip((a, b), equal, strict=True)]
+            i, j, mass = _network_simplex(cost.numpy(), heavy[0], heavy[1], max_iterations)
         values.append(power_mean(safe_norm(x[k, i] - y[k, j]), p, mass))
     return torch.stack(values).mul(factor).reshape(lead).to(pair.x.device, pair.x.dtype)
 

@@ -5,12 +5,16 @@ Removing Internal Covariate Shift in Deep Networks" (ICML 2016, arXiv 1603.01431
 """
 
 from flexnorm.nn.normprop.activation import DEFAULT_EPS, NormPropActivation, NormPropUnits, UnitOptions
-from flexnorm.nn.normprop.conv import NormPropConv, NormPropConv1d, NormPropConv2d, NormPropConv3d, border_variance
-from flexnorm.nn.normprop.conv_transpose import (
+from flexnorm.nn.normprop.conv import (
+    NormPropConv,
+    NormPropConv1d,
+    NormPropConv2d,
+    NormPropConv3d,
     NormPropConvTranspose,
     NormPropConvTranspose1d,
     NormPropConvTranspose2d,
     NormPropConvTranspose3d,
+    border_variance,
 )
 from flexnorm.nn.normprop.elementwise import (
     ACTIVATION_MODULES,
@@ -23,8 +27,14 @@ from flexnorm.nn.normprop.elementwise import (
 )
 from flexnorm.nn.normprop.input import NormPropInput
 from flexnorm.nn.normprop.integrals import Gains, GaussianMoments, activation_gains, activation_moments
-from flexnorm.nn.normprop.layer import LayerOptions, NormPropLayer, normalize_weights_, register_unit_norm, safe_norm
-from flexnorm.nn.normprop.linear import NormPropLinear
+from flexnorm.nn.normprop.layer import (
+    LayerOptions,
+    NormPropLayer,
+    NormPropLinear,
+    normalize_weights_,
+    register_unit_norm,
+    safe_norm,
+)
 from flexnorm.nn.normprop.pooling import (
     NormPropAvgPool,
     NormPropAvgPool1d,
@@ -48,57 +58,14 @@ from flexnorm.nn.normprop.propagate import (
 )
 from flexnorm.nn.normprop.residual import NormPropAdd, NormPropConcat, NormPropResidual, normprop_add
 
-__all__ = [
-    "ACTIVATIONS",
-    "ACTIVATION_MODULES",
-    "DEFAULT_EPS",
-    "Activation",
-    "CanonicalError",
-    "ChannelAffine",
-    "Gains",
-    "GaussianMoments",
-    "LayerOptions",
-    "LayerPropagation",
-    "NormPropActivation",
-    "NormPropAdd",
-    "NormPropAvgPool",
-    "NormPropAvgPool1d",
-    "NormPropAvgPool2d",
-    "NormPropAvgPool3d",
-    "NormPropConcat",
-    "NormPropConv",
-    "NormPropConv1d",
-    "NormPropConv2d",
-    "NormPropConv3d",
-    "NormPropConvTranspose",
-    "NormPropConvTranspose1d",
-    "NormPropConvTranspose2d",
-    "NormPropConvTranspose3d",
-    "NormPropInput",
-    "NormPropLayer",
-    "NormPropLinear",
-    "NormPropMaxPool",
-    "NormPropMaxPool1d",
-    "NormPropMaxPool2d",
-    "NormPropMaxPool3d",
-    "NormPropResidual",
-    "NormPropUnits",
-    "PropagationReport",
-    "UnitOptions",
-    "UnitizeSamples",
-    "activation_gains",
-    "activation_moments",
-    "average_pool_variance",
-    "border_variance",
-    "canonical_error",
-    "coherence_penalty",
-    "max_pool_moments",
-    "normalize_weights_",
-    "normprop_add",
-    "propagate",
-    "register_unit_norm",
-    "resolve_activation",
-    "safe_norm",
-    "unitize_samples",
-    "window_correlation",
-]
+__all__ = ["ACTIVATIONS", "ACTIVATION_MODULES", "DEFAULT_EPS", "Activation", "CanonicalError", "ChannelAffine"]
+__all__ += ["Gains", "GaussianMoments", "LayerOptions", "LayerPropagation", "NormPropActivation", "NormPropAdd"]
+__all__ += ["NormPropAvgPool", "NormPropAvgPool1d", "NormPropAvgPool2d", "NormPropAvgPool3d", "NormPropConcat"]
+__all__ += ["NormPropConv", "NormPropConv1d", "NormPropConv2d", "NormPropConv3d", "NormPropConvTranspose"]
+__all__ += ["NormPropConvTranspose1d", "NormPropConvTranspose2d", "NormPropConvTranspose3d", "NormPropInput"]
+__all__ += ["NormPropLayer", "NormPropLinear", "NormPropMaxPool", "NormPropMaxPool1d", "NormPropMaxPool2d"]
+__all__ += ["NormPropMaxPool3d", "NormPropResidual", "NormPropUnits", "PropagationReport", "UnitOptions"]
+__all__ += ["UnitizeSamples", "activation_gains", "activation_moments", "average_pool_variance", "border_variance"]
+__all__ += ["canonical_error", "coherence_penalty", "max_pool_moments", "normalize_weights_", "normprop_add"]
+__all__ += ["propagate", "register_unit_norm", "resolve_activation", "safe_norm", "unitize_samples"]
+__all__ += ["window_correlation"]

@@ -1,10 +1,21 @@
-"""Checks of arguments that several layers share; each returns what it checked or raises ValueError."""
+"""What all layers share: the number of spatial axes, and checks that return what they checked or raise ValueError."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from flexnorm._messages import unknown_name
+
+
+class Spatial:
+    """Mixin: ``class Layer2d(Layer, spatial=2)`` says how many axes come after the channels (0 for none)."""
+
+    spatial: int
+
+    def __init_subclass__(cls, spatial: int | None = None) -> None:
+        super().__init_subclass__()
+        if spatial is not None:
+            cls.spatial = spatial
 
 
 def one_of(kind: str, value: str, valid: Sequence[str]) -> str:

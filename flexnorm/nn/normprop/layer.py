@@ -1,27 +1,14 @@
 """The base of the NormProp layers with a linear map: unit filters, activation and standardization in one module.
 
-Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation" (ICML 2016, arXiv 1603.01431), Eqs. 9, 11, 12.
-Deviations, each an option whose other value is the paper's:
-
-- ``constants="exact"``: mean and standard deviation follow gamma and bias instead of being those of gamma = 1, bias =
-  0;
-- ``init="stable"``: a positive initial bias, so that the mean square of single samples contracts with depth;
-- ``unitize=True``: every sample divided by its root mean square before the linear map;
-- ``eps`` is added to the variance, so that a unit whose activation has become constant is quiet instead of infinite;
-- a zero filter yields zero and a finite gradient instead of NaN;
-- moments of the pre-activations may be stated (``calibrate_``), for networks converted from trained ones.
+Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation" (ICML 2016, arXiv 1603.01431), Eqs. 9, 11, 12. What
+deviates from it is an option whose other value is the paper's, except: ``eps`` is added to the variance, so that a unit
+whose activation has become constant is quiet instead of infinite; a zero filter yields zero and a finite gradient.
 
 The forward pass is not written as the equation. For a positively homogeneous activation, 1 / std moves into the
 weight and bias, since ``act(k u) = k act(u)`` for ``k > 0``, and one elementwise pass over the activations
 disappears::
 
     (act(gamma W x / ||W|| + bias) - mean) / std = act(gamma / (std ||W||) W x + bias / std) - mean / std
-
-A layer divides every filter by its norm in the forward pass, and the paper also rescales the stored filters to unit
-norm after every update (:func:`normalize_weights_`). That projection does not change the function; it keeps the
-effective learning rate (the step over the norm) from decaying. Weight decay on such filters is radial: after the
-projection all that is left of it is a step that is longer by 1 / (1 - rate * decay). What decay regularizes in a
-NormProp network is gamma and the bias.
 """
 
 from __future__ import annotations
@@ -29,10 +16,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexnorm.nn.normprop.activation import NormPropUnits, UnitOptions
+from flexnorm.nn.normprop.checks import positive
 from flexnorm.nn.normprop.elementwise import ActivationLike, UnitizeSamples, unitize_samples
 
 
@@ -74,9 +63,12 @@ class NormPropLayer(NormPropUnits):
         weight: Filters; every filter starts with unit norm.
         in_channels: Channels (features) of the input.
         groups: Groups of channels that the linear map keeps apart (1 for linear).
+        fan_gain: Factor by which a unit-norm filter must be enlarged to give unit variance: 1, or, of a transposed
+            convolution, whose output positions receive that much less, the root of the product of the strides.
     """
 
     in_channels: int
+    fan_gain: float = 1.0
     shared: ClassVar[tuple[str, ...]]  # constructor arguments and attributes that torch's own layer has, too
 
     def __init__(
@@ -108,11 +100,6 @@ class NormPropLayer(NormPropUnits):
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """A ``weight`` with the filter of unit c multiplied by ``scale[c]``."""
         return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-
-    @property
-    def fan_gain(self) -> float:
-        """Factor by which a unit-norm filter must be enlarged to give unit variance (transposed convolutions only)."""
-        return 1.0
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -186,6 +173,69 @@ class NormPropLayer(NormPropUnits):
         return nn.Sequential(*head, linear, *tail) if head or tail else linear
 
 
+class NormPropLinear(NormPropLayer):
+    """Linear map with unit rows, activation and standardization, ``(*, in_features) -> (*, out_features)``.
+
+    ``y = (act(gamma W x / ||W|| + bias) - mean) / sqrt(var + eps)`` with mean and variance of ``act(gamma z +
+    bias)``, z ~ N(0, 1) (Eq. 9 of arXiv 1603.01431 for ``constants="paper"``). With unit rows and an input of zero
+    mean and unit variance, every pre-activation before gamma and bias has unit variance, so every output again has
+    zero mean and unit variance.
+
+    Args:
+        in_features: Size of the last axis of the input.
+        out_features: Size of the last axis of the output, and the number of units.
+        activation: Name, module, elementwise function or :class:`Activation`; None for a last layer: the affine map
+            ``gamma W x / ||W|| + bias``, not standardized. ``"identity"``: ``W x / ||W||`` with no other parameter
+            (for a shortcut that changes shape).
+        constants: ``"exact"``: mean and variance follow gamma and bias. ``"paper"``: those of gamma = 1, bias = 0.
+        **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``, see :class:`LayerOptions` and
+            :class:`UnitOptions`.
+
+    Raises:
+        ValueError: For sizes that are not positive integers, unknown names, a negative eps, or slopes of PReLU that are
+            not one per channel.
+        TypeError: For an activation or dtype of the wrong kind.
+
+    Examples:
+        >>> layer = NormPropLinear(64, 32)
+        >>> layer(torch.randn(8, 64)).shape
+        torch.Size([8, 32])
+    """
+
+    shared = ("in_features", "out_features")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: ActivationLike | None = "relu",
+        constants: str = "exact",
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        shape = positive("out_features", out_features), positive("in_features", in_features)
+        super().__init__(shape, out_features, activation, constants, **options)
+        self.in_features = self.in_channels = in_features
+        self.out_features = out_features
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"NormPropLinear expects a last axis of {self.in_features} features, "
+                f"got an input of shape {tuple(x.shape)}"
+            )
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _folded(self) -> nn.Module:
+        options = {"device": self.weight.device, "dtype": self.weight.dtype}
+        return self._fold_into(nn.Linear(self.in_features, self.out_features, bias=self._has_shift(), **options))
+
+    def extra_repr(self) -> str:
+        """Arguments that define the layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._options()}"
+
+
 def normalize_weights_(model: nn.Module) -> nn.Module:
     """Scale every filter of every NormProp layer in ``model`` to unit Euclidean norm, in place, and return the model.
 
@@ -193,7 +243,6 @@ def normalize_weights_(model: nn.Module) -> nn.Module:
     function before and after. Zero filters stay zero.
 
     Examples:
-        >>> from flexnorm.nn.normprop import NormPropLinear
         >>> layer = NormPropLinear(3, 2)
         >>> _ = layer.weight.data.mul_(7.0)
         >>> normalize_weights_(layer).weight.norm(dim=1).allclose(torch.ones(2))

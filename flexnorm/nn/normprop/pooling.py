@@ -1,15 +1,7 @@
 """Pooling between NormProp layers: as in the paper (no correction), or standardized under a stated correlation.
 
 The paper pools the standardized activation and does not standardize again, because the units of a window are highly
-correlated. With k units of pairwise correlation rho (equal for all pairs):
-
-- average: mean 0, variance ``(1 + (k - 1) rho) / k``;
-- maximum: the pre-activations are written ``z_i = sqrt(rho) Z + sqrt(1 - rho) X_i`` with independent standard normal
-  Z, X_1..X_k. For an increasing activation the maximum of the units is the unit of the maximum, ``(act(gamma max z_i
-  + bias) - mean) / std``, and ``max X_i`` has the density ``k phi(x) Phi(x)^(k-1)``: two nested one-dimensional
-  integrals.
-
-``rho = 1`` gives back the uncorrected pooling, exactly.
+correlated. ``correlation=1`` gives back the uncorrected pooling, exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexnorm.nn.normprop.checks import positive, sizes
+from flexnorm.nn.normprop.checks import Spatial, positive, sizes
 from flexnorm.nn.normprop.conv import Size
 from flexnorm.nn.normprop.elementwise import ActivationLike, resolve_activation
 from flexnorm.nn.normprop.integrals import activation_moments, initial_affine
@@ -114,10 +106,8 @@ def window_correlation(x: Tensor, kernel_size: Size) -> float:
     return float(((k * ratio - 1) / (k - 1)).mean())
 
 
-class PoolLayer(nn.Module):
+class PoolLayer(Spatial, nn.Module):
     """What average and maximum pooling share; the arguments are those of :class:`NormPropAvgPool`."""
-
-    spatial: int
 
     def __init__(
         self,
@@ -177,10 +167,7 @@ class NormPropMaxPool(PoolLayer):
     """Maximum pooling of standardized units; used as ``NormPropMaxPool1d``, ``2d`` and ``3d``.
 
     Args:
-        kernel_size: The window.
-        stride: As of :class:`NormPropAvgPool`, like ``ceil_mode``.
-        padding: Positions outside the input on both sides; they are ignored.
-        ceil_mode: Round the output size up.
+        kernel_size, stride, padding, ceil_mode: As of :class:`NormPropAvgPool`, with a window.
         correlation: None: as in the paper, no correction. A number in [0, 1]: standardize by mean and standard
             deviation of the maximum of units with that pairwise correlation of their pre-activations
             (:func:`max_pool_moments`).
@@ -213,37 +200,25 @@ class NormPropMaxPool(PoolLayer):
         return y if self.correlation is None else (y - self.mean) * (1 / self.std)
 
 
-class NormPropAvgPool1d(NormPropAvgPool):
+class NormPropAvgPool1d(NormPropAvgPool, spatial=1):
     """:class:`NormPropAvgPool` of signals."""
 
-    spatial = 1
 
-
-class NormPropAvgPool2d(NormPropAvgPool):
+class NormPropAvgPool2d(NormPropAvgPool, spatial=2):
     """:class:`NormPropAvgPool` of images."""
 
-    spatial = 2
 
-
-class NormPropAvgPool3d(NormPropAvgPool):
+class NormPropAvgPool3d(NormPropAvgPool, spatial=3):
     """:class:`NormPropAvgPool` of volumes."""
 
-    spatial = 3
 
-
-class NormPropMaxPool1d(NormPropMaxPool):
+class NormPropMaxPool1d(NormPropMaxPool, spatial=1):
     """:class:`NormPropMaxPool` of signals."""
 
-    spatial = 1
 
-
-class NormPropMaxPool2d(NormPropMaxPool):
+class NormPropMaxPool2d(NormPropMaxPool, spatial=2):
     """:class:`NormPropMaxPool` of images."""
 
-    spatial = 2
 
-
-class NormPropMaxPool3d(NormPropMaxPool):
+class NormPropMaxPool3d(NormPropMaxPool, spatial=3):
     """:class:`NormPropMaxPool` of volumes."""
-
-    spatial = 3
