@@ -69,15 +69,9 @@ class Rows:
     def rotate(
         self, gradients: Sequence[Tensor], numbers: Numbers, watched: bool
     ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Move all rows by one step; the result does not depend on the number of threads.
+        """Move all rows against gradients of the dtype and memory order of the weights, whatever the number of threads.
 
-        Args:
-            gradients: Of the dtype and memory order of the weights.
-            numbers: The numbers of the step.
-            watched: Whether to return what each row did.
-
-        Returns:
-            The angles and the tangent norms of each weight, ``(rows,)`` each, or None.
+        Returns the angles and the tangent norms of each weight, ``(rows,)`` each, if ``watched``.
         """
         kernels = load()
         assert kernels is not None

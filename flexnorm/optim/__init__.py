@@ -1,14 +1,13 @@
 """Riemannian optimizers for the scale-invariant weights that normalization creates."""
 
-from flexnorm.optim.adamg import AdamG, adamg
-from flexnorm.optim.batch_noise import BatchNoise
 from flexnorm.optim.diagnostics import SphereMonitor, StepStats
-from flexnorm.optim.gamma_decay import GammaDecay
-from flexnorm.optim.groups import ParamGroups, param_groups
-from flexnorm.optim.invariance import InvarianceReport, WeightReport, scale_invariant_weights
+from flexnorm.optim.groups import InvarianceReport, ParamGroups, WeightReport, param_groups, scale_invariant_weights
+from flexnorm.optim.manifold import angle
+from flexnorm.optim.optimizers import SGDG, AdamG, adamg, sgdg
 from flexnorm.optim.projected import SGDP, AdamP
 from flexnorm.optim.reference import ReferenceAdamG, ReferenceSGDG
-from flexnorm.optim.sgdg import SGDG, sgdg
+from flexnorm.optim.regularizers import BatchNoise, GammaDecay
+from flexnorm.optim.rows import RowLayout, row_axis, to_rows
 
 __all__ = [
     "SGDG",
@@ -21,11 +20,15 @@ __all__ = [
     "ParamGroups",
     "ReferenceAdamG",
     "ReferenceSGDG",
+    "RowLayout",
     "SphereMonitor",
     "StepStats",
     "WeightReport",
     "adamg",
+    "angle",
     "param_groups",
+    "row_axis",
     "scale_invariant_weights",
     "sgdg",
+    "to_rows",
 ]

@@ -61,11 +61,8 @@ class ExactState(Optimizer):
         bfloat16 parameters, and shares memory with the dict where it does not cast.
         """
         seen: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
-        try:
+        with self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded)):
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
         saved = seen[0]
         indices = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

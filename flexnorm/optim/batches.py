@@ -66,16 +66,9 @@ def take_step(
     workspace: Workspace | None = None,
     observe: Observe | None = None,
 ) -> None:
-    """Move all weights by one step against their gradients (not written to), and their state along, in place.
+    """Move all weights, taken as directions, by one step against their gradients, and their state along, in place.
 
-    Args:
-        params: The weights; their rows are taken as directions.
-        grads: Their gradients.
-        state: Their state.
-        rotation: The numbers of the optimizer.
-        options: What the group says.
-        workspace: Buffers and plans, kept from step to step.
-        observe: Told index, angle walked and tangent norm of the rows of every weight.
+    ``observe`` is told index, angle walked and tangent norm of the rows of every weight.
     """
     workspace, whole = workspace or Workspace(), options.ortho != 0
     params, grads, moments = (local_parts(t, options.row_dim, whole) for t in (params, grads, state.moments))

@@ -33,14 +33,8 @@ _LARGE = 256  # rows from which on half of a Gram matrix is worth the copying
 def row_norm(x: Tensor) -> Tensor:
     r"""Euclidean norm :math:`\lVert x \rVert` of every row, right for any finite row.
 
-    The row is divided by its largest element first: the square of an element below 1e-23 is zero in float32, and above
-    1e19 it is infinite, though the norm itself is an ordinary number.
-
-    Args:
-        x: Rows, ``(*, n)``, floating point.
-
-    Returns:
-        The norms, ``(*, 1)``. Zero for a zero row.
+    Rows ``(*, n)`` give norms ``(*, 1)``. The row is divided by its largest element first: the square of an element
+    below 1e-23 is zero in float32, and above 1e19 it is infinite, though the norm itself is an ordinary number.
 
     Examples:
         >>> row_norm(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
@@ -117,12 +111,7 @@ def angle(y: Tensor, z: Tensor) -> Tensor:
 
     .. math:: \angle(y, z) = 2 \arctan\frac{\lVert y - z \rVert}{\lVert y + z \rVert}
 
-    Args:
-        y: Rows, ``(*, n)``, of any length.
-        z: Rows, ``(*, n)``, likewise.
-
-    Returns:
-        Angles in radians, ``(*)``, between 0 and pi.
+    Rows ``y`` and ``z``, ``(*, n)`` of any length, give angles ``(*)`` in radians, between 0 and pi.
     """
     y, z = unit(y), unit(z)
     return 2 * torch.atan2(row_norm(y - z), row_norm(y + z)).squeeze(-1)
@@ -133,14 +122,9 @@ def orthogonality_penalty(y: Tensor, alpha: float, blocks: int = 1) -> Tensor:
 
     .. math:: L^O(\alpha, Y) = \frac{\alpha}{2} \lVert Y Y^\top - I \rVert_F^2
 
-    Args:
-        y: Unit rows of one weight, ``(rows, n)``.
-        alpha: Weight of the penalty.
-        blocks: Number of equal blocks of rows that are looked at separately: the groups of a grouped convolution,
-            whose filters see different inputs and have no reason to be orthogonal to each other.
-
-    Returns:
-        The penalty, a scalar.
+    ``y`` are the unit rows of one weight, ``(rows, n)``. Here and below ``blocks`` is the number of equal blocks of
+    rows that are looked at separately: the groups of a grouped convolution, whose filters see different inputs and have
+    no reason to be orthogonal to each other.
     """
     y = _in_blocks(y, blocks)
     eye = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
@@ -152,19 +136,10 @@ def orthogonality_gradient(
 ) -> Tensor:
     r"""Gradient of :func:`orthogonality_penalty`, :math:`2 \alpha (Y Y^\top - I) Y`.
 
-    The product is taken in the cheaper order: through the Gram matrix of rows when there are no more rows than columns,
+    The rows ``(rows, n)`` of ``y`` are taken as directions (their squares must be in range); ``sign`` times ``plus``,
+    the gradient of the loss, is added, and the result, of the same shape, is written to ``out`` if that is given. The
+    product is taken in the cheaper order: through the Gram matrix of rows when there are no more rows than columns,
     else through that of the columns.
-
-    Args:
-        y: Rows of one weight, ``(rows, n)``, taken as directions (their squares must be in range).
-        alpha: Weight of the penalty.
-        blocks: As in :func:`orthogonality_penalty`.
-        plus: What to add to it, ``(rows, n)``: the gradient of the loss.
-        sign: Factor of ``plus``.
-        out: Where to write the result.
-
-    Returns:
-        Gradient, ``(rows, n)``.
     """
     p = _in_blocks(y, blocks)
     added = p if plus is None else _in_blocks(plus, blocks)
@@ -189,15 +164,9 @@ def orthogonality_gradient(
 
 
 def coherence(y: Tensor, blocks: int = 1) -> tuple[float, float]:
-    r"""Mutual coherence of the rows of a weight: how far they are from orthogonal.
+    r"""Mutual coherence of the rows ``(rows, n)`` of a weight, of any length: how far they are from orthogonal.
 
-    Args:
-        y: Rows of one weight, ``(rows, n)``; they are brought to unit length.
-        blocks: As in :func:`orthogonality_penalty`.
-
-    Returns:
-        Mean and maximum of :math:`|y_i^\top y_j|` over all pairs :math:`i \ne j` of one block; zeros where there is no
-        pair.
+    Mean and maximum of :math:`|y_i^\top y_j|` over all pairs :math:`i \ne j` of one block; zeros where there is none.
     """
     y = _in_blocks(unit(y.detach().float()), blocks)
     rows = y.shape[1]

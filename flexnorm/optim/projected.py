@@ -28,16 +28,8 @@ def projected_update(weight: Tensor, grad: Tensor, update: Tensor, delta: float)
     .. math:: q = u - (\hat w^\top u)\,\hat w \quad\text{if}\quad
               \max_i |\cos(w_i, g_i)| < \delta / \sqrt{\dim w_i}
 
-    tried row by row first, then for the weight as one vector.
-
-    Args:
-        weight: Rows ``(rows, n)``.
-        grad: Gradient of the loss, ``(rows, n)``.
-        update: The update, ``(rows, n)``.
-        delta: Threshold :math:`\delta`.
-
-    Returns:
-        The update, projected or not, and whether it was (a boolean scalar tensor).
+    tried row by row first, then for the weight as one vector. All are ``(rows, n)``; returns the update, projected or
+    not, and whether it was (a boolean scalar tensor).
     """
     projected = torch.zeros((), dtype=torch.bool, device=weight.device)
     result = update

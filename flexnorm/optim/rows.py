@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,7 @@ class RowLayout:
 
     @classmethod
     def of(cls, weight: Tensor, row_dim: int = 0, blocks: int = 1) -> RowLayout:
-        """Derive the layout from a weight.
-
-        Args:
-            weight: ``(out, *)`` for ``row_dim`` 0, ``(in, out / blocks, *)`` for ``row_dim`` 1.
-            row_dim: Axis of the output units.
-            blocks: Groups of the convolution.
+        """Derive the layout from a weight, ``(out, *)`` for ``row_dim`` 0, ``(in, out / blocks, *)`` for ``row_dim`` 1.
 
         Raises:
             ValueError: If the weight has fewer than two axes, or its first axis does not divide into the blocks.
@@ -68,8 +63,15 @@ class RowLayout:
         return t.view(self.blocks, t.shape[0] // self.blocks, *t.shape[1:]).movedim(2, 1)
 
 
+def row_axis(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """Return the axis of the output units of the ``weight`` of a ``module``, and the groups of a convolution."""
+    if weight.ndim < 3 or not hasattr(module, "kernel_size"):
+        return 0, 1
+    return int(getattr(module, "transposed", False)), int(getattr(module, "groups", 1))
+
+
 def to_rows(t: Tensor, layout: RowLayout) -> Tensor:
-    """Return ``t`` as a matrix ``(rows, n)``: a view of it where the memory allows, else a copy."""
+    """Return ``t``, read with its ``layout``, as a matrix ``(rows, n)``: a view where memory allows, else a copy."""
     return layout.view(t).reshape(layout.rows, layout.n)
 
 
@@ -94,10 +96,7 @@ def local_parts(tensors: Sequence[Tensor], row_dim: int, needs_whole: bool) -> l
 def local_part(t: Tensor, row_dim: int, needs_whole: bool) -> Tensor:
     """Return the tensor of this process behind a DTensor (FSDP2, tensor parallel), or ``t`` itself.
 
-    Args:
-        t: A parameter, gradient or state tensor.
-        row_dim: Axis of the output units.
-        needs_whole: Whether the step looks at several rows together, as the orthogonality term does.
+    ``needs_whole`` says that the step looks at several rows together, as the orthogonality term does.
 
     Raises:
         RuntimeError: If weight vectors are split between processes, or rows are and the step needs them together.

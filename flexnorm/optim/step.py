@@ -114,17 +114,10 @@ def rotate_(
 ) -> tuple[Tensor, Tensor]:
     """Move rows by one step, in place, passing over memory as few times as possible.
 
-    Args:
-        p: Points, ``(rows, n)``, of any length; zero rows stay zero, at rest.
-        g: Gradients, ``(rows, n)``, not written to.
-        moment: First moments, ``(rows, n)``, or None.
-        second: Second moments, ``(rows, 1)``, or None.
-        rotation: The numbers of the step, corrected for the age of the weights.
-        grad_clip: Bound on the Riemannian gradient of a row, or None.
-        traced: For a compiler: in expressions that it can fuse, without a look at the numbers.
-
-    Returns:
-        Angle walked (signed) and tangent norm of every row, ``(rows, 1)`` each.
+    Points ``p`` of any length (zero rows stay zero, at rest), gradients ``g`` (not written to) and first moments are
+    ``(rows, n)``, second moments ``(rows, 1)``; the rotation is corrected for the age of the weights. ``traced`` is for
+    a compiler: in expressions that it can fuse, without a look at the numbers. Returns the angle walked (signed) and
+    the tangent norm of every row, ``(rows, 1)`` each.
     """
     looks = p.device.type == "cpu" and not traced  # elsewhere a look at the numbers would mean to wait for the device
     length = row_lengths_(p, looks)

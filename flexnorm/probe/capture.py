@@ -32,7 +32,8 @@ def _binary_cross_entropy(outputs: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _noise(outputs: Tensor, generator: torch.Generator, curvature: float) -> Tensor:
-    return torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device) * curvature**0.5
+    noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+    return noise.mul(curvature**0.5)
 
 
 CURVED_LOSSES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {

@@ -79,8 +79,8 @@ class WeightMonitor(Monitor[WeightRecord]):
         weights: Selection | Mapping[str, Any] | None = None,
         **options: Unpack[MonitorOptions],
     ) -> None:
-        # Here and below, not above: optimizers bring in the compiler, which doubles the time that the import takes.
-        from flexnorm.optim.rows import RowLayout
+        # Here and below, not above: optimizers bring in the compiler, which would double the time of the import.
+        from flexnorm.optim import RowLayout, row_axis
 
         super().__init__(model, **options)
         self._optimizer = optimizer
@@ -91,15 +91,16 @@ class WeightMonitor(Monitor[WeightRecord]):
             parameters = {name: parameters[name] for name in names}
         self._parameters = parameters
         self.weights = tuple(parameters)
-        self._layouts = {name: RowLayout.of(p, *_row_axis(self._model, p)) for name, p in parameters.items()}
+        modules = reversed(list(self._model.modules()))
+        owners = {p: module for module in modules for p in module.parameters(recurse=False)}
+        self._layouts = {name: RowLayout.of(p, *row_axis(owners[p], p)) for name, p in parameters.items()}
 
     def look(self) -> Snapshot:
         """Copies of the weights, by name."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        from flexnorm.optim.manifold import angle
-        from flexnorm.optim.rows import to_rows
+        from flexnorm.optim import angle, to_rows
 
         for name, weight in now.items():
             old, new = (to_rows(w.to(weight.device).double(), self._layouts[name]) for w in (before[name], weight))
@@ -120,10 +121,3 @@ class WeightMonitor(Monitor[WeightRecord]):
 
     def _config(self) -> dict[str, Any]:
         return {"weights": list(self._parameters)}
-
-
-def _row_axis(model: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:
-    """Axis of the output units and number of groups: transposed convolutions have them elsewhere."""
-    module = next(m for m in model.modules() if any(own is parameter for own in m.parameters(recurse=False)))
-    transposed = bool(getattr(module, "transposed", False)) and parameter.ndim >= 3
-    return (1, int(getattr(module, "groups", 1))) if transposed else (0, 1)

@@ -10,7 +10,7 @@ from sphere_networks import IMAGES, zoo
 from torch import nn
 
 from flexnorm.optim import SGDG, param_groups, scale_invariant_weights
-from flexnorm.optim.invariance import _candidates, _unfit, probing
+from flexnorm.optim.groups import _candidates, _unfit, probing
 
 INVARIANT = ["stem.weight", "block.conv1.weight", "up.weight", "depthwise.weight", "grouped.weight", "linear.weight"]
 

@@ -32,6 +32,8 @@ from flexnorm.nn.normprop.integrals import (
     rectifier_tables,
 )
 
+Linear = Callable[[Tensor | None, Tensor | None], Tensor]
+
 DEFAULT_EPS = 1e-5
 """Added to the variance of an activation, whose size at gamma = 1 is 0.34 for ReLU."""
 
@@ -71,10 +73,6 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
         activation: The resolved :class:`Activation`, or None.
         unitize: Whether each sample is divided by its root mean square first.
         spatial: Number of axes after the channels (0 for linear).
-
-    Raises:
-        ValueError: For unknown names, a negative eps, or slopes of PReLU that are not one per channel.
-        TypeError: For an activation or dtype of the wrong kind.
     """
 
     unitize: bool = False
@@ -248,7 +246,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
 
     # -- forward
 
-    def _units(self, linear: Callable[[Tensor | None, Tensor | None], Tensor]) -> Tensor:
+    def _units(self, linear: Linear) -> Tensor:
         """The standardized activation of ``linear(scale, shift)``, which is to return ``scale z + shift``."""
         act = self.activation
         if self.gamma is None or self.bias is None:
@@ -265,14 +263,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
         u = linear(self.gamma, self.bias)
         return channel_affine(act(u), inverse, -mean * inverse, self.spatial)
 
-    def _rectified(
-        self,
-        linear: Callable[[Tensor | None, Tensor | None], Tensor],
-        act: Activation,
-        scale: Tensor,
-        shift: Tensor,
-        offset: Tensor,
-    ) -> Tensor:
+    def _rectified(self, linear: Linear, act: Activation, scale: Tensor, shift: Tensor, offset: Tensor) -> Tensor:
         """``act(scale z + shift) - offset`` for a rectifier."""
         relu = self.slope is None and act.negative_slope == 0.0
         if relu and self._own_shift and shift_clamp.may(scale):
@@ -357,7 +348,7 @@ class NormPropActivation(NormPropUnits):
         **options: See :class:`UnitOptions`.
 
     Raises:
-        ValueError: For sizes out of range, unknown names, or an activation that does nothing.
+        ValueError: As of :class:`NormPropLinear`, or for an activation that does nothing.
         TypeError: For an activation or dtype of the wrong kind.
 
     Examples:

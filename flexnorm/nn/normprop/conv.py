@@ -1,15 +1,4 @@
-"""Convolutional NormProp layers (Eq. 11): one gamma, bias and Frobenius norm per filter.
-
-What zero padding does to the variance: a pre-activation is a sum over the taps of a filter, and taps that fall on
-padding add nothing, so under an input of unit variance the variance at position p is the squared norm of the part of
-the unit filter that lies inside the image,
-
-    v_c(p) = sum over input channels and taps inside the image of W[c, ...]^2 / ||W_c||^2,
-
-which is one in the interior and about 2/3 on an edge, 4/9 in a corner of a 3x3 filter. The map is itself a
-convolution: of an image of ones with the squared filters. In a transposed convolution it also shows how unevenly the
-taps fall on the positions of the output.
-"""
+"""Convolutional NormProp layers, transposed ones too (Eq. 11): one gamma, bias and Frobenius norm per filter."""
 
 from __future__ import annotations
 
@@ -31,7 +20,7 @@ _UNSET = {"padding": 0, "output_padding": 0, "dilation": 1, "groups": 1, "paddin
 
 
 class ConvLayer(NormPropLayer):
-    """What convolutions and transposed convolutions share; ``geometry`` holds the sizes by name."""
+    """What convolutions and transposed ones share; ``geometry``: sizes by name, ``unit``: activation and constants."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -43,23 +32,15 @@ class ConvLayer(NormPropLayer):
     shared = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        groups: int,
-        geometry: dict[str, Size],
-        border: str,
-        activation: ActivationLike | None,
-        constants: str,
-        **options: Unpack[LayerOptions],
+        self, inputs: int, outputs: int, groups: int, geometry: dict[str, Size], border: str, *unit: Any, **options: Any
     ) -> None:
-        channels, filters = positive("in_channels", in_channels), positive("out_channels", out_channels)
+        channels, filters = positive("in_channels", inputs), positive("out_channels", outputs)
         if channels % positive("groups", groups) or filters % groups:
             raise ValueError(f"in_channels {channels} and out_channels {filters} must be divisible by groups {groups}")
         checked = {k: sizes(k, v, self.spatial, 0 if k.endswith("padding") else 1) for k, v in geometry.items()}
         outer = (channels, filters // groups) if self.transposed else (filters, channels // groups)
         shape = (*outer, *checked["kernel_size"])
-        super().__init__(shape, filters, activation, constants, groups=groups, **options)
+        super().__init__(shape, filters, *unit, groups=groups, **options)
         self.in_channels = channels
         self.border = one_of("border", border, ("paper", "exact"))
         for name, value in checked.items():
@@ -120,16 +101,9 @@ class NormPropConv(ConvLayer):
     input channels (of its group) and kernel positions. Input without a batch axis is accepted.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Number of filters.
-        kernel_size: As for ``nn.Conv2d``, like the following sizes.
-        stride: Step of the window.
-        padding: Zeros (or what ``padding_mode`` says) on both sides of every axis, or ``"same"`` or ``"valid"``.
-        dilation: Spacing of the kernel's taps.
-        groups: Groups of channels; ``in_channels`` for a depthwise convolution.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        activation: As of :class:`NormPropLinear`, like ``constants`` and the options.
-        constants: ``"exact"`` or ``"paper"``.
+        in_channels, out_channels, kernel_size, stride: As of ``nn.Conv2d``.
+        padding, dilation, groups, padding_mode: As of ``nn.Conv2d``.
+        activation, constants: As of :class:`NormPropLinear`, like the options.
         border: ``"paper"``: nothing is done about zero padding, which lowers the variance near the border.
             ``"exact"``: each filter's response is divided by the norm of the part of the filter that lies inside the
             image (costs one elementwise pass).
@@ -259,16 +233,9 @@ class NormPropConvTranspose(ConvLayer):
     position receives only that share of the filter's energy. Input without a batch axis is accepted.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Number of filters.
-        kernel_size: As for ``nn.ConvTranspose2d``, like the following sizes.
-        stride: Step of the window.
-        padding: Cut off both sides of the output.
-        output_padding: Added to one side of the output.
-        groups: Groups of channels.
-        dilation: Spacing of the kernel's taps.
-        activation: As of :class:`NormPropLinear`, like ``constants`` and the options.
-        constants: ``"exact"`` or ``"paper"``.
+        in_channels, out_channels, kernel_size, stride: As of ``nn.ConvTranspose2d``.
+        padding, output_padding, groups, dilation: As of ``nn.ConvTranspose2d``.
+        activation, constants: As of :class:`NormPropLinear`, like the options.
         border: ``"paper"``: nothing is done about borders and phases. ``"exact"``: unit variance at every position.
         **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``.
     """
@@ -299,6 +266,7 @@ class NormPropConvTranspose(ConvLayer):
         geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
         geometry |= {"output_padding": output_padding, "dilation": dilation}
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
+        self.fan_gain = math.sqrt(math.prod(self.stride))
 
     def _grouped(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, -1, *weight.shape[1:])
@@ -312,11 +280,6 @@ class NormPropConvTranspose(ConvLayer):
         # Output channel c = (group g, j): its filter is weight[inputs of g, j].
         scale = scale.reshape(self.groups, 1, -1, *(1,) * self.spatial)
         return (self._grouped(weight) * scale).reshape(weight.shape)
-
-    @property
-    def fan_gain(self) -> float:
-        """Root of the product of the strides: what an output position receives is that much less."""
-        return math.sqrt(math.prod(self.stride))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]

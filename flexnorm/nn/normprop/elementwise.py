@@ -78,6 +78,11 @@ def _leaky(name: str, slope: float, slopes: int = 0) -> Activation:
     return Activation(name, functools.partial(F.leaky_relu, negative_slope=float(slope)), (), float(slope), slopes)
 
 
+def _with(function: Callable[..., Tensor], kinks: tuple[float, ...] = (), **settings: float) -> Activation:
+    values = {name: float(value) for name, value in settings.items()}
+    return Activation(function.__name__, functools.partial(function, **values), kinks)
+
+
 _KINKS: dict[str, tuple[float, ...]] = {
     **dict.fromkeys(("gelu", "silu", "mish", "softplus", "tanh", "sigmoid"), ()),
     **dict.fromkeys(("elu", "selu", "celu"), (0.0,)),
@@ -97,29 +102,17 @@ ACTIVATIONS: dict[str, Activation] = {
 """The activations that are known by name."""
 
 ACTIVATION_MODULES: dict[type[nn.Module], str | Callable[[Any], Activation]] = {
-    nn.ReLU: "relu",
-    nn.Identity: "identity",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.SELU: "selu",
-    nn.ReLU6: "relu6",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Hardswish: "hardswish",
+    **{kind: kind.__name__.lower() for kind in (nn.ReLU, nn.ReLU6, nn.Identity, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid)},
+    **{kind: kind.__name__.lower() for kind in (nn.SELU, nn.Hardsigmoid, nn.Hardswish)},
     nn.GELU: lambda m: ACTIVATIONS["gelu" if m.approximate == "none" else "gelu_tanh"],
     nn.PReLU: lambda m: _leaky("prelu", m.init, m.num_parameters),
     nn.LeakyReLU: lambda m: _leaky("leaky_relu", m.negative_slope),
-    nn.ELU: lambda m: Activation("elu", functools.partial(F.elu, alpha=float(m.alpha)), (0.0,)),
-    nn.CELU: lambda m: Activation("celu", functools.partial(F.celu, alpha=float(m.alpha)), (0.0,)),
-    nn.Hardtanh: lambda m: Activation(
-        "hardtanh",
-        functools.partial(F.hardtanh, min_val=float(m.min_val), max_val=float(m.max_val)),
-        (float(m.min_val), float(m.max_val)),
+    nn.ELU: lambda m: _with(F.elu, (0.0,), alpha=m.alpha),
+    nn.CELU: lambda m: _with(F.celu, (0.0,), alpha=m.alpha),
+    nn.Hardtanh: lambda m: _with(
+        F.hardtanh, (float(m.min_val), float(m.max_val)), min_val=m.min_val, max_val=m.max_val
     ),
-    nn.Softplus: lambda m: Activation(
-        "softplus", functools.partial(F.softplus, beta=float(m.beta), threshold=float(m.threshold))
-    ),
+    nn.Softplus: lambda m: _with(F.softplus, beta=m.beta, threshold=m.threshold),
 }
 """Torch's activation modules, by exact type (a subclass may do something else): a name, or how settings are read."""
 
@@ -187,9 +180,9 @@ def channel_affine(x: Tensor, scale: Tensor, shift: Tensor, spatial: int) -> Ten
 def unitize_samples(x: Tensor, sample_dims: int, eps: float = UNITIZE_EPS) -> Tensor:
     """Divide every sample by its root mean square over its last ``sample_dims`` axes: ``x / sqrt(mean(x^2) + eps)``.
 
-    The norm of a sample then cannot run away with depth, whatever gamma and bias are: the next layer's
-    pre-activations have variance gamma^2 over the filters by construction. This is the idea of unitization (Huang and
-    Yu, CVPR 2020, arXiv 2001.02814) with the root mean square as the norm, and without any statistics of the batch.
+    The norm of a sample then cannot run away with depth, whatever gamma and bias are. This is the idea of unitization
+    (Huang and Yu, CVPR 2020, arXiv 2001.02814) with the root mean square as the norm, and without statistics of the
+    batch.
 
     Args:
         x: ``(..., *sample)``.

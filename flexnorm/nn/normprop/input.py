@@ -33,6 +33,7 @@ class NormPropInput(nn.Module):
             global mode).
         var: Buffer: the (biased) variance likewise.
         samples: Buffer, int64: how many values per entry :meth:`fit` has seen; batches, in batch mode.
+        fitted: Whether statistics have been set (or, in batch mode, any batch been seen or loaded).
 
     Raises:
         ValueError: For unknown modes, a bad shape or momentum; while training in batch mode with fewer than two
@@ -74,12 +75,7 @@ class NormPropInput(nn.Module):
         self.register_buffer("var", torch.ones(entries, device=device, dtype=dtype))
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
         # A Python flag, so that the forward pass never waits for a device to read the counter.
-        self._fitted = False
-
-    @property
-    def fitted(self) -> bool:
-        """Whether statistics have been set (or, in batch mode, any batch been seen or loaded)."""
-        return self._fitted
+        self.fitted = False
 
     def _flat(self, x: Tensor) -> Tensor:
         """(values, entries): one column per mean and variance."""
@@ -108,7 +104,7 @@ class NormPropInput(nn.Module):
         self.mean.copy_(pool.mean.view_as(self.mean))
         self.var.copy_(pool.var.view_as(self.var))
         self.samples.copy_(pool.count)
-        self._fitted = True
+        self.fitted = True
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,11 +116,11 @@ class NormPropInput(nn.Module):
                     f"NormPropInput(mode='batch') needs at least 2 values per entry to train, got a batch of "
                     f"{len(flat)}; use mode='global', which works for single samples"
                 )
-            self._fitted = True
+            self.fitted = True
             self.samples.add_(1)
             values, running = flat if self.per == "element" else x, (self.mean.view(-1), self.var.view(-1))
             return F.batch_norm(values, *running, None, None, True, self.momentum, self.eps).view_as(x)
-        if self.mode == "global" and not self._fitted:
+        if self.mode == "global" and not self.fitted:
             raise RuntimeError(
                 "NormPropInput(mode='global') has no statistics yet; call fit(training_data) first, or use mode='batch'"
             )
@@ -136,8 +132,8 @@ class NormPropInput(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         samples = state_dict.get(prefix + "samples")
         if isinstance(samples, Tensor) and samples.device.type != "meta":
-            self._fitted = bool(samples > 0)
+            self.fitted = bool(samples > 0)
 
     def extra_repr(self) -> str:
         """Arguments and whether statistics are known."""
-        return f"{self.shape}, mode={self.mode!r}, per={self.per!r}, fitted={self._fitted}"
+        return f"{self.shape}, mode={self.mode!r}, per={self.per!r}, fitted={self.fitted}"

@@ -2,35 +2,9 @@
 
 The paper (Arpit et al., ICML 2016, arXiv 1603.01431) standardizes with the constants of gamma = 1, beta = 0. Here
 they are functions of gamma and beta, exact at any value and differentiable, so that training the affine parameters
-does not break the propagation.
-
-With s = abs(gamma), r = beta / s, Phi and phi the standard normal distribution function and density, and the leaky
-rectifier ``act(u) = a u + (1 - a) relu(u)`` (ReLU: a = 0, identity: a = 1)::
-
-    e(r) = phi(r) + r Phi(r)                                                      mean of relu(z + r)
-    v(r) = Phi(r) + r^2 Phi(r) Phi(-r) + r phi(r) (Phi(-r) - Phi(r)) - phi(r)^2   its variance
-    mean = a beta + (1 - a) s e(r)
-    var  = s^2 (a^2 + 2 a (1 - a) Phi(r) + (1 - a)^2 v(r))
-
-``v`` is written without the difference of two large squares, so it stays accurate as gamma -> 0 (r -> infinity),
-where the map becomes linear and v -> 1. Everything else goes through quadrature, spectrally accurate by one of two
-rules:
-
-- a smooth function: the trapezoidal rule on [-L, L]. For an integrand that is analytic in a strip of half-width d and
-  decays like a Gaussian its error falls as exp(-2 pi d / h), which beats a Gauss-Hermite rule of equal size as soon
-  as the activation's poles come near the real axis (``tanh(gamma z)`` has poles at distance pi / (2 gamma));
-- a function with kinks: Fejer's rule on every panel between them. The kinks move with gamma and beta, and so do the
-  nodes.
-
-A rectifier layer needs ``gamma / std``, ``bias / std`` and ``mean / std``. Written with ordinary operations these are
-some thirty kernels on C numbers forward and twice as many backward: more dispatch than a small convolution takes. So
-they are one autograd node with the derivatives in closed form, where D = a + (1 - a) Phi is the mean slope and e =
-beta Phi + s phi the mean of relu(u)::
-
-    d mean / d beta = D                              d mean / d s = (1 - a) phi
-    d var / d beta  = 2 (e + a^2 (beta - e) - mean D)    d var / d s  = 2 (s (Phi + a^2 (1 - Phi)) - mean (1 - a) phi)
-
-Compilers fuse the plain expression themselves and get that one (:func:`plain_tables`); a test holds the two equal.
+does not break the propagation: in closed form for ``act(u) = a u + (1 - a) relu(u)``, by quadrature for the rest. The
+formulas, why they are accurate, and their derivatives: ``docs/normprop.md``, "The constants". Here s = abs(gamma), r =
+beta / s, and Phi, Q and phi are the standard normal distribution function, its tail and its density at r.
 """
 
 from __future__ import annotations
@@ -283,8 +257,7 @@ def initial_affine(activation: Activation | None, init: str) -> tuple[float, flo
 
     ``"stable"``: gamma = 1 and the bias of smallest magnitude, on a grid of half units, at which the gain chi of
     :func:`activation_gains` is at most 0.9, so that the mean square of every single sample contracts towards 1 with
-    depth. ReLU, GELU and PReLU get 1/2, SiLU 1, hard-swish 3/2; tanh, sigmoid, ELU and SELU contract by themselves
-    and keep 0. Where no value of the grid reaches 0.9 (softplus), the one with the smallest chi is taken.
+    depth. Where no value of the grid reaches 0.9 (softplus), the one with the smallest chi is taken.
 
     A last layer (no ``activation``) and the identity start at (1, 0).
     """

@@ -1,27 +1,14 @@
 """The base of the NormProp layers with a linear map: unit filters, activation and standardization in one module.
 
-Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation" (ICML 2016, arXiv 1603.01431), Eqs. 9, 11, 12.
-Deviations, each an option whose other value is the paper's:
-
-- ``constants="exact"``: mean and standard deviation follow gamma and bias instead of being those of gamma = 1, bias =
-  0;
-- ``init="stable"``: a positive initial bias, so that the mean square of single samples contracts with depth;
-- ``unitize=True``: every sample divided by its root mean square before the linear map;
-- ``eps`` is added to the variance, so that a unit whose activation has become constant is quiet instead of infinite;
-- a zero filter yields zero and a finite gradient instead of NaN;
-- moments of the pre-activations may be stated (``calibrate_``), for networks converted from trained ones.
+Paper: Arpit, Zhou, Kota, Govindaraju, "Normalization Propagation" (ICML 2016, arXiv 1603.01431), Eqs. 9, 11, 12. What
+deviates from it is an option whose other value is the paper's, except: ``eps`` is added to the variance, so that a unit
+whose activation has become constant is quiet instead of infinite; a zero filter yields zero and a finite gradient.
 
 The forward pass is not written as the equation. For a positively homogeneous activation, 1 / std moves into the
 weight and bias, since ``act(k u) = k act(u)`` for ``k > 0``, and one elementwise pass over the activations
 disappears::
 
     (act(gamma W x / ||W|| + bias) - mean) / std = act(gamma / (std ||W||) W x + bias / std) - mean / std
-
-A layer divides every filter by its norm in the forward pass, and the paper also rescales the stored filters to unit
-norm after every update (:func:`normalize_weights_`). That projection does not change the function; it keeps the
-effective learning rate (the step over the norm) from decaying. Weight decay on such filters is radial: after the
-projection all that is left of it is a step that is longer by 1 / (1 - rate * decay). What decay regularizes in a
-NormProp network is gamma and the bias.
 """
 
 from __future__ import annotations
@@ -76,9 +63,12 @@ class NormPropLayer(NormPropUnits):
         weight: Filters; every filter starts with unit norm.
         in_channels: Channels (features) of the input.
         groups: Groups of channels that the linear map keeps apart (1 for linear).
+        fan_gain: Factor by which a unit-norm filter must be enlarged to give unit variance: 1, or, of a transposed
+            convolution, whose output positions receive that much less, the root of the product of the strides.
     """
 
     in_channels: int
+    fan_gain: float = 1.0
     shared: ClassVar[tuple[str, ...]]  # constructor arguments and attributes that torch's own layer has, too
 
     def __init__(
@@ -110,11 +100,6 @@ class NormPropLayer(NormPropUnits):
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """A ``weight`` with the filter of unit c multiplied by ``scale[c]``."""
         return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
-
-    @property
-    def fan_gain(self) -> float:
-        """Factor by which a unit-norm filter must be enlarged to give unit variance (transposed convolutions only)."""
-        return 1.0
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -207,7 +192,8 @@ class NormPropLinear(NormPropLayer):
             :class:`UnitOptions`.
 
     Raises:
-        ValueError: For sizes that are not positive integers, or unknown names.
+        ValueError: For sizes that are not positive integers, unknown names, a negative eps, or slopes of PReLU that are
+            not one per channel.
         TypeError: For an activation or dtype of the wrong kind.
 
     Examples:

@@ -1,15 +1,7 @@
 """Pooling between NormProp layers: as in the paper (no correction), or standardized under a stated correlation.
 
 The paper pools the standardized activation and does not standardize again, because the units of a window are highly
-correlated. With k units of pairwise correlation rho (equal for all pairs):
-
-- average: mean 0, variance ``(1 + (k - 1) rho) / k``;
-- maximum: the pre-activations are written ``z_i = sqrt(rho) Z + sqrt(1 - rho) X_i`` with independent standard normal
-  Z, X_1..X_k. For an increasing activation the maximum of the units is the unit of the maximum, ``(act(gamma max z_i
-  + bias) - mean) / std``, and ``max X_i`` has the density ``k phi(x) Phi(x)^(k-1)``: two nested one-dimensional
-  integrals.
-
-``rho = 1`` gives back the uncorrected pooling, exactly.
+correlated. ``correlation=1`` gives back the uncorrected pooling, exactly.
 """
 
 from __future__ import annotations
@@ -175,10 +167,7 @@ class NormPropMaxPool(PoolLayer):
     """Maximum pooling of standardized units; used as ``NormPropMaxPool1d``, ``2d`` and ``3d``.
 
     Args:
-        kernel_size: The window.
-        stride: As of :class:`NormPropAvgPool`, like ``ceil_mode``.
-        padding: Positions outside the input on both sides; they are ignored.
-        ceil_mode: Round the output size up.
+        kernel_size, stride, padding, ceil_mode: As of :class:`NormPropAvgPool`, with a window.
         correlation: None: as in the paper, no correction. A number in [0, 1]: standardize by mean and standard
             deviation of the maximum of units with that pairwise correlation of their pre-activations
             (:func:`max_pool_moments`).

@@ -1,14 +1,6 @@
 """What every NormProp layer of a network does to mean, variance and perturbations: predicted, and measured.
 
-The prediction of a layer takes its normalized pre-activations to be N(0, 1). Beside it stand, where a batch is given,
-the moments of the pre-activations and of the output on that batch. Reading them:
-
-- pre-activation variance away from 1, or mean away from 0: the layer before it (or a pooling, a sum, the data layer)
-  is not standardized;
-- conditional prediction (from the measured mean and variance of every unit's pre-activation) away from the measured
-  output: the pre-activations are not Gaussian; see their skewness and excess kurtosis;
-- chi above 1, or a cumulative chi that grows: the mean squares of single samples run away from each other;
-- a large canonical error: filters are far from orthogonal, so the units of the layer are correlated.
+How to read the report: ``docs/normprop.md``, "Looking inside".
 """
 
 from __future__ import annotations
@@ -192,28 +184,16 @@ _MEASURED = {"mean*": "measured_mean", "var*": "measured_var", "cond. var*": "co
 _MEASURED |= {"J gain*": "measured_jacobian_gain", "in var*": "input_var", "in kurt*": "input_kurtosis"}
 
 
-def _predict(name: str, layer: NormPropUnits, before: float) -> dict[str, Any]:
-    gains = layer.gains()
+def _predict(name: str, layer: NormPropUnits, before: float) -> tuple[Any, ...]:
+    """The fields of a row that need no batch, in their order; ``before`` is the cumulative chi of the row before."""
+    kind, activation = type(layer).__name__, None if layer.activation is None else layer.activation.name
+    gains = [float(gain.mean()) for gain in layer.gains()]
     # Without a linear map there are no filters that could be coherent.
-    coherence, error, bound = canonical_error(layer) if isinstance(layer, NormPropLayer) else (0.0, 0.0, 0.0)
-    mean, var = _pooled(layer.predicted_moments())
-    chi = float(gains.chi.mean())
-    return {
-        "name": name,
-        "kind": type(layer).__name__,
-        "activation": None if layer.activation is None else layer.activation.name,
-        "units": layer.out_channels,
-        "fan_in": layer.weight.numel() // layer.out_channels if isinstance(layer, NormPropLayer) else 1,
-        "chi": chi,
-        "cumulative_chi": before * chi,
-        "jacobian_gain": float(gains.jacobian.mean()),
-        "correlation_gain": float(gains.correlation.mean()),
-        "predicted_mean": mean,
-        "predicted_var": var,
-        "coherence": coherence,
-        "canonical_error": error,
-        "canonical_bound": bound,
-    }
+    fan_in, coherence = 1, CanonicalError(0.0, 0.0, 0.0)
+    if isinstance(layer, NormPropLayer):
+        fan_in, coherence = layer.weight.numel() // layer.out_channels, canonical_error(layer)
+    slopes, moments = (gains[0], before * gains[0], *gains[1:]), _pooled(layer.predicted_moments())
+    return name, kind, activation, layer.out_channels, fan_in, *slopes, *moments, *coherence
 
 
 def _pooled(moments: GaussianMoments) -> tuple[float, float]:
@@ -235,12 +215,12 @@ def _measure(layer: NormPropUnits, x: Tensor, generator: torch.Generator) -> dic
     if layer.spread is not None and not layer.unitize:
         linear = linear * per_channel(layer.spread, layer.spatial, linear)
     flat = y.double()
-    conditional = _pooled(layer.predicted_moments(mean, var))
+    conditional_mean, conditional_var = _pooled(layer.predicted_moments(mean, var))
     return {
         "measured_mean": float(flat.mean()),
         "measured_var": float(flat.var(correction=0)),
-        "conditional_mean": conditional[0],
-        "conditional_var": conditional[1],
+        "conditional_mean": conditional_mean,
+        "conditional_var": conditional_var,
         "measured_chi": float((y * radial).double().mean() / max(float(z.square().mean()), 1e-30)),
         "measured_jacobian_gain": float(change.double().square().mean() / linear.double().square().mean()),
         "input_var": float(var.mean()),
@@ -278,7 +258,7 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
     rows: list[LayerPropagation] = []
 
     def add(name: str, layer: NormPropUnits, measured: dict[str, Any]) -> None:
-        rows.append(LayerPropagation(**_predict(name, layer, rows[-1].cumulative_chi if rows else 1.0), **measured))
+        rows.append(LayerPropagation(*_predict(name, layer, rows[-1].cumulative_chi if rows else 1.0), **measured))
 
     # Shifted, so that the perturbation is not the very noise that a user made with the same small seed.
     generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)

@@ -45,16 +45,13 @@ class _Watcher(fx.Interpreter):
 
 
 class Network:
-    """A model as a graph of operations.
+    """A model as a graph of operations; RefusedError if it cannot be traced, or does something else in training.
 
     Attributes:
         model: The model.
         graph: Its operations in evaluation mode.
         shapes: Shape of every value that is a tensor, for the example input.
         names: All names of a module, by its ``id``.
-
-    Raises:
-        RefusedError: If it cannot be traced, or does something else in training; the text says why.
     """
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
@@ -90,12 +87,7 @@ class Network:
                 _Watcher(self.model, self.graph, look).run(*bound.arguments.values())
 
     def measure(self, batches: Iterable[Any]) -> Stats:
-        """Mean and variance per channel (axis 1) of all values with channels, over all batches, in evaluation.
-
-        Raises:
-            ValueError: If there is no batch.
-            RuntimeError: If a value is not finite.
-        """
+        """Mean and variance per channel (axis 1) of all values with channels, over all batches, in evaluation."""
         pools: dict[str, Pool] = {}
         first = next((t for t in (*self.model.parameters(), *self.model.buffers())), torch.empty(0))
 
@@ -121,11 +113,7 @@ class Network:
         return self._calls[id(module)] == 1
 
     def check(self, module: nn.Module) -> None:
-        """Refuse a module that is more than its class says.
-
-        Raises:
-            RefusedError: The text says why.
-        """
+        """Refuse a module that is more than its class says: RefusedError says why."""
         if not self.once(module):
             raise RefusedError("used more than once")
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules()):

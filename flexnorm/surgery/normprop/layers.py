@@ -170,10 +170,8 @@ def _with(module: nn.Module, **parameters: nn.Parameter | None) -> Any:
 def through(module: Any, scaling: ScaleShift | None, shape: torch.Size, *, keep_padding: bool) -> LinearMap:
     """A linear map of values that stand for others as ``scaling`` says (None: for themselves), of that ``shape``.
 
-    ``keep_padding``: pad with the values that stand for zero, instead of with zeros.
-
-    Raises:
-        RefusedError: If that is no linear map plus a constant per channel.
+    ``keep_padding``: pad with the values that stand for zero, instead of with zeros. RefusedError if that is no linear
+    map plus a constant per channel.
     """
     weight = module.weight.detach().double().cpu()
     outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
@@ -209,11 +207,7 @@ def _constant(module: Any, scaling: ScaleShift, shape: torch.Size) -> Tensor:
 
 
 def plain_linear(module: Any, linear: LinearMap) -> nn.Module:
-    """The same kind of layer for standardized input, its output the original's: for a head.
-
-    Raises:
-        RefusedError: If it would have to pad with other values than zero.
-    """
+    """The same kind of layer for standardized input, its output the original's; RefusedError if it pads otherwise."""
     if linear.pad is not None:
         raise RefusedError("pads with zeros, which are no zeros of its standardized input")
     trained = {"requires_grad": module.weight.requires_grad}

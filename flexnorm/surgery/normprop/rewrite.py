@@ -230,12 +230,11 @@ class Rewriter:
         module = self.network.module(node)
         if module is None or not is_candidate(module) or not self.options.chosen(self._name(node)):
             return None
-        try:
+        with contextlib.suppress(RefusedError):
             self.network.check(module)
             scale, shift = as_affine(module)
-        except RefusedError:
-            return None
-        return scale.cpu(), shift.cpu()
+            return scale.cpu(), shift.cpu()
+        return None
 
     def _replaceable_activation(self, node: fx.Node) -> tuple[Activation, Tensor | None] | None:
         module = self.network.module(node)
@@ -290,17 +289,14 @@ class Rewriter:
     def _restore_inputs(self, node: fx.Node) -> None:
         """Give an operation that stays as it is the values that the original gave it."""
         for before in node.all_input_nodes:
+            if before in self._scaling and before not in self._restored:
+                scaling, spatial = self._scaling[before], len(self.shapes[before]) - 2
+                affine = ChannelAffine(spatial, self._like.dtype, scale=scaling.scale, shift=scaling.shift)
+                name = self._add(affine.to(self._like.device).train(self.model.training))
+                with self.network.graph.inserting_after(before):
+                    self._restored[before] = self.network.graph.call_module(name, (before,))
             if before in self._scaling:
-                node.replace_input_with(before, self._restore(before))
-
-    def _restore(self, value: fx.Node) -> fx.Node:
-        if value not in self._restored:
-            scaling, spatial = self._scaling[value], len(self.shapes[value]) - 2
-            affine = ChannelAffine(spatial, self._like.dtype, scale=scaling.scale, shift=scaling.shift)
-            name = self._add(affine.to(self._like.device).train(self.model.training))
-            with self.network.graph.inserting_after(value):
-                self._restored[value] = self.network.graph.call_module(name, (value,))
-        return self._restored[value]
+                node.replace_input_with(before, self._restored[before])
 
     # -- report
 
