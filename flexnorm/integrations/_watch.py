@@ -66,10 +66,11 @@ class PopulationRenewal:
         self._samples, self._options = samples, options
         self._state: Mapping[str, Any] = {}
 
-    def _begin(self, model: nn.Module) -> None:
+    def _begin(self, model: nn.Module) -> PopulationEstimator:
         self.estimator = PopulationEstimator(model, self._samples, **self._options)
         if self._state:
             self.estimator.load_state_dict(dict(self._state))
+        return self.estimator
 
     def state_dict(self) -> dict[str, Any]:
         """The counters of the estimator."""

@@ -124,8 +124,9 @@ class TransformersPopulationCallback(PopulationRenewal, _Checkpointed):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
         """Look for the layers, and take up the counters of a checkpoint that the training resumes from."""
-        self.load_state_dict(self._kept(args, state) or self._state)
-        self._begin(model)
+        estimator = self._begin(model)
+        if kept := self._kept(args, state):
+            estimator.load_state_dict(kept)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Count an update."""

@@ -203,11 +203,7 @@ class CSVSink(_FileSink):
 
 
 class JSONLSink(_FileSink):
-    """Appends each record as a line of JSON; numbers that are not finite become ``null``.
-
-    Args:
-        path: The file; its folder is made where missing. An existing file is continued.
-    """
+    """Appends each record to a file as a line of JSON, as :class:`CSVSink` does; not finite numbers become ``null``."""
 
     def write(self, record: Record) -> None:
         """Append a line."""
@@ -220,11 +216,7 @@ class JSONLSink(_FileSink):
 
 
 class MemorySink(Sink):
-    """Keeps the records in a list.
-
-    Attributes:
-        records: The records so far.
-    """
+    """Keeps the records so far in a list, ``records``."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
@@ -271,11 +263,7 @@ class TensorBoardSink(Sink):
 
 
 class FunctionSink(Sink):
-    """Hands each record to a function; what that did cannot be taken back.
-
-    Args:
-        function: Called with each record.
-    """
+    """Hands each record to a function; what that did cannot be taken back."""
 
     def __init__(self, function: Callable[[Record], Any]) -> None:
         self._function = function

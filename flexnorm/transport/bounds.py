@@ -277,10 +277,10 @@ class ShiftBounds:
         return self.lower <= value <= self.upper
 
     def __getitem__(self, name: str) -> float:
-        for table in (self.lower_bounds, self.upper_bounds):
-            if name in table:
-                return table[name]
-        raise KeyError(unknown_name("bound", name, [*self.lower_bounds, *self.upper_bounds]))
+        bounds = self.lower_bounds | self.upper_bounds
+        if name not in bounds:
+            raise KeyError(unknown_name("bound", name, bounds))
+        return bounds[name]
 
 
 def shift_bounds(
@@ -327,38 +327,30 @@ def shift_bounds(
             f"shift_bounds takes one pair, points (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     pair.check_finite()
-    wanted = None if include is None else {include} if isinstance(include, str) else set(include)
-    for name in wanted or ():
-        if name not in LOWER and name not in UPPER:
-            raise ValueError(unknown_name("bound", name, [*LOWER, *UPPER]))
+    known = [*LOWER, *UPPER]
+    wanted = set(known if include is None else [include] if isinstance(include, str) else include)
+    for name in wanted.difference(known):
+        raise ValueError(unknown_name("bound", name, known))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         scaled, factor = _centred(pair)
         statistics = PairStatistics(scaled, p, projections, seed)
         low, high = (
-            {
-                name: value
-                for name, bound in table.items()
-                if (wanted is None or name in wanted) and (value := bound(statistics)) is not None
-            }
+            {n: value for n, bound in table.items() if n in wanted and (value := bound(statistics)) is not None}
             for table in (LOWER, UPPER)
         )
         error, radius = statistics.rounding, statistics.radius
     plain = len(pair.x) == len(pair.y) and pair.x_mass is None and pair.y_mass is None
-    low = {name: _moved(value, p, -1, error, radius, not plain) for name, value in low.items()}
-    high = {name: _moved(value, p, 1, error, radius, True) for name, value in high.items()}
     # A distance that a caller rounds to the dtype of the points must still lie inside.
     info = torch.finfo(pair.x.dtype)
     rounding, tiny = 2 * info.eps, info.tiny * info.eps
-    lower = {name: max(0.0, value * factor * (1 - rounding) - tiny) for name, value in low.items()}
-    upper = {name: value * factor * (1 + rounding) + tiny for name, value in high.items()}
-    return ShiftBounds(
-        lower=max(lower.values(), default=0.0),
-        upper=min(upper.values(), default=math.inf),
-        lower_bounds=lower,
-        upper_bounds=upper,
-        p=p,
-        slack=error * radius * factor,
-    )
+
+    def outwards(values: dict[str, float], sign: int, in_power: bool) -> dict[str, float]:
+        moved = {name: _moved(value, p, sign, error, radius, in_power) for name, value in values.items()}
+        return {name: max(0.0, value * factor * (1 + sign * rounding) + sign * tiny) for name, value in moved.items()}
+
+    lower, upper = outwards(low, -1, not plain), outwards(high, 1, True)
+    best = max(lower.values(), default=0.0), min(upper.values(), default=math.inf)
+    return ShiftBounds(*best, lower, upper, p=p, slack=error * radius * factor)
 
 
 def _centred(pair: Pair) -> tuple[Pair, float]:
