@@ -3,19 +3,7 @@
 from flexnorm.engine.declaration import NORMS, Norm, constructor_arguments
 from flexnorm.engine.functional import Rule, flex_norm
 from flexnorm.engine.module import FlexNorm, recomputing
-from flexnorm.engine.moments import Moments
-from flexnorm.engine.pool import Pool, active_group, pool_processes
+from flexnorm.engine.moments import Moments, Pool, active_group, pool_processes
 
-__all__ = [
-    "NORMS",
-    "FlexNorm",
-    "Moments",
-    "Norm",
-    "Pool",
-    "Rule",
-    "active_group",
-    "constructor_arguments",
-    "flex_norm",
-    "pool_processes",
-    "recomputing",
-]
+__all__ = ["NORMS", "FlexNorm", "Moments", "Norm", "Pool", "Rule", "active_group", "constructor_arguments", "flex_norm"]
+__all__ += ["pool_processes", "recomputing"]

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-__all__ = ["NORMS", "Norm", "constructor_arguments"]
-
 _CLASSES: dict[str, dict[int, type[Norm]]] = {}
 
 NORMS: Mapping[str, Mapping[int, type[Norm]]] = MappingProxyType(_CLASSES)

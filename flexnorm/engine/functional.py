@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flexnorm.engine.moments import Moments
 from flexnorm.kernels import passes
-from flexnorm.kernels.composed import gradients, must_compose, transformed
 from flexnorm.kernels.layout import Layout, layout_of, positions_of, table_dtype
+from flexnorm.kernels.passes import gradients, must_compose, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,17 +108,6 @@ def _left_to_torch(x: Tensor) -> bool:
     )
 
 
-def _validate(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"flex_norm needs a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"flex_norm needs a real floating-point tensor, got {x.dtype}; convert it with x.float()")
-    if not 2 <= x.dim() <= 5:
-        raise ValueError(
-            f"flex_norm needs (N, C) or (N, C, *spatial) with 1 to 3 spatial axes, got shape {tuple(x.shape)}"
-        )
-
-
 def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift of a rule as tables of two axes that broadcast to (N, C), in the type of the tables."""
     result = rule(moments, *params)
@@ -173,7 +162,13 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
         >>> y.square().mean((1, 2, 3)).allclose(torch.ones(8), atol=1e-4)
         True
     """
-    _validate(x)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"flex_norm needs a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"flex_norm needs a real floating-point tensor, got {x.dtype}; convert it with x.float()")
+    if not 2 <= x.dim() <= 5:
+        shape = tuple(x.shape)
+        raise ValueError(f"flex_norm needs (N, C) or (N, C, *spatial) with 1 to 3 spatial axes, got shape {shape}")
     count = positions_of(x)
     if _left_to_torch(x):
         moments = Moments(count=count, process_group=process_group, _compute=lambda _: passes.composed_moments(x))

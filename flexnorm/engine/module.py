@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from flexnorm.engine.declaration import Norm, constructor_arguments
 from flexnorm.engine.functional import flex_norm
-from flexnorm.engine.moments import Moments
-from flexnorm.engine.pool import active_group
+from flexnorm.engine.moments import Moments, active_group
 from flexnorm.kernels.tables import track
 
 if TYPE_CHECKING:
@@ -103,17 +102,11 @@ class FlexNorm(Norm):
         self.track_running_stats = track_running_stats
         self.process_group = process_group
         self.frozen = False
-        if affine:
-            self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-        if affine and bias:
-            self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        for name, (size, _) in self.learned.items():
-            table = torch.empty(num_features if size is None else size, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(table))
+        wanted = {"weight": affine, "bias": affine and bias, **dict.fromkeys(self.learned, True)}
+        for name, learn in wanted.items():
+            size = self.learned.get(name, (None, 1.0))[0]
+            table = torch.empty(num_features if size is None else size, device=device, dtype=dtype) if learn else None
+            self.register_parameter(name, None if table is None else nn.Parameter(table))
         if track_running_stats:
             kept = torch.float64 if dtype == torch.float64 else torch.float32
             self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=kept))

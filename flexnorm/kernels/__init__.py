@@ -1,9 +1,8 @@
 """Everything compiled: building the C files, memory layouts, and functions that choose between C and torch inside.
 
 The modules: :mod:`~flexnorm.kernels.build`, :mod:`~flexnorm.kernels.layout`, :mod:`~flexnorm.kernels.passes` over
-activations, :mod:`~flexnorm.kernels.tables` between them, :mod:`~flexnorm.kernels.composed` gradients where no kernel
-can run, :mod:`~flexnorm.kernels.shift_clamp` of Normalization Propagation, :mod:`~flexnorm.kernels.sphere` of the
-optimizers.
+activations (and gradients where no kernel can run), :mod:`~flexnorm.kernels.tables` between them,
+:mod:`~flexnorm.kernels.shift_clamp` of Normalization Propagation, :mod:`~flexnorm.kernels.sphere` of the optimizers.
 """
 
 from flexnorm.kernels.normalization import status

@@ -69,10 +69,8 @@ def declare(function: Any, arguments: str, returns: Any = None) -> Any:
 
 
 def _cache_folder() -> Path:
-    if named := os.environ.get("FLEXNORM_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flexnorm"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FLEXNORM_CACHE") or Path(base) / "flexnorm")
 
 
 def _processor() -> str:
@@ -85,10 +83,8 @@ def _processor() -> str:
 
 
 def _compiler() -> str | None:
-    for candidate in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if candidate and (found := shutil.which(candidate)):
-            return found
-    return None
+    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
 def _build(compiler: str, source: Path, target: Path) -> None:

@@ -15,17 +15,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Layout(NamedTuple):
-    """An activation as the passes see it.
+    """An activation as the passes see it."""
 
-    Attributes:
-        backend: ``"c"``, ``"torch"`` or ``"composed"``: which implementation of the passes runs.
-        order: ``"rows"``, ``"cols"`` or ``"none"``, as :func:`memory_order` tells.
-        size: Samples N, channels C, positions P.
-    """
-
-    backend: str
-    order: str
-    size: tuple[int, int, int]
+    backend: str  # "c", "torch" or "composed": which implementation of the passes runs
+    order: str  # "rows", "cols" or "none", as :func:`memory_order` tells
+    size: tuple[int, int, int]  # samples N, channels C, positions P
 
 
 def memory_order(x: Tensor) -> str:

@@ -12,7 +12,8 @@ Three implementations give the same tables and activations (the tests hold them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ def _as_rows(x: Tensor, size: tuple[int, int, int]) -> Tensor:
 
 def _reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     """A fresh tensor in another shape, not as a view: views that leave an autograd function forbid in-place ReLU."""
-    reshaped: Tensor = torch.ops.aten._unsafe_view(fresh, list(shape))
-    return reshaped
+    return cast("Tensor", torch.ops.aten._unsafe_view(fresh, list(shape)))
 
 
 def _tables(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -98,39 +98,28 @@ def sums(
     The first is taken about ``center``, ``sum g * (x - center) + center * sum g``: summed directly, that of an
     activation with a large mean would lose its digits.
     """
-    s1, s0 = _sums(g, x, center, layout)
     samples, channels = layout.size[:2]
-    if layout.backend == "c" and tuple(shapes[0]) == tuple(shapes[1]) == (1, channels):
-        sum1, sum0 = s1.new_empty((1, channels)), s1.new_empty((1, channels))
-        call("add_samples", s1.dtype, s1, s0, sum1, sum0, samples, channels)
-        return sum1, sum0
-    return s1.sum_to_size(shapes[0]), s0.sum_to_size(shapes[1])
-
-
-def _sums(g: Tensor, x: Tensor, center: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     if layout.backend == "c":
         s1, s0 = _tables(x, layout)
         call(f"sums_{layout.order}", x.dtype, g, x, center, s1, s0, *layout.size, torch.get_num_threads())
-        return s1, s0
-    if layout.backend == "torch":
-        rows = layout.size[0] * layout.size[1]
-        mean = x.new_zeros(rows) if center is None else center.reshape(rows)
+        if tuple(shapes[0]) == tuple(shapes[1]) == (1, channels):
+            sum1, sum0 = s1.new_empty((1, channels)), s1.new_empty((1, channels))
+            call("add_samples", s1.dtype, s1, s0, sum1, sum0, samples, channels)
+            return sum1, sum0
+    elif layout.backend == "torch":
+        mean = x.new_zeros(samples * channels) if center is None else center.reshape(samples * channels)
         one = torch.ones_like(mean)
-        mask = [False, True, True]
-        _, s1, s0 = torch.ops.aten.native_batch_norm_backward(
-            _as_rows(g, layout.size), _as_rows(x, layout.size), one, mean, one, None, None, False, 0.0, mask
-        )
-        s1, s0 = _reshaped(s1, layout.size[:2]), _reshaped(s0, layout.size[:2])
-        return (s1 if center is None else torch.addcmul(s1, center, s0)), s0
-    values, gradient = x.to(table_dtype(x.dtype)), g.to(table_dtype(x.dtype))
-    axes = tuple(range(2, x.dim()))
-    if not axes:
-        return gradient * values, gradient
-    s0 = gradient.sum(axes)
-    if center is None:
-        return (gradient * values).sum(axes), s0
-    s1 = (gradient * (values - over_positions(center, x))).sum(axes)
-    return torch.addcmul(s1, center, s0), s0
+        rows, mask = (_as_rows(g, layout.size), _as_rows(x, layout.size)), [False, True, True]
+        found = torch.ops.aten.native_batch_norm_backward(*rows, one, mean, one, None, None, False, 0.0, mask)
+        s1, s0 = _reshaped(found[1], layout.size[:2]), _reshaped(found[2], layout.size[:2])
+        s1 = s1 if center is None else torch.addcmul(s1, center, s0)
+    else:
+        values, s0 = x.to(table_dtype(x.dtype)), g.to(table_dtype(x.dtype))
+        s1 = s0 * (values if center is None or x.dim() == 2 else values - over_positions(center, x))
+        if axes := tuple(range(2, x.dim())):
+            s1, s0 = s1.sum(axes), s0.sum(axes)
+            s1 = s1 if center is None else torch.addcmul(s1, center, s0)
+    return s1.sum_to_size(shapes[0]), s0.sum_to_size(shapes[1])
 
 
 def combine(
@@ -158,3 +147,39 @@ def combine(
     dx = over_positions(b, x) * (x.to(dtype) - over_positions(mean, x))
     dx = torch.addcmul(dx + over_positions(a, x), g.to(dtype), over_positions(scale, x))
     return dx.to(x.dtype)
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether a torch.func transform is active or gradients come batched: such tensors have no memory of their own."""
+    functorch = torch._C._functorch
+    batched = any(t is not None and functorch.is_legacy_batchedtensor(t) for t in tensors)
+    return batched or functorch.peek_interpreter_stack() is not None
+
+
+def must_compose(*grads: Tensor | None) -> bool:
+    """Whether a backward has to run by torch's operations: it is itself differentiated, batched or transformed."""
+    return torch.is_grad_enabled() or transformed(*grads)
+
+
+def gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of the ``inputs`` of a composition for those of its outputs, differentiable if gradients are on.
+
+    ``needed`` tells whose gradients are wanted (what it says beyond the inputs is ignored); an output without a
+    gradient does not count.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Some inputs are functions of others: only aliases have partial derivatives.
+        aliases = [None if t is None else t.view_as(t) if again else t.detach().requires_grad_() for t in inputs]
+        wanted = [t for t, need in zip(aliases, needed, strict=False) if t is not None and need]
+        outputs = function(*aliases)
+        pairs = zip((outputs,) if isinstance(outputs, Tensor) else outputs, grads, strict=True)
+        known = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+        roots, seeds = [y for y, _ in known], [g for _, g in known]
+        found = iter(torch.autograd.grad(roots, wanted, seeds, create_graph=again, allow_unused=True))
+    return [next(found) if t is not None and need else None for t, need in zip(inputs, needed, strict=False)]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels.build import declare, library
-from flexnorm.kernels.composed import must_compose, transformed
 from flexnorm.kernels.layout import memory_order, positions_of
+from flexnorm.kernels.passes import must_compose, transformed
 
 _ALONE = 1 << 15  # numbers that one thread is done with before it has woken another
 

@@ -16,7 +16,7 @@ _SOURCE = Path(__file__).with_name("sphere.c")
 _ALONE = 1 << 15  # numbers that one thread moves faster than it wakes another
 
 Kernel = Callable[..., None]
-Tensors = Sequence[Tensor | None]
+Tensors = Sequence[Tensor]
 
 
 class Numbers(ctypes.Structure):
@@ -43,14 +43,14 @@ class Rows:
 
     Args:
         points: The weights; the rows of each are all of its memory.
-        moments: First moments in the memory order of the weights; None (for every weight) where there is none.
-        seconds: Second moments, ``(rows,)`` each, or None likewise.
-        steps: Counters of steps taken, float32 scalars that are raised by one with every call, or None likewise.
+        moments: First moments in the memory order of the weights; empty where there are none.
+        seconds: Second moments, ``(rows,)`` each, or empty likewise.
+        steps: Counters of steps taken, float32 scalars that are raised by one with every call, or empty likewise.
         rows: Number of rows of each weight.
     """
 
     def __init__(
-        self, points: Sequence[Tensor], moments: Tensors, seconds: Tensors, steps: Tensors, rows: Sequence[int]
+        self, points: Tensors, moments: Tensors, seconds: Tensors, steps: Tensors, rows: Sequence[int]
     ) -> None:
         self._points, self._rows = points, rows
         self._numbers = sum(p.numel() for p in points)
@@ -66,9 +66,7 @@ class Rows:
         state = [_addresses(kind) for kind in (moments, seconds, steps)]
         self._tables = [_table(tasks), _addresses(points), None, *state, _table(lengths), None, None]
 
-    def rotate(
-        self, gradients: Sequence[Tensor], numbers: Numbers, watched: bool
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
+    def rotate(self, gradients: Tensors, numbers: Numbers, watched: bool) -> tuple[list[Tensor], list[Tensor]] | None:
         """Move all rows against gradients of the dtype and memory order of the weights, whatever the number of threads.
 
         Returns the angles and the tangent norms of each weight, ``(rows,)`` each, if ``watched``.
@@ -92,4 +90,4 @@ def _table(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
 
 def _addresses(tensors: Tensors) -> ctypes.Array[ctypes.c_int64] | None:
     """Return a table of addresses for C, a null pointer where there are no tensors."""
-    return None if tensors[0] is None else _table([t.data_ptr() for t in tensors if t is not None])
+    return _table([t.data_ptr() for t in tensors]) if tensors else None

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.composed import gradients, must_compose
 from flexnorm.kernels.normalization import call
+from flexnorm.kernels.passes import gradients, must_compose
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """Means and biased variances, (1, C) of a batch, (C,) as a layer keeps them; or scales and shifts."""

@@ -54,13 +54,9 @@ class Simulated(NamedTuple):
 
 
 def training_set(alpha: float, noise: float, N: int, rng: Rng) -> tuple[Vector, Vector, Vector]:
-    """Return inputs (P, N), labels (P,) and the teacher (N,) with ``P = round(alpha N)``.
+    """Return inputs (P, N), labels (P,) and the teacher (N,) with ``P = round(alpha N)``, drawn from ``rng``.
 
-    Args:
-        alpha: Samples per input.
-        noise: Variance of the labels' noise.
-        N: Inputs.
-        rng: Source of everything.
+    Labels have ``noise`` of that variance.
     """
     P = max(1, round(alpha * N))
     x = rng.standard_normal((P, N)) / np.sqrt(N)
@@ -72,11 +68,7 @@ def training_set(alpha: float, noise: float, N: int, rng: Rng) -> tuple[Vector, 
 def generalization_error(weight: Vector, teacher: Vector, activation: str = "identity", bias: float = 0.0) -> float:
     """Return ``E[(teacher^T x - g(weight^T x + bias))^2]`` over ``x ~ N(0, I/N)``, in closed form.
 
-    Args:
-        weight: (N,).
-        teacher: (N,).
-        activation: ``"identity"`` or ``"relu"``.
-        bias: Of the student.
+    ``weight`` and ``teacher`` are (N,); the ``activation`` g is ``"identity"`` or ``"relu"``.
     """
     N = len(teacher)
     if activation == "identity":
@@ -212,12 +204,7 @@ def _batchnorm(
 
 
 def online_sgd(
-    student: Student,
-    *,
-    N: int = 500,
-    runs: int = 16,
-    times: Sequence[float] | float = 10.0,
-    seed: int = 0,
+    student: Student, *, N: int = 500, runs: int = 16, times: Sequence[float] | float = 10.0, seed: int = 0
 ) -> Trajectory:
     """Run the online SGD itself (Eq. 5, with ``lr / N`` for gamma): one fresh sample per step, ``times[-1] * N`` steps.
 

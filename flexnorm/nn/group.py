@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import Any, Unpack
 
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn._base import Pair, Param, standardize
+from flexnorm.nn._base import Pair, Param, Placed, standardize
 
 
 def group(moments: Moments, weight: Param = None, bias: Param = None, *, groups: int, eps: float = 1e-5) -> Pair:
@@ -30,8 +28,7 @@ class GroupNorm(FlexNorm):
         eps: Added to the variance.
         affine: Whether to learn ``weight`` and ``bias``, each (C,).
         bias: ``False`` leaves out the bias only.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        **kwargs: ``device``, ``dtype`` of the parameters.
 
     Raises:
         ValueError: If ``num_groups`` does not divide ``num_channels``.
@@ -49,12 +46,11 @@ class GroupNorm(FlexNorm):
         affine: bool = True,
         *,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **kwargs: Unpack[Placed],
     ) -> None:
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
-        super().__init__(num_channels, eps, None, affine, False, bias=bias, device=device, dtype=dtype)
+        super().__init__(num_channels, eps, None, affine, False, bias=bias, **kwargs)
         self.num_groups = num_groups
         self.num_channels = num_channels
 

@@ -2,21 +2,16 @@
 
 Luo, Wang, Shao & Peng, "Towards understanding regularization in batch normalization" (ICLR 2019, arXiv 1809.00846),
 sec. 2: BatchNorm equals population normalization plus a decay on gamma. The paper estimates the population statistics
-from 10,000 training samples (``statistics="estimated"``, filled from outside). ``"running"`` estimates them along the
-way:
+from 10,000 training samples (``statistics="estimated"``, filled from outside). Deviations, all by default:
 
-* The moving average is bias-corrected: after the first batch it equals that batch, so there is no cold start.
-* Variances average by the exponentially weighted form of Chan's formula, which keeps the variance *between* batches. At
-  batch size 1 that is most of the variance; averaging variances alone would lose it.
-Both kinds have in common:
+* ``statistics="running"`` estimates them along the way. The moving average is bias-corrected: after the first batch it
+  equals that batch, so there is no cold start. Variances average by the exponentially weighted form of Chan's formula,
+  which keeps the variance *between* batches: at batch size 1 most of the variance.
+* ``max_ratio``: estimates that are renewed every few steps lag behind large steps of the weights, and training on them
+  can diverge; a guard bounds how far they may be from the statistics of the batch.
+* ``gradient="batch"``: the paper's statistics follow the weights, as those of weight normalization do.
 
-* A guard bounds how far the statistics may be from those of the batch, for the batch where they are stale. Estimates
-  that are renewed every few steps lag behind large steps of the weights, and training on them can diverge.
-* By default the derivative of the batch statistics stands for that of the population's (``gradient="batch"``): the
-  paper's statistics follow the weights, as those of weight normalization do, and constants do not.
-
-So with the defaults a training batch has a small influence on its own normalization, by the share ``momentum`` of the
-statistics. Strictly population normalization, each sample alike and training the same function as evaluation, is
+Strictly population normalization, each sample alike and training the same function as evaluation, is
 ``statistics="estimated", gradient="none"``.
 """
 

@@ -32,14 +32,10 @@ def unitize(
     eps: float = 1e-5,
     unit_norm: str = "paper",
 ) -> Pair:
-    """Unitization on top of given statistics (Huang & Yu 2020, layer as released by the authors).
+    """Unitization on top of given statistics: ``y = weight * xhat * (alpha / sqrt(s_n + eps) + 1 - alpha) + bias``.
 
-    With xhat = (x - mean) / sqrt(var + eps) and one squared norm per sample, ``s_n = ||xhat_n||^2 / P^2``
-    (``unit_norm="paper"``, P positions) or ``||xhat_n||^2 / (C P)`` (``"rms"``, about 1 whatever the shape)::
-
-        y = weight * xhat * (alpha / sqrt(s_n + eps) + 1 - alpha) + bias
-
-    The norm needs no pass of its own: ``||xhat_n||^2 = P * sum_c (var[n,c] + (mean[n,c] - mean_c)^2) / (var_c + eps)``.
+    As of :class:`~flexnorm.nn.UnitizedBatchNorm2d`, with xhat = (x - mean) / sqrt(var + eps). The squared norms ``s_n``
+    need no pass: ``||xhat_n||^2 = P * sum_c (var[n,c] + (mean[n,c] - mean_c)^2) / (var_c + eps)`` for P positions.
     ``mean`` and ``var`` are (C,) or (1, C); ``alpha`` (C,) of 0 is the plain standardization, of 1 full unitization.
     """
     divisor = moments.count if unit_norm == "paper" else mean.shape[-1]

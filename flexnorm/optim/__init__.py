@@ -9,26 +9,7 @@ from flexnorm.optim.reference import ReferenceAdamG, ReferenceSGDG
 from flexnorm.optim.regularizers import BatchNoise, GammaDecay
 from flexnorm.optim.rows import RowLayout, row_axis, to_rows
 
-__all__ = [
-    "SGDG",
-    "SGDP",
-    "AdamG",
-    "AdamP",
-    "BatchNoise",
-    "GammaDecay",
-    "InvarianceReport",
-    "ParamGroups",
-    "ReferenceAdamG",
-    "ReferenceSGDG",
-    "RowLayout",
-    "SphereMonitor",
-    "StepStats",
-    "WeightReport",
-    "adamg",
-    "angle",
-    "param_groups",
-    "row_axis",
-    "scale_invariant_weights",
-    "sgdg",
-    "to_rows",
-]
+__all__ = ["SGDG", "SGDP", "AdamG", "AdamP", "ReferenceAdamG", "ReferenceSGDG", "adamg", "sgdg"]
+__all__ += ["BatchNoise", "GammaDecay", "SphereMonitor", "StepStats"]
+__all__ += ["InvarianceReport", "ParamGroups", "WeightReport", "param_groups", "scale_invariant_weights"]
+__all__ += ["RowLayout", "angle", "row_axis", "to_rows"]

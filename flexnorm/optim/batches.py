@@ -171,15 +171,12 @@ class Batch:
         self._counts = [job.layout.rows for job in jobs]
         self._shape = (sum(self._counts), jobs[0].layout.n)
         self._dtype = compute_dtype(jobs[0].weight)
-        self._weights = [job.layout.view(job.weight) for job in jobs]
-        self._moments = [job.layout.view(job.moment) for job in jobs if job.moment is not None]
+        weights, moments = [job.weight for job in jobs], [job.moment for job in jobs if job.moment is not None]
         self._seconds = [job.second for job in jobs if job.second is not None]
         self._steps = [job.step for job in jobs if job.step is not None]
-        self._in_c = None
-        if in_c:
-            weights, moments = [job.weight for job in jobs], [job.moment for job in jobs]
-            seconds, steps = [job.second for job in jobs], [job.step for job in jobs]
-            self._in_c = sphere.Rows(weights, moments, seconds, steps, self._counts)
+        self._in_c = sphere.Rows(weights, moments, self._seconds, self._steps, self._counts) if in_c else None
+        self._weights = [job.layout.view(job.weight) for job in jobs]
+        self._moments = [job.layout.view(moment) for job, moment in zip(jobs, moments, strict=False)]
 
     def step(
         self, grads: Sequence[Tensor], rotation: Rotation, options: StepOptions, workspace: Workspace, watched: bool

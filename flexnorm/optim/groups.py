@@ -112,11 +112,11 @@ def scale_invariant_weights(
         raise ValueError(unknown_name("select", select, ["probe", "paper"]))
     candidates = _candidates(model)
     if select == "paper":
-        return InvarianceReport([_paper_rule(r, model) for r in candidates], select)
+        return InvarianceReport([r if r.reason else _paper_rule(r, model) for r in candidates], select)
     if example_input is None:
         raise ValueError("probing needs example_input: what the model is called with, for example one batch of images")
     with probing(model, example_input) as probe:
-        return InvarianceReport([_test(r, probe, tolerance) for r in candidates], select)
+        return InvarianceReport([r if r.reason else _test(r, probe, tolerance) for r in candidates], select)
 
 
 def _candidates(model: nn.Module) -> list[WeightReport]:
@@ -152,8 +152,6 @@ def _unfit(report: WeightReport) -> str:
 
 
 def _paper_rule(report: WeightReport, model: nn.Module) -> WeightReport:
-    if report.reason:
-        return report
     if report.parameter.ndim < 3 or not hasattr(model.get_submodule(report.modules[0]), "kernel_size"):
         return replace(report, reason="not a convolution")
     selected = report.n > report.rows
@@ -163,8 +161,6 @@ def _paper_rule(report: WeightReport, model: nn.Module) -> WeightReport:
 
 
 def _test(report: WeightReport, probe: Probe, tolerance: float) -> WeightReport:
-    if report.reason:
-        return report
     name, weight = report.name, probe.parameters[report.name]
     influence = probe.distance(name, probe.another(weight))
     if not influence > 0:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from flexnorm.engine import FlexNorm
 from flexnorm.nn import norm_of
 from flexnorm.statistics import freeze_layer
-from flexnorm.surgery._act import ThenAct, with_act
-from flexnorm.surgery._reading import BUFFERS_ONLY, WITH_ACT, RefusedError, Source, blank, read
+from flexnorm.surgery._reading import BUFFERS_ONLY, WITH_ACT, RefusedError, Source, ThenAct, blank, read, with_act
 from flexnorm.surgery._targets import of_batches
 
 UNKNOWN = "statistics unknown: recalibrate() before evaluation"

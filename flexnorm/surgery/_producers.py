@@ -24,36 +24,29 @@ LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 
 @dataclass
 class Producers:
-    """What feeds the normalizations of a model.
+    """What feeds the normalizations of a model, by the ``id`` of the normalization."""
 
-    Attributes:
-        into: Linear map that feeds a normalization and nothing else, by the ``id`` of the normalization.
-        reasons: Why a normalization has none, by ``id``.
-        axes: Numbers of axes of the inputs, by ``id``; empty where they were not seen.
-    """
-
-    into: dict[int, nn.Module] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)
-    axes: dict[int, set[int]] = field(default_factory=dict)
+    into: dict[int, nn.Module] = field(default_factory=dict)  # the linear map that feeds it and nothing else
+    reasons: dict[int, str] = field(default_factory=dict)  # why it has none
+    axes: dict[int, set[int]] = field(default_factory=dict)  # numbers of axes of its inputs, where they were seen
 
     def settle(
         self, norm: nn.Module, producer: nn.Module | None, calls: Counter[int], *, elsewhere: bool, borrowed: bool
     ) -> None:
         """Note the linear map before a normalization, or why it has none, given how often modules were called."""
-        if calls[id(norm)] != 1:
-            reason = "used more than once" if calls[id(norm)] else "not reached in evaluation"
-        elif producer is None:
-            reason = "no convolution or linear map directly before it"
-        elif elsewhere:
-            reason = "the output of the linear map before it is used elsewhere too"
-        elif calls[id(producer)] > 1:
-            reason = "the linear map before it is used more than once"
-        elif borrowed:
-            reason = "the weight of the linear map before it is used elsewhere too"
+        reasons = {
+            "not reached in evaluation": not calls[id(norm)],
+            "used more than once": calls[id(norm)] > 1,
+            "no convolution or linear map directly before it": producer is None,
+            "the output of the linear map before it is used elsewhere too": elsewhere,
+            "the linear map before it is used more than once": calls[id(producer)] > 1,
+            "the weight of the linear map before it is used elsewhere too": borrowed,
+        }
+        reason = next((text for text, holds in reasons.items() if holds), "")
+        if producer is None or reason:
+            self.reasons[id(norm)] = reason
         else:
             self.into[id(norm)] = producer
-            return
-        self.reasons[id(norm)] = reason
 
 
 class _Tracer(fx.Tracer):

@@ -14,9 +14,8 @@ from torch.nn.utils import parametrize
 
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
 from flexnorm.nn import TORCH_LAYERS, NormPropUnits, is_norm, norm_class
-from flexnorm.probe import call, hooked, isolated, unwrap
+from flexnorm.probe import side_forward, unwrap
 from flexnorm.statistics import Frozen, is_frozen
-from flexnorm.surgery._act import ThenAct
 
 # timm's and torchvision's layers, known by name and shape so that neither has to be imported.
 WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
@@ -26,34 +25,58 @@ _HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters",
 _SPATIAL = re.compile(r"(?:Conv|NormProp).*([123])d$")
 
 
+class ThenAct:
+    """Mixin: ``act(drop(normalize(x)))``, as timm has it, with both as submodules. Made by :func:`with_act`.
+
+    Such a layer cannot become a sequence of modules: the names of its parameters would change. It pickles and
+    deep-copies by its plain base.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+    plain: type[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x``, then apply ``drop`` and ``act``."""
+        y: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc]
+        return y
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (self.plain,), self.__dict__
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def with_act(plain: type[nn.Module]) -> type[nn.Module]:
+    """The class ``plain`` with ``drop`` and ``act`` behind its forward."""
+    if plain not in _classes:
+        body = {"plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+        _classes[plain] = type(f"{plain.__name__}Act", (ThenAct, plain), body)
+    return _classes[plain]
+
+
+def _empty(plain: type[nn.Module]) -> nn.Module:
+    cls = with_act(plain)
+    return cls.__new__(cls)
+
+
 class RefusedError(Exception):
     """A layer cannot be converted; the text says why, for the report."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A normalization layer, read.
-
-    Attributes:
-        module: The layer.
-        norm: What declares and computes the same: the layer itself if it is of this package, else a layer of this
-            package on the meta device.
-        ndim: Number of spatial axes (1 also stands for none), or ``None`` if the layer takes any.
-        config: Constructor arguments of the norm's own layer, as far as they are known.
-        frozen: Whether the statistics are frozen.
-        origin: Class to restore on the way back, for layers of other packages.
-        tables: Parameters whose shape changes on the way: their values per channel.
-        notes: What a report should say about the layer.
-    """
+    """A normalization layer, read."""
 
     module: nn.Module
-    norm: Norm
-    ndim: int | None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    frozen: bool = False
-    origin: type[nn.Module] | None = None
-    tables: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    norm: Norm  # declares and computes the same: the layer itself if of this package, else one of it on the meta device
+    ndim: int | None  # number of spatial axes (1 also stands for none); None if the layer takes any
+    config: Mapping[str, Any] = field(default_factory=dict)  # known constructor arguments of the norm's own layer
+    frozen: bool = False  # whether the statistics are
+    origin: type[nn.Module] | None = None  # class to restore on the way back, for layers of other packages
+    tables: Mapping[str, Tensor] = field(default_factory=dict)  # per channel: parameters whose shape changes on the way
+    notes: tuple[str, ...] = ()  # what a report should say
 
     @property
     def tracks(self) -> bool:
@@ -92,7 +115,19 @@ def _buffers_only(module: nn.Module) -> bool:
 
 def read(module: nn.Module) -> Source:
     """Read a layer; RefusedError if it cannot be replaced without changing more than the normalization."""
-    _refuse_what_is_more(module)
+    if isinstance(module, LazyModuleMixin):
+        raise RefusedError("lazy: its number of channels is not known yet; run one batch through the model first")
+    if parametrize.is_parametrized(module):
+        raise RefusedError("parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations first")
+    if "forward" in module.__dict__:
+        raise RefusedError("its forward was replaced on the instance")
+    if isinstance(module, NormPropUnits):
+        raise RefusedError("Normalization Propagation: linear map and normalization are one layer; see fold()")
+    if isinstance(module, nn.LocalResponseNorm):
+        raise RefusedError("local response normalization divides by a window of neighbouring channels")
+    if computed := {"weight", "bias"} & module.__dict__.keys():
+        why = f"its {max(computed)} is computed by a hook (weight_norm, spectral_norm or pruning); remove that first"
+        raise RefusedError(why)
     frozen = is_frozen(module)
     config: dict[str, Any]
     if _buffers_only(module):
@@ -116,24 +151,6 @@ def read(module: nn.Module) -> Source:
     own = [c for c in above if not issubclass(c, (Frozen, ThenAct)) and c is not origin and c.__name__ not in WITH_ACT]
     notes = (f"subclass {own[0].__name__} of {known.__name__}",) if own else ()
     return Source(module, norm, ndim, config, frozen, origin, notes=notes)
-
-
-def _refuse_what_is_more(module: nn.Module) -> None:
-    if isinstance(module, LazyModuleMixin):
-        raise RefusedError("lazy: its number of channels is not known yet; run one batch through the model first")
-    if parametrize.is_parametrized(module):
-        raise RefusedError("parametrized; bake it in with torch.nn.utils.parametrize.remove_parametrizations first")
-    if "forward" in module.__dict__:
-        raise RefusedError("its forward was replaced on the instance")
-    if isinstance(module, NormPropUnits):
-        raise RefusedError("Normalization Propagation: linear map and normalization are one layer; see fold()")
-    if isinstance(module, nn.LocalResponseNorm):
-        raise RefusedError("local response normalization divides by a window of neighbouring channels")
-    for name in ("weight", "bias"):
-        if name in module.__dict__:
-            raise RefusedError(
-                f"its {name} is computed by a hook (weight_norm, spectral_norm or pruning); remove that first"
-            )
 
 
 def _known_class(cls: type[nn.Module]) -> tuple[type[nn.Module], str, int | None, type[nn.Module] | None]:
@@ -182,14 +199,12 @@ def axes_of(model: nn.Module, modules: Iterable[nn.Module], example_input: Any) 
     """Numbers of axes of the inputs that reach each module (by ``id``) in evaluation; the model is not changed."""
     seen: dict[int, set[int]] = {}
 
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def look(_: str, module: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor):
             seen.setdefault(id(module), set()).add(inputs[0].dim())
 
-    inner = unwrap(model)
-    with hooked(modules, look), isolated(inner, 0):
-        inner.eval()
-        call(inner, example_input)
+    layers = {str(number): module for number, module in enumerate(modules)}
+    side_forward(unwrap(model), example_input, layers, look, mode="eval")
     return seen
 
 

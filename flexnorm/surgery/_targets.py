@@ -29,23 +29,14 @@ _ALWAYS = frozenset({"eps", "momentum", "affine", "process_group"})
 
 @dataclass(frozen=True)
 class Target:
-    """Where a conversion goes.
+    """Where a conversion goes."""
 
-    Attributes:
-        label: How a report calls it.
-        name: Name of the norm, or of a layer of torch; empty where it depends on the old layer.
-        of_torch: Whether torch's layer is meant.
-        cls: The class, if the user named one.
-        function: The user's function of the old layer.
-        kwargs: The user's constructor arguments, which win over those of the old layer.
-    """
-
-    label: str
-    name: str = ""
-    of_torch: bool = False
-    cls: type[nn.Module] | None = None
-    function: Callable[[nn.Module], nn.Module | None] | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    label: str  # how a report calls it
+    name: str = ""  # of the norm, or of a layer of torch; empty where it depends on the old layer
+    of_torch: bool = False  # whether torch's layer is meant
+    cls: type[nn.Module] | None = None  # the class, if the user named one
+    function: Callable[[nn.Module], nn.Module | None] | None = None  # the user's, of the old layer
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments that win over the old layer's
 
     @property
     def restores(self) -> bool:
@@ -117,20 +108,16 @@ def _carries(argument: str, old: Norm, cls: type[nn.Module]) -> bool:
 def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     """Understand the argument ``to`` of a conversion, and refuse arguments that no such layer takes."""
     target = _resolve(to, kwargs)
-    if target.function is not None:
-        classes: tuple[type[nn.Module], ...] = ()
-    elif target.cls is not None:
-        classes = (target.cls,)
-    elif target.of_torch:
+    classes: tuple[type[nn.Module], ...] = ()
+    if target.of_torch and target.cls is None:
         classes = _TORCH[target.name][1:2] if target.name else (nn.BatchNorm2d, nn.GroupNorm)
-    else:
-        classes = (norm_class(target.name),)
+    elif target.function is None:
+        classes = (target.cls or norm_class(target.name),)
     valid = {name for cls in classes for name in constructor_arguments(cls)}
     for name in kwargs:
         if name not in valid:
-            raise TypeError(
-                unknown_name(f"argument for {target.label}", name, valid - {"num_features", "num_channels"})
-            )
+            known = valid - {"num_features", "num_channels"}
+            raise TypeError(unknown_name(f"argument for {target.label}", name, known))
     return target
 
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from flexnorm.engine import Norm
 from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places
-from flexnorm.surgery._compare import difference, outputs
 from flexnorm.surgery._graft import UNKNOWN, effect, final_class, graft, graft_hooks, move_tensors, notes
 from flexnorm.surgery._reading import RefusedError, Source, axes_of, common_ndim, is_candidate, read
 from flexnorm.surgery._targets import Target, To, resolve
-from flexnorm.surgery.plan import ConversionPlan, ConversionRow, first_three
+from flexnorm.surgery.plan import ConversionPlan, ConversionRow, difference, first_three, outputs
 
 
 @dataclass
@@ -144,7 +143,15 @@ constrain_alpha=False)
     chosen = _chosen(model, include, exclude)
     model = model if inplace else copy.deepcopy(model)
     steps = _steps(model, target, chosen, example_input)
-    _warn(steps)
+    refused = [step.row for step in steps if step.row.status == "refuse"]
+    if refused:
+        shown = first_three([f"{row.name} ({row.source}): {row.reason}" for row in refused], "conversion_plan")
+        warnings.warn(f"{len(refused)} of {len(steps)} normalization layers stay as they are: {shown}", stacklevel=2)
+    blank = [step.row.name for step in steps if UNKNOWN in step.row.notes]
+    if blank:
+        names = ", ".join(blank[:3]) + (", ..." if len(blank) > 3 else "")
+        text = f"{len(blank)} converted layers have no running statistics yet ({names}): train, or call recalibrate(),"
+        warnings.warn(f"{text} before evaluation", stacklevel=2)
     return _apply(model, steps, target)
 
 
@@ -168,10 +175,8 @@ def _steps(model: nn.Module, target: Target, chosen: set[str], example_input: An
         row = ConversionRow(place.name, tuple(place.names), type(place.module).__name__)
         try:
             steps.append(_step(place, row, target, axes.get(id(place.module), set()), neighbours, like, dry=dry))
-        except RefusedError as reason:
-            steps.append(_Step(place, replace(row, status="refuse", reason=str(reason))))
-        except ValueError as error:
-            errors.append(error)
+        except (RefusedError, ValueError) as error:
+            errors += [error] if isinstance(error, ValueError) else []
             steps.append(_Step(place, replace(row, status="refuse", reason=str(error))))
     if errors and len(errors) == len(steps):
         raise errors[0]
@@ -230,20 +235,6 @@ def _spatial_axes(source: Source, target: Target, seen: set[int], neighbours: in
     if target.ndim is not None and ndim != target.ndim:
         raise RefusedError(f"{target.label} is for {target.ndim} spatial axes, the layer has {ndim}")
     return ndim
-
-
-def _warn(steps: Sequence[_Step]) -> None:
-    refused = [step.row for step in steps if step.row.status == "refuse"]
-    if refused:
-        shown = first_three([f"{row.name} ({row.source}): {row.reason}" for row in refused], "conversion_plan")
-        warnings.warn(f"{len(refused)} of {len(steps)} normalization layers stay as they are: {shown}", stacklevel=3)
-    blank = [step.row.name for step in steps if UNKNOWN in step.row.notes]
-    if blank:
-        warnings.warn(
-            f"{len(blank)} converted layers have no running statistics yet ({', '.join(blank[:3])}"
-            f"{', ...' if len(blank) > 3 else ''}): train, or call recalibrate(), before evaluation",
-            stacklevel=3,
-        )
 
 
 def _apply(model: nn.Module, steps: Sequence[_Step], target: Target) -> nn.Module:

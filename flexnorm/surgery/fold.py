@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from flexnorm.nn import NormPropUnits
+from flexnorm.engine import FlexNorm, Moments
+from flexnorm.nn import NoNorm, NormPropUnits
+from flexnorm.nn.rules import standardize
 from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
-from flexnorm.surgery._affine import MatrixOnly, absorb, as_affine
-from flexnorm.surgery._compare import Difference, difference
 from flexnorm.surgery._producers import LINEAR, Producers, executed, traced
-from flexnorm.surgery._reading import RefusedError, is_candidate
-from flexnorm.surgery.plan import Report, first_three
+from flexnorm.surgery._reading import RefusedError, ThenAct, is_candidate, name_of, read
+from flexnorm.surgery._targets import of_batches
+from flexnorm.surgery.plan import Difference, Report, difference, first_three
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,76 @@ def fold(
     return folded
 
 
+class _NeedsMomentsError(Exception):
+    """The rule has looked at the moments of its input."""
+
+
+def _unknown(_: bool) -> tuple[Tensor, Tensor]:
+    raise _NeedsMomentsError
+
+
+@torch.no_grad()
+def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,), in float64, by which a layer acts in evaluation; RefusedError if its input matters."""
+    if isinstance(norm, NoNorm):
+        raise RefusedError("is no normalization, only the place of one")
+    declared = norm if isinstance(norm, FlexNorm) else read(norm).norm
+    plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
+    held = {**norm._buffers, **norm._parameters}
+    tensors = {name: None if tensor is None else tensor.double() for name, tensor in held.items()}
+    mean, var = tensors.get("running_mean"), tensors.get("running_var")
+    why = "normalizes each sample by its own statistics"
+    if of_batches(declared) and mean is None:
+        why = "normalizes with the statistics of the batch in evaluation too"
+    if (declared is not norm or name_of(plain)) and declared.same_as(training=False) == "batch":
+        if mean is None or var is None:
+            raise RefusedError(why)
+        return standardize(mean, var, tensors.get("weight"), tensors.get("bias"), float(norm.eps))  # type: ignore[arg-type]
+    if not isinstance(norm, FlexNorm):
+        raise RefusedError(why)
+    exact = copy.deepcopy(norm).double().eval()
+    try:
+        scale, shift = exact.rule(Moments(count=1, _compute=_unknown))
+    except _NeedsMomentsError:
+        raise RefusedError(why) from None
+    forward = next(base for base in type(norm).__mro__ if base is not ThenAct and "forward" in base.__dict__)
+    if forward is not FlexNorm:
+        raise RefusedError(f"{forward.__name__} has its own forward")
+    channels = (1, norm.num_features)
+    return scale.expand(channels)[0].clone(), shift.expand(channels)[0].clone()
+
+
+@torch.no_grad()
+def absorb(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Change a linear map of C channels in place so that it yields ``scale * y + shift``, (C,), where it yielded y."""
+    weight = linear.get_parameter("weight")
+    bias = linear._parameters.get("bias")
+    if isinstance(linear, nn.modules.conv._ConvTransposeNd):
+        # (C_in, C_out / groups, *kernel), the input channels of one group after those of the other.
+        groups = linear.groups
+        split = weight.double().reshape(groups, -1, *weight.shape[1:])
+        new = (split * scale.view(groups, 1, -1, *(1,) * (weight.dim() - 2))).flatten(0, 1)
+    else:
+        new = weight.double() * scale.view(-1, *(1,) * (weight.dim() - 1))
+    moved = shift if bias is None else shift + scale * bias.double()
+    # In the memory format of the old weight.
+    linear.weight = nn.Parameter(torch.empty_like(weight).copy_(new), requires_grad=weight.requires_grad)
+    linear.bias = nn.Parameter(moved.to(weight), requires_grad=weight.requires_grad)
+
+
+class MatrixOnly(nn.Module):
+    """An identity in the place of a layer that was folded for (N, C) input; refuses any other.
+
+    The axis that normalization treats as channels is the one that a linear map writes only if there are two.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` of shape (N, C)."""
+        if x.dim() != 2:
+            raise ValueError(f"the normalization was folded into a linear map for (N, C) input, got {tuple(x.shape)}")
+        return x
+
+
 def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | None) -> set[str]:
     """Names that mean the same layers in a copy of the model, whose modules are other objects."""
     return {place.name for place in select_places(find_places(unwrap(model), is_candidate), include, exclude)}
@@ -181,7 +254,15 @@ def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Mo
     """Fold the layers of these names in place; the model comes back in evaluation mode."""
     model = unwrap(model).eval()
     places = [place for place in find_places(model, is_candidate) if place.name in chosen]
-    producers, failure = _producers(model, example_input)
+    producers, failure = Producers(), ""
+    try:
+        producers = traced(model)
+    except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, anything can happen
+        if example_input is None:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            failure = f"the model cannot be traced ({lines[0]}); pass example_input"
+        else:
+            producers = executed(model, example_input)
     names = {id(module): name for name, module in model.named_modules()}
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     rows = []
@@ -200,16 +281,6 @@ def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], exam
         return _fold(copied, example, {row.name for row in rows})[0]
 
     return difference(model, folded, example_input, change, training=False)
-
-
-def _producers(model: nn.Module, example_input: Any) -> tuple[Producers, str]:
-    try:
-        return traced(model), ""
-    except Exception as error:  # noqa: BLE001 - tracing runs the user's code on proxies, anything can happen
-        if example_input is not None:
-            return executed(model, example_input), ""
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Producers(), f"the model cannot be traced ({lines[0]}); pass example_input"
 
 
 def _fold_one(
@@ -237,7 +308,10 @@ def _fold_one(
 
 
 def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], owners: Counter[int]) -> str:
-    own = {name for cls in type(linear).__mro__[: _depth(linear)] for name in cls.__dict__}
+    above = itertools.takewhile(
+        lambda cls: cls not in LINEAR, type(linear).__mro__
+    )  # put on top of torch's by the user
+    own = {name for cls in above for name in cls.__dict__}
     if own & {"forward", "_conv_forward", "_output_padding", "__call__"}:
         return f"the {type(linear).__name__} before it is a subclass with its own forward"
     if parametrize.is_parametrized(linear) or "weight" not in linear._parameters:
@@ -246,15 +320,10 @@ def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], 
         return "the weight of the linear map before it is used elsewhere too"
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (linear, norm)):
         return "it, or the linear map before it, has forward hooks or a replaced forward"
-    out = linear.out_features if isinstance(linear, nn.Linear) else linear.out_channels
-    if out != channels or (isinstance(linear, nn.Linear) and axes - {2}):
+    matrix = isinstance(linear, nn.Linear)
+    if channels != (linear.out_features if matrix else linear.out_channels) or (matrix and axes - {2}):
         return "its channels are not the outputs of the linear map before it"
     return ""
-
-
-def _depth(linear: nn.Module) -> int:
-    """How many classes the user has put on top of torch's."""
-    return next(depth for depth, cls in enumerate(type(linear).__mro__) if cls in LINEAR)
 
 
 def _fold_normprop(model: nn.Module, place: Place, row: FoldRow) -> tuple[FoldRow, nn.Module]:

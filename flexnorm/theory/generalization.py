@@ -7,6 +7,9 @@ Conventions and findings (docs/theory.md): zeta in G is a ridge beside the SUM o
 ||w||^2``, while the gamma decay of Eq. 2 stands beside their MEAN, ``mean (y - w x)^2 + zeta gamma^2``.
 `ridge_strength` converts; the paper inserts ``1/(2M)`` without it. `sgd_relu` is exact for a linear regression on the
 samples with positive label and only an approximation of a ReLU student, which does not diverge at alpha = 2.
+
+In all functions ``alpha`` are the samples per input, positive, and ``noise`` is the variance S of the labels' noise,
+not negative; a ``ValueError`` tells if an argument is out of range.
 """
 
 from __future__ import annotations
@@ -26,13 +29,6 @@ def sgd_linear(alpha: float, noise: float = 0.0) -> float:
 
     ``1 - alpha + alpha S/(1 - alpha)`` below alpha = 1 and ``S/(alpha - 1)`` above, infinite at 1 if there is noise.
 
-    Args:
-        alpha: Samples per input, positive.
-        noise: Variance S of the labels' noise.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
     Examples:
         >>> sgd_linear(2.0, 0.25)
         0.25
@@ -50,14 +46,8 @@ def sgd_relu(alpha: float, noise: float = 0.0) -> float:
 
     It is exact for ``relu(w^T x)`` with w the least squares fit of minimal norm to the samples with positive label. A
     ReLU student under gradient descent also learns from negative labels that its field must be negative there: its
-    error is lower (see `simulate`), finite at alpha = 2 and close to 1/2 beyond.
-
-    Args:
-        alpha: Samples per input, positive.
-        noise: Variance S of the labels' noise. From alpha = 2 on the value is infinite if there is noise, else 1/2.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    error is lower (:mod:`flexnorm.lab.simulations`), finite at alpha = 2 and close to 1/2 beyond. From alpha = 2 on the
+    printed value is infinite if there is noise, else 1/2.
     """
     _check(alpha, noise)
     if alpha >= 2:
@@ -68,14 +58,8 @@ def sgd_relu(alpha: float, noise: float = 0.0) -> float:
 def resolvent(alpha: float, zeta: float) -> float:
     """Return ``G = trace (X^T X + zeta)^-1 / N``, the function G of the paper (Marchenko-Pastur).
 
-    ``G = [1 - alpha - zeta + sqrt(zeta + (1 + sqrt(alpha))^2) sqrt(zeta + (1 - sqrt(alpha))^2)] / (2 zeta)``.
-
-    Args:
-        alpha: Samples per input, positive.
-        zeta: Ridge, positive.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    ``G = [1 - alpha - zeta + sqrt(zeta + (1 + sqrt(alpha))^2) sqrt(zeta + (1 - sqrt(alpha))^2)] / (2 zeta)`` with the
+    ridge ``zeta``, positive.
     """
     _check(alpha, 0.0)
     if not zeta > 0:
@@ -88,13 +72,10 @@ def gamma_decay_linear(alpha: float, zeta: float, noise: float = 0.0) -> float:
     """Return the error of a linear student under WN and gamma decay: ``S d(zeta G)/d zeta - zeta^2 dG/d zeta``.
 
     Args:
-        alpha: Samples per input, positive.
+        alpha: Samples per input.
         zeta: Decay in the convention of G, a ridge beside the sum of squares; for a gamma decay beside the mean, such
             as the ``1/(2M)`` of BN, give ``ridge_strength(zeta, alpha)``. Positive; the limit 0 is `sgd_linear`.
-        noise: Variance S of the labels' noise.
-
-    Raises:
-        ValueError: If an argument is out of range.
+        noise: Variance S.
     """
     _check(alpha, noise)
     g = resolvent(alpha, zeta)
@@ -108,10 +89,6 @@ def ridge_strength(zeta: float, alpha: float) -> float:
     """Return the ridge beside the sum of squares that a gamma decay beside their mean amounts to: ``alpha zeta``.
 
     ``mean (y - w x)^2 + zeta ||w||^2 / N`` times P is ``sum (y - w x)^2 + alpha zeta ||w||^2``.
-
-    Args:
-        zeta: Gamma decay beside the mean loss.
-        alpha: Samples per input.
     """
     return alpha * zeta
 
@@ -119,11 +96,7 @@ def ridge_strength(zeta: float, alpha: float) -> float:
 def optimum(noise: float) -> float:
     """Return the zeta (in the convention of G) with the least error, at every alpha: the variance of the noise.
 
-    Args:
-        noise: Variance S of the labels' noise, for a teacher of unit variance per weight.
-
-    Raises:
-        ValueError: If it is negative.
+    That is so for a teacher of unit variance per weight.
     """
     _check(1.0, noise)
     return noise

@@ -609,13 +609,12 @@ def advise(
         weight = getattr(found[table.name.split("#")[0]], "weight", None)
         gamma = torch.ones_like(strength.mean_part) if weight is None else weight.detach().to(strength.mean_part)
         zeta = strength.zeta(batch_size)
-        from_mean, from_std = (
-            float((part * gamma.square()).sum()) / batch_size for part in (strength.mean_part, strength.std_part)
+        parts, variances = (
+            (strength.mean_part, strength.std_part),
+            (strength.mean_variance, strength.square_variance / 2),
         )
-        means, deviations = (
-            round(batch_size * float(variance.clamp_min(1e-12).reciprocal().median()), 6)
-            for variance in (strength.mean_variance, strength.square_variance / 2)
-        )
+        from_mean, from_std = (float((part * gamma.square()).sum()) / batch_size for part in parts)
+        values = [round(batch_size * float(v.clamp_min(1e-12).reciprocal().median()), 6) for v in variances]
         row = LayerAdvice.of(
             table.name,
             zeta,
@@ -623,8 +622,8 @@ def advise(
             zeta_per_channel=tuple(zeta.tolist()),
             joint_penalty=joint_strength(table, gamma) / batch_size,
             mean_share=from_mean / (from_mean + from_std) if from_mean + from_std > 0 else 0.0,
-            effective_batch_mean=means,
-            effective_batch_std=deviations,
+            effective_batch_mean=values[0],
+            effective_batch_std=values[1],
         )
         rows.append(row)
     name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)

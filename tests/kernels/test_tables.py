@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from flexnorm.kernels import composed, normalization, tables
+from flexnorm.kernels import normalization, passes, tables
 from flexnorm.nn import rules
 
 pytestmark = pytest.mark.skipif(normalization.load() is None, reason="needs a C compiler")
@@ -154,23 +154,23 @@ def test_statistics_that_follow_the_weights_are_renormalization_without_limits(b
 
 def test_gradients_by_operations() -> None:
     a, b = moments(3)
-    (da, db) = composed.gradients(lambda x, y: (x * y, x), [a, b], [True, False, True], (None, torch.ones_like(a)))
+    (da, db) = passes.gradients(lambda x, y: (x * y, x), [a, b], [True, False, True], (None, torch.ones_like(a)))
     assert db is None
     torch.testing.assert_close(da, torch.ones_like(a))
-    da, nothing, db = composed.gradients(lambda x, _, y: x * y * y, [a, None, b], [True] * 3, [b])
+    da, nothing, db = passes.gradients(lambda x, _, y: x * y * y, [a, None, b], [True] * 3, [b])
     assert nothing is None
     torch.testing.assert_close(db, 2 * a * b * b)
     # Twice differentiable while gradients are on: d/db of (2 a b) b.
     torch.testing.assert_close(torch.autograd.grad(db.sum(), b)[0], 4 * a * b)
     with torch.no_grad():
-        assert not composed.gradients(lambda x: x.exp(), [a], [True], [b])[0].requires_grad
+        assert not passes.gradients(lambda x: x.exp(), [a], [True], [b])[0].requires_grad
 
 
 def test_a_backward_is_composed_when_it_is_differentiated_batched_or_transformed() -> None:
     x = torch.ones(3)
-    assert composed.must_compose(x)
+    assert passes.must_compose(x)
     with torch.no_grad():
-        assert not composed.must_compose(x, None)
+        assert not passes.must_compose(x, None)
         seen = []
-        torch.vmap(lambda t: (seen.append(composed.must_compose(t)), t)[1])(x)
+        torch.vmap(lambda t: (seen.append(passes.must_compose(t)), t)[1])(x)
         assert seen == [True]

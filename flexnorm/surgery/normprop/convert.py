@@ -14,12 +14,11 @@ from torch import fx, nn
 from flexnorm._messages import unknown_name
 from flexnorm.nn.normprop import DEFAULT_EPS, NormPropConv2d
 from flexnorm.probe import Selection, find_places, select_places, unwrap
-from flexnorm.surgery._compare import Difference, difference, outputs
 from flexnorm.surgery._producers import LINEAR
 from flexnorm.surgery._reading import RefusedError, is_candidate
 from flexnorm.surgery.normprop.graph import Network, Stats
 from flexnorm.surgery.normprop.rewrite import Options, Rewriter
-from flexnorm.surgery.plan import ConversionPlan, ConversionRow, first_three
+from flexnorm.surgery.plan import ConversionPlan, ConversionRow, Difference, difference, first_three, outputs
 
 
 class NormPropPlan(ConversionPlan):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from flexnorm.nn.normprop import Activation, ChannelAffine
-from flexnorm.surgery._affine import as_affine
 from flexnorm.surgery._producers import LINEAR
 from flexnorm.surgery._reading import RefusedError, is_candidate
+from flexnorm.surgery.fold import as_affine
 from flexnorm.surgery.normprop import graph as ops
 from flexnorm.surgery.normprop import layers
 from flexnorm.surgery.normprop.layers import HANDS_ON, Moments, ScaleShift, Tail, joined, passed
