@@ -54,8 +54,11 @@ def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
     Returns:
         A scalar tensor.
     """
+    excess = torch.as_tensor(noise, dtype=weight.dtype, device=weight.device)
+    if bool((excess < -1).any()):
+        raise ValueError(f"the noise E xhat^2 - 1 is at least -1, got {float(excess.min()):.3g}")
     # A channel of weight 0 is constant, however large the noise.
-    terms = weight.square() * (1 + _noise(noise, weight))
+    terms = weight.square() * (1 + excess)
     return torch.where(weight == 0, 0.0, terms).sum().sqrt()
 
 
@@ -148,10 +151,3 @@ def _radius(layer: Any, noise: Noise | None, positions: int) -> float:
         shape = {"positions": positions, "unit_norm": layer.unit_norm}
         return float(unitized_radius(weight.double(), alpha.double(), noise, **shape))
     return float(batch_norm_radius(weight.double(), noise))
-
-
-def _noise(noise: Noise, like: Tensor) -> Tensor:
-    value = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
-    if bool((value < -1).any()):
-        raise ValueError(f"the noise E xhat^2 - 1 is at least -1, got {float(value.min()):.3g}")
-    return value
