@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+_Pending: TypeAlias = list[Tensor] | None
 
 
 class _Moments(torch.autograd.Function):
@@ -61,13 +62,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        center: Tensor | None,
-        layout: Layout,
-        pending: list[Tensor] | None,
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor | None, layout: Layout, pending: _Pending
     ) -> Tensor:
         ctx.save_for_backward(x, scale, center)
         ctx.layout, ctx.pending, ctx.shift_shape = layout, pending, shift.shape

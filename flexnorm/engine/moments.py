@@ -108,10 +108,8 @@ class Moments:
             raise ValueError(unknown_name("pooling", over, ["batch", "channels", "all"]))
         if groups != 1 and over != "channels":
             raise ValueError(f"groups={groups} only makes sense with pool('channels'), not pool({over!r})")
-        if over == "channels":
-            return self._pool_channels(groups)
-        local = self if over == "batch" else self._pool_channels(1)
-        return local._pool_batch()
+        pooled = self if over == "batch" else self._pool_channels(groups)
+        return pooled if over == "channels" else pooled._pool_batch()
 
     def _with(self, mean: Tensor, var: Tensor, count: int | Tensor, backend: str = "composed") -> Moments:
         return Moments(mean, var, count, process_group=self.process_group, _backend=backend)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class EpochRow:
     @classmethod
     def read(cls, row: Mapping[str, str]) -> EpochRow:
         """Return the row of a CSV file."""
-        return cls(*(number(row.get(name)) for name in METRICS_HEADER.split(",")))
+        return cls(**{f.name: number(row.get(f.name)) for f in dataclasses.fields(cls)})
 
 
 METRICS_HEADER = ",".join(f.name for f in dataclasses.fields(EpochRow))
@@ -192,12 +192,7 @@ class Run:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], **more: Any) -> Run:
-        """Return a run from a summary, or its entry in results.json, as far as it goes.
-
-        Args:
-            values: The content of the file; what is missing or of another type counts as not known.
-            **more: Attributes that win over it, and those that no file has.
-        """
+        """Return a run from a summary, or its entry in results.json, as far as it goes; ``more`` wins over it."""
         result, timing, notes = _mapping(values.get("result")), _mapping(values.get("timing")), values.get("notes")
         status, count, holds_ = values.get("status"), values.get("seed"), result.get("shift_holds")
         read: dict[str, Any] = {
@@ -326,40 +321,26 @@ class Cell:
 _OVER_SEEDS = ("test_accuracy", "train_loss", "shift_w1", "shift_lower", "shift_upper", "shift_relative", "step_ms")
 
 
-def cells(runs: Iterable[Run], baseline: str) -> tuple[Cell, ...]:
-    """Return one cell per normalization and optimizer, in the order in which the runs have them.
-
-    Args:
-        runs: The runs.
-        baseline: The normalization that differences and step times refer to.
-    """
-    found: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        found.setdefault((run.norm, run.optim), []).append(run)
-    return tuple(_cell(own, found.get((baseline, optim), ()), baseline) for (_, optim), own in found.items())
-
-
 def _cell(runs: Sequence[Run], baseline_runs: Sequence[Run], baseline: str) -> Cell:
     norm, done = runs[0].norm, [run for run in runs if run.complete]
-    base = {run.seed: run for run in baseline_runs if run.complete}
+    base = [run for run in baseline_runs if run.complete]
+    times = {run.seed: run.step_ms for run in base}
     known = [run.interval_holds for run in done if run.interval_holds is not None]
     return Cell(
         norm=norm,
         optim=runs[0].optim,
         runs=tuple(runs),
-        difference=paired_difference(*({run.seed: run.test_accuracy for run in part} for part in (done, base.values())))
+        difference=paired_difference(*({run.seed: run.test_accuracy for run in part} for part in (done, base)))
         if norm != baseline
         else Replicates(),
         interval_holds=all(known) if known else None,
-        step_ratio=Replicates.of(_step_ratio(run, base.get(run.seed)) for run in done),
+        # As recorded, else from the two medians.
+        step_ratio=Replicates.of(
+            _ratio(run.step_ms, times.get(run.seed, math.nan)) if math.isnan(run.step_ratio) else run.step_ratio
+            for run in done
+        ),
         **{name: Replicates.of(getattr(run, name) for run in done) for name in _OVER_SEEDS},
     )
-
-
-def _step_ratio(run: Run, base: Run | None) -> float:
-    """Return the recorded ratio of a step to the baseline's, else that of the two medians."""
-    recorded = run.step_ratio
-    return recorded if base is None or not math.isnan(recorded) else _ratio(run.step_ms, base.step_ms)
 
 
 def _ratio(own: float, base: float) -> float:
@@ -367,12 +348,7 @@ def _ratio(own: float, base: float) -> float:
 
 
 def with_step_ratios(runs: Sequence[Run], baseline: str) -> tuple[Run, ...]:
-    """Return the runs with their step time over that of the baseline with the same optimizer and seed.
-
-    Args:
-        runs: The runs.
-        baseline: The normalization of reference.
-    """
+    """Return the runs with their step time over that of the baseline with the same optimizer and seed."""
     times = {(run.optim, run.seed): run.step_ms for run in runs if run.norm == baseline}
     return tuple(
         dataclasses.replace(run, step_ratio=_ratio(run.step_ms, times.get((run.optim, run.seed), math.nan)))
@@ -418,7 +394,11 @@ class Study:
     @property
     def cells(self) -> tuple[Cell, ...]:
         """The rows of the table, in the order of the runs."""
-        return cells(self.runs, self.baseline)
+        found: dict[tuple[str, str], list[Run]] = {}
+        for run in self.runs:
+            found.setdefault((run.norm, run.optim), []).append(run)
+        base = self.baseline
+        return tuple(_cell(own, found.get((base, optim), ()), base) for (_, optim), own in found.items())
 
     @property
     def has_baseline(self) -> bool:
@@ -443,12 +423,7 @@ class Study:
 
     @classmethod
     def read(cls, results: Mapping[str, Any], name: str = "") -> Study:
-        """Return a study from the content of results.json.
-
-        Args:
-            results: The content.
-            name: The folder's name.
-        """
+        """Return a study from the content of results.json; ``name`` is that of the folder."""
         config, runs = _mapping(results.get("config")), tuple(Run.read(run) for run in results["runs"])
         return cls(
             name=name,

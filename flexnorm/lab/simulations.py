@@ -259,7 +259,7 @@ def online_sgd(
     return Trajectory(student.method, grid, **mean, effective_lr=rate, diverged=diverged, standard_error=errors)
 
 
-def _directions(rng: np.random.Generator, N: int, runs: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _directions(rng: np.random.Generator, N: int, runs: int) -> tuple[Vector, Vector]:
     """Teachers (runs, N) of length sqrt(N), and as many vectors of that length orthogonal to them."""
     teacher = rng.standard_normal((runs, N))
     teacher *= np.sqrt(N) / np.linalg.norm(teacher, axis=1, keepdims=True)
@@ -269,13 +269,7 @@ def _directions(rng: np.random.Generator, N: int, runs: int) -> tuple[NDArray[np
     return teacher, other
 
 
-def _step(
-    student: Student,
-    weight: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    x: NDArray[np.float64],
-    teacher: NDArray[np.float64],
-) -> None:
+def _step(student: Student, weight: Vector, scale: Vector, x: Vector, teacher: Vector) -> None:
     """One sample for every run, in place. weight, x, teacher: (runs, N); scale: (runs,)."""
     N, lr = x.shape[1], student.lr
     field = np.einsum("rn,rn->r", weight, x)
@@ -291,7 +285,7 @@ def _step(
     scale += lr / N * (delta * unit - student.zeta * scale)
 
 
-def _delta(u: NDArray[np.float64], v: NDArray[np.float64], activation: Activation) -> NDArray[np.float64]:
+def _delta(u: Vector, v: Vector, activation: Activation) -> Vector:
     """g'(u) (g(v) - g(u)) for every run."""
     if activation == "identity":
         return v - u

@@ -1,47 +1,21 @@
 """What a user puts into a model: normalization modules as rules of the engine, and Normalization Propagation layers."""
 
-# isort: skip_file - a line of names for each norm
+# isort: skip_file
 from flexnorm.engine import NORMS
 from flexnorm.nn import normprop, reference, rules
-from flexnorm.nn.batch import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    MeanOnlyBatchNorm1d,
-    MeanOnlyBatchNorm2d,
-    MeanOnlyBatchNorm3d,
-    VarianceOnlyBatchNorm1d,
-    VarianceOnlyBatchNorm2d,
-    VarianceOnlyBatchNorm3d,
-)
+from flexnorm.nn.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from flexnorm.nn.batch import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from flexnorm.nn.batch import VarianceOnlyBatchNorm1d, VarianceOnlyBatchNorm2d, VarianceOnlyBatchNorm3d
 from flexnorm.nn.batch_instance import BatchInstanceNorm1d, BatchInstanceNorm2d, BatchInstanceNorm3d
 from flexnorm.nn.factory import TORCH_LAYERS, NoNorm, is_norm, make_norm, needs_batch, norm_class, norm_of, undecayed
 from flexnorm.nn.filter_response import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
-from flexnorm.nn.group import GroupNorm
+from flexnorm.nn.group import GroupNorm, LayerNorm1d, LayerNorm2d, LayerNorm3d
 from flexnorm.nn.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
-from flexnorm.nn.layer import LayerNorm1d, LayerNorm2d, LayerNorm3d
-from flexnorm.nn.normprop import (
-    NormPropActivation,
-    NormPropAdd,
-    NormPropAvgPool1d,
-    NormPropAvgPool2d,
-    NormPropAvgPool3d,
-    NormPropConcat,
-    NormPropConv1d,
-    NormPropConv2d,
-    NormPropConv3d,
-    NormPropConvTranspose1d,
-    NormPropConvTranspose2d,
-    NormPropConvTranspose3d,
-    NormPropInput,
-    NormPropLayer,
-    NormPropLinear,
-    NormPropMaxPool1d,
-    NormPropMaxPool2d,
-    NormPropMaxPool3d,
-    NormPropResidual,
-    NormPropUnits,
-)
+from flexnorm.nn.normprop import NormPropActivation, NormPropAdd, NormPropConcat, NormPropInput, NormPropLayer
+from flexnorm.nn.normprop import NormPropAvgPool1d, NormPropAvgPool2d, NormPropAvgPool3d, NormPropLinear
+from flexnorm.nn.normprop import NormPropConv1d, NormPropConv2d, NormPropConv3d, NormPropResidual, NormPropUnits
+from flexnorm.nn.normprop import NormPropConvTranspose1d, NormPropConvTranspose2d, NormPropConvTranspose3d
+from flexnorm.nn.normprop import NormPropMaxPool1d, NormPropMaxPool2d, NormPropMaxPool3d
 from flexnorm.nn.population import PopulationNorm1d, PopulationNorm2d, PopulationNorm3d
 from flexnorm.nn.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from flexnorm.nn.rms import RMSNorm1d, RMSNorm2d, RMSNorm3d

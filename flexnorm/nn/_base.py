@@ -45,15 +45,7 @@ class BatchStatistics(FlexNorm):
 
 
 class SampleStatistics(FlexNorm):
-    """A layer that normalizes each sample by its own statistics, in training and in evaluation alike.
-
-    Args:
-        num_features: Number of channels C of the input (N, C) or (N, C, *spatial).
-        eps: Added to the variance or mean square.
-        affine: Whether to learn ``weight`` and ``bias``, each (C,).
-        bias: ``False`` leaves out the bias only.
-        **kwargs: ``device``, ``dtype`` of the parameters.
-    """
+    """A layer that normalizes each sample by its own statistics, in training and in evaluation alike."""
 
     statistics_from = "sample"
 

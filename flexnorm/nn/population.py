@@ -83,6 +83,9 @@ class _PopulationNorm(FlexNorm):
     statistics_from = "population"
     options = ("eps", "momentum", "statistics", "gradient", "max_ratio")
     torch_layer = "batch"
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
     clipped: Tensor
 
     def __init__(
@@ -143,15 +146,10 @@ class _PopulationNorm(FlexNorm):
         super().check_input(x)
         self._samples = x.shape[0]
 
-    def _population(self) -> Pair:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        return self.running_mean, self.running_var
-
     @torch.no_grad()
     def _bounded(self, pooled: Moments) -> Pair:
         """Return the statistics within the guard about those of the batch."""
-        mean, var = self._population()
+        mean, var = self.running_mean, self.running_var
         if self.max_ratio is None or (isinstance(pooled.count, int) and pooled.count < 2):
             # Later batches change the buffers in place, before this one's backward has used its values.
             return mean.clone(), var.clone()
@@ -164,8 +162,8 @@ class _PopulationNorm(FlexNorm):
         """Let batch moments enter the bias-corrected moving average, between-batch variance included."""
         if self.frozen or recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
-        assert self.num_batches_tracked is not None
-        follow(pooled.tables, self._population(), self.num_batches_tracked, self.momentum, pooled.backend)
+        kept = self.running_mean, self.running_var
+        follow(pooled.tables, kept, self.num_batches_tracked, self.momentum, pooled.backend)
 
 
 class PopulationNorm1d(_PopulationNorm, ndims=(2, 3)):

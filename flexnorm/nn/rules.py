@@ -10,9 +10,8 @@ from flexnorm.nn._base import standardize
 from flexnorm.nn.batch import batch, mean_only, variance_only
 from flexnorm.nn.batch_instance import batch_instance
 from flexnorm.nn.filter_response import filter_response
-from flexnorm.nn.group import group
+from flexnorm.nn.group import group, layer
 from flexnorm.nn.instance import instance
-from flexnorm.nn.layer import layer
 from flexnorm.nn.population import population
 from flexnorm.nn.renorm import renorm, renormalize
 from flexnorm.nn.rms import rms

@@ -33,13 +33,10 @@ def effect(source: Source, new: nn.Module) -> str:
     except RefusedError:
         return "changes"
     freezes = source.frozen and new._buffers.get("running_mean") is not None
-    same = {
-        training: source.norm.function(training) == after.function(training and not freezes)
-        for training in (False, True)
-    }
-    if not same[False] or any(_loses(source, new, name, neutral) for name, neutral in (("weight", 1), ("bias", 0))):
+    in_evaluation, same = (source.norm.function(mode) == after.function(mode and not freezes) for mode in (False, True))
+    if not in_evaluation or any(_loses(source, new, name, neutral) for name, neutral in (("weight", 1), ("bias", 0))):
         return "changes"
-    return "kept" if same[True] else "kept in evaluation"
+    return "kept" if same else "kept in evaluation"
 
 
 def _loses(source: Source, new: nn.Module, name: str, neutral: int) -> bool:

@@ -80,11 +80,8 @@ def conversion_plan(
         return _apply(copied, _steps(copied, target, chosen, example), target)
 
     other = change(copy.deepcopy(model), example_input)
-    return ConversionPlan(
-        rows,
-        difference(model, other, example_input, change, training=False),
-        difference(model, other, example_input, change, training=True),
-    )
+    measured = [difference(model, other, example_input, change, training=mode) for mode in (False, True)]
+    return ConversionPlan(rows, *measured)
 
 
 def convert(

@@ -103,9 +103,7 @@ def fold_plan(
         1 folded, 1 left
     """
     folded, rows = _fold(copy.deepcopy(model), example_input, _chosen(model, include, exclude))
-    if example_input is None:
-        return FoldPlan(rows)
-    return FoldPlan(rows, _measured(model, folded, rows, example_input))
+    return FoldPlan(rows, None if example_input is None else _measured(model, folded, rows, example_input))
 
 
 def fold(
@@ -277,10 +275,8 @@ def _fold(model: nn.Module, example_input: Any, chosen: set[str]) -> tuple[nn.Mo
 
 
 def _measured(model: nn.Module, folded: nn.Module, rows: Sequence[FoldRow], example_input: Any) -> Difference:
-    def change(copied: nn.Module, example: Any) -> nn.Module:
-        return _fold(copied, example, {row.name for row in rows})[0]
-
-    return difference(model, folded, example_input, change, training=False)
+    names = {row.name for row in rows}
+    return difference(model, folded, example_input, lambda m, example: _fold(m, example, names)[0], training=False)
 
 
 def _fold_one(

@@ -609,11 +609,9 @@ def advise(
         weight = getattr(found[table.name.split("#")[0]], "weight", None)
         gamma = torch.ones_like(strength.mean_part) if weight is None else weight.detach().to(strength.mean_part)
         zeta = strength.zeta(batch_size)
-        parts, variances = (
-            (strength.mean_part, strength.std_part),
-            (strength.mean_variance, strength.square_variance / 2),
-        )
+        parts = strength.mean_part, strength.std_part
         from_mean, from_std = (float((part * gamma.square()).sum()) / batch_size for part in parts)
+        variances = strength.mean_variance, strength.square_variance / 2
         values = [round(batch_size * float(v.clamp_min(1e-12).reciprocal().median()), 6) for v in variances]
         row = LayerAdvice.of(
             table.name,

@@ -6,7 +6,7 @@ from sphere_networks import IMAGES, zoo
 from torch import nn
 
 from flexnorm.nn import UnitizedBatchNorm2d
-from flexnorm.optim import SGDG, AdamG, param_groups
+from flexnorm.optim import SGDG, AdamG, param_groups, row_axis
 from flexnorm.optim.groups import _followers, _has_history, _scale_statistics
 from flexnorm.optim.rows import RowLayout, to_rows
 
@@ -185,3 +185,18 @@ def test_statistics_follow_the_lengths_but_not_the_bias():
     _scale_statistics(layer, norm, torch.tensor([2.0, 4.0]))
     torch.testing.assert_close(norm.running_mean, torch.tensor([2.0, 2.0]))
     torch.testing.assert_close(norm.running_var, torch.tensor([1.0, 9 / 16]))
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Linear(4, 6), (0, 1)),
+        (nn.Conv2d(4, 6, 3, groups=2), (0, 2)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), (1, 2)),
+        (nn.Bilinear(2, 3, 4), (0, 1)),
+    ],
+)
+def test_where_the_output_units_of_a_layer_are(module: nn.Module, expected: tuple[int, int]) -> None:
+    assert row_axis(module, module.weight) == expected
+    row_dim, groups = expected
+    assert RowLayout.of(module.weight, row_dim, groups).rows == {nn.Bilinear: 4}.get(type(module), 6)

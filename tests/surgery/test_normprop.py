@@ -11,7 +11,7 @@ from model_zoo import ZOO, Residual, randomized, zoo
 from torch import nn
 from torch.nn import functional as F
 
-from flexnorm.lab.data.digits import load_digits
+from flexnorm.lab.data.sources import load_digits
 from flexnorm.lab.models import build
 from flexnorm.nn.normprop import NormPropActivation, NormPropConv2d, NormPropLayer, NormPropUnits, propagate
 from flexnorm.surgery import convert_to_normprop, fold, normprop_plan

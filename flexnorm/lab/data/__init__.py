@@ -1,7 +1,6 @@
 """Real images as tensors: bundled digits, local ``.npz`` files and image folders, Hugging Face data sets by name."""
 
-from flexnorm.lab.data.images import ImageData
-from flexnorm.lab.data.load import load
-from flexnorm.lab.data.subset import stratified
+from flexnorm.lab.data.images import ImageData, stratified
+from flexnorm.lab.data.sources import load
 
 __all__ = ["ImageData", "load", "stratified"]

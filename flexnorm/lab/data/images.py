@@ -1,4 +1,4 @@
-"""The one data type that the rest of the package sees, and the checks every source has to pass to become one."""
+"""One type for images, the checks that every source has to pass to become one, and stratified subsets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from flexnorm.lab.data.subset import stratified
 
 Array = npt.NDArray[np.generic]
 
@@ -102,9 +100,7 @@ def from_arrays(
         )
     y_train = _labels(name, "y_train", y_train, len(x_train))
     y_test = _labels(name, "y_test", y_test, len(x_test))
-    names = tuple(str(c) for c in classes) if classes is not None else None
-    if names is None:
-        names = tuple(str(i) for i in range(int(max(y_train.max(), y_test.max())) + 1))
+    names = tuple(map(str, range(int(max(y_train.max(), y_test.max())) + 1) if classes is None else classes))
     for key, y in (("y_train", y_train), ("y_test", y_test)):
         if y.max() >= len(names):
             raise ValueError(
@@ -125,12 +121,9 @@ def from_arrays(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image, not {limit}")
-    if limit is not None and limit < len(x_train):
-        keep = stratified(y_train, limit, seed)
-        x_train, y_train = x_train[keep], y_train[keep]
-    if limit is not None and limit < len(x_test):
-        keep = stratified(y_test, limit, seed)
-        x_test, y_test = x_test[keep], y_test[keep]
+    if limit is not None:
+        kept, tested = (stratified(y, min(limit, len(y)), seed) for y in (y_train, y_test))
+        x_train, y_train, x_test, y_test = x_train[kept], y_train[kept], x_test[tested], y_test[tested]
     sha = hashlib.sha256()
     for a in (x_train, y_train, x_test, y_test):
         sha.update(f"{a.shape}{a.dtype.str}".encode())
@@ -157,8 +150,7 @@ def _pixels(name: str, key: str, x: Array) -> Array:
         raise ValueError(f"{name}: {key} is empty (shape {x.shape}); at least one image is needed")
     if 0 in x.shape:
         raise ValueError(f"{name}: the images of {key} have no pixels (shape {x.shape})")
-    if x.ndim == 3:
-        x = x[..., None]
+    x = x[..., None] if x.ndim == 3 else x
     if x.shape[1] <= 4 < x.shape[3]:
         raise ValueError(
             f"{name}: {key} has shape {x.shape}, which looks like channels first; "
@@ -178,10 +170,8 @@ def _labels(name: str, key: str, y: Array, count: int) -> npt.NDArray[np.int64]:
     if not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"{name}: {key} has type {y.dtype}; labels must be integers from 0")
     if len(y) != count:
-        images = key.replace("y_", "x_")
-        raise ValueError(
-            f"{name}: {key} has {len(y)} labels but {images} has {count} images; each image needs one label"
-        )
+        images = f"x_{key.removeprefix('y_')} has {count} images"
+        raise ValueError(f"{name}: {key} has {len(y)} labels but {images}; each image needs one label")
     if y.min() < 0:
         raise ValueError(f"{name}: {key} holds the negative label {y.min()}; labels must be integers from 0")
     return y.astype(np.int64)
@@ -191,3 +181,46 @@ def _to_tensor(x: Array, white: float) -> Tensor:
     """Turn (N, H, W, C) pixels into a contiguous (N, C, H, W) float32 tensor; uint8 is divided by `white`."""
     images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)).astype(np.float32))
     return images.div_(white) if x.dtype == np.uint8 else images
+
+
+def shares(sizes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """Return how many of `count` draws each class gets: proportional to its size, by the largest-remainder rule.
+
+    (K,) sizes give (K,) integers that sum to `count`, at most their sum; none exceeds the size of its class.
+    """
+    exact = sizes * (count / sizes.sum())
+    given: npt.NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    # A stable sort breaks ties by class number, so that the result does not depend on the platform's sort.
+    order = np.argsort(-(exact - given), kind="stable")
+    given[order[: count - given.sum()]] += 1
+    return given
+
+
+def stratified(labels: npt.ArrayLike, count: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Return the indices of a subset in which every class keeps its share.
+
+    Args:
+        labels: (N,) integer labels.
+        count: Size of the subset, 1 to N.
+        seed: Which of the subsets. The stream behind it (NumPy's legacy generator) never changes between versions.
+
+    Returns:
+        (count,) indices in ascending order.
+
+    Raises:
+        ValueError: If `count` is not between 1 and the number of labels.
+
+    Examples:
+        >>> stratified([0, 0, 1, 1, 1, 1], 3).tolist()
+        [1, 2, 4]
+    """
+    y = np.asarray(labels)
+    if not 1 <= count <= len(y):
+        raise ValueError(f"a subset of {len(y)} images must have between 1 and {len(y)} images, not {count}")
+    rng = np.random.RandomState(seed)  # its stream is frozen by NumPy's compatibility policy
+    classes, sizes = np.unique(y, return_counts=True)
+    chosen = [
+        np.flatnonzero(y == label)[rng.permutation(size)[:share]]
+        for label, size, share in zip(classes, sizes, shares(sizes, count), strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)

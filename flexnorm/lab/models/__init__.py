@@ -10,10 +10,19 @@ from typing import Any
 from torch import nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.lab.models.blocks import Blocks, NormSpec, norm_names
-from flexnorm.lab.models.conv4fc2 import conv4fc2
-from flexnorm.lab.models.networks import convnet, nin, vgg, watched_layers
-from flexnorm.lab.models.residual import resnet, resnet18, wide_resnet
+from flexnorm.lab.models.networks import (
+    Blocks,
+    NormSpec,
+    conv4fc2,
+    convnet,
+    nin,
+    norm_names,
+    resnet,
+    resnet18,
+    vgg,
+    watched_layers,
+    wide_resnet,
+)
 
 __all__ = ["MODELS", "build", "norm_names", "watched_layers"]
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexnorm.lab.data import ImageData, load, stratified
-from flexnorm.lab.profile.bound import BoundWatch, bounded
-from flexnorm.lab.profile.channels import channel_numbers
+from flexnorm.lab.profile.layers import BoundWatch, bounded, channel_numbers, find_sites, own_weight, watched
 from flexnorm.lab.profile.load import load_model, load_weights
-from flexnorm.lab.profile.records import LayerProfile, Profile
-from flexnorm.lab.profile.sites import find_sites, own_weight, watched
-from flexnorm.lab.profile.verdict import LIMITS, Limits, judge
+from flexnorm.lab.profile.records import LIMITS, LayerProfile, Limits, Profile, judge
 from flexnorm.lab.run import environment
-from flexnorm.lab.run.optimizers import make_optimizer
+from flexnorm.lab.run.updates import make_optimizer
 from flexnorm.nn import needs_batch
 from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights
@@ -156,7 +153,9 @@ class _Run:
         monitor = ShiftMonitor(self.model, self.probe, selection, every=every, anchor="both")
         self.sites = find_sites(self.model, self.probe, selection)
         weights = sorted({site.weight for site in self.sites if site.weight is not None})
-        invariant = _invariant(self.model, example)
+        invariant: set[str] | None = None
+        with suppress(ValueError, RuntimeError):  # where they cannot be found out, they stay unknown
+            invariant = set(scale_invariant_weights(self.model, example).selected)
         bounds = BoundWatch(self.model, self.probe, self.sites)
         with ExitStack() as stack:
             stack.enter_context(monitor)
@@ -303,14 +302,6 @@ def _logits(model: nn.Module, images: Tensor, classes: int, when: str) -> None:
         raise ValueError(
             f"the model must return {wanted} or more, it returns {tuple(output.shape)} for {len(images)} images {when}"
         )
-
-
-def _invariant(model: nn.Module, example: Tensor) -> set[str] | None:
-    """Names of the scale-invariant weights; ``None`` where they cannot be found out."""
-    try:
-        return set(scale_invariant_weights(model, example).selected)
-    except (ValueError, RuntimeError):
-        return None
 
 
 def _device(name: str) -> torch.device:

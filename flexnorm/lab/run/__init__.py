@@ -2,11 +2,10 @@
 
 from flexnorm.lab.files import BusyError, WriteError
 from flexnorm.lab.run.compare import Progress, compare
-from flexnorm.lab.run.config import Config
+from flexnorm.lab.run.config import Config, assign, load_config, load_variants
+from flexnorm.lab.run.environment import Interrupted
 from flexnorm.lab.run.loop import train_run
-from flexnorm.lab.run.recipes import assign, load_config, load_variants
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES
-from flexnorm.lab.run.stop import Interrupted
 
 __all__ = [
     "ESTIMATE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from flexnorm.lab.data import ImageData
 from flexnorm.lab.files import dump_json, read_json
 from flexnorm.lab.records import EpochRow, Run, Study, renamed_command, with_step_ratios
 from flexnorm.lab.run.config import Config
+from flexnorm.lab.run.environment import stop_on_signals
 from flexnorm.lab.run.folder import open_experiment, run_path
 from flexnorm.lab.run.loop import build_model, fabric_of, train_run
-from flexnorm.lab.run.regularize import StepHooks
-from flexnorm.lab.run.stop import stop_on_signals
+from flexnorm.lab.run.updates import StepHooks
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,8 @@ class Progress:
 
 def runs_of(config: Config) -> Iterator[tuple[str, str, int]]:
     """Yield (norm, optimizer, seed) of every run; runs that are compared with each other follow each other in time."""
-    for seed in config.seeds:
-        for optim in config.optims:
-            for norm in config.norms:
-                yield norm, optim, seed
+    for seed, optim, norm in itertools.product(config.seeds, config.optims, config.norms):
+        yield norm, optim, seed
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""What a number was computed with, and the settings of torch that a run needs for its time only."""
+"""What a number was computed with, settings of torch for the time of a run, and signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import contextlib
 import math
 import os
 import platform
+import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +23,7 @@ SMALL = 1024
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return versions and hardware as plain values."""
-    on = str(device)
-    if device.type == "cuda":
-        on = f"{device} ({torch.cuda.get_device_name(device)})"
+    on = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     return {
         "flexnorm": __version__,
         "torch": str(torch.__version__),
@@ -61,3 +62,47 @@ def settings(config: Config, device: torch.device, shape: tuple[int, int, int]) 
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
             torch.backends.cudnn.benchmark = benchmark
+
+
+class Interrupted(Exception):  # noqa: N818  (like KeyboardInterrupt: a request, not an error)
+    """The user asked to stop; everything finished so far is on the disk.
+
+    Attributes:
+        exit_code: What a command ends with: 128 plus the number of the signal (130 for Ctrl-C).
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("stopped on request")
+        self.exit_code = exit_code
+
+
+class StopRequest:
+    """Remembers the number of the first ``signal`` that has arrived, 0 as long as none has."""
+
+    signal = 0
+
+    def check(self) -> None:
+        """Raise :class:`Interrupted` if a signal has arrived. Called where stopping is safe."""
+        if self.signal:
+            raise Interrupted(128 + self.signal)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Collect SIGINT and SIGTERM as requests; a second Ctrl-C interrupts at once. Only the main thread can."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        if request.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = request.signal or number
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -31,13 +31,12 @@ from flexnorm.lab.records import (
     renamed,
 )
 from flexnorm.lab.replicates import mean
-from flexnorm.lab.run import environment, schedule, seeding
-from flexnorm.lab.run.augment import augment
-from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run import draws, environment
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.optimizers import make_optimizer
-from flexnorm.lab.run.regularize import StepHooks
-from flexnorm.lab.run.summary import result, step_ms
+from flexnorm.lab.run.draws import augment
+from flexnorm.lab.run.folder import load_checkpoint, result, save_checkpoint, step_ms, truncate
+from flexnorm.lab.run.settings import schedule_factor
+from flexnorm.lab.run.updates import StepHooks, make_optimizer
 from flexnorm.nn import make_norm, needs_batch
 from flexnorm.shift import ShiftMonitor
 
@@ -50,27 +49,12 @@ class DivergedError(Exception):
 
 
 def build_model(config: Config, data: ImageData, norm: str) -> nn.Module:
-    """Build the network of an experiment with one normalization.
-
-    Raises:
-        ValueError: If network or normalization do not take the arguments they were given.
-    """
+    """Build the network of an experiment; ValueError if it or its normalization does not take their arguments."""
     own = config.norm_args.get(norm)
     try:
         return models.build(config.model, norm, data.shape[0], data.num_classes, norm_args=own, **config.model_args)
     except TypeError as error:
         raise ValueError(f"model {config.model} with norm {norm}: {error}") from error
-
-
-def refusal(model: nn.Module, config: Config, norm: str) -> str | None:
-    """Return why a network cannot be trained in this experiment, or None if it can."""
-    if config.batch_size > 1 or not any(needs_batch(module) for module in model.modules()):
-        return None
-    return (
-        f"{norm} normalizes by the statistics of the training batch, and a batch of 1 image has none but its own: "
-        f"training would fit statistics that the network never sees again. "
-        f"Train with a batch size of at least 2, or with a norm that can: {', '.join(single_image_norms())}"
-    )
 
 
 def single_image_norms() -> list[str]:
@@ -128,16 +112,13 @@ class _Run:
         self.norm, self.seed = config.norms[0], config.seeds[0]
         (self.optim,) = config.optims
         self.steps_per_epoch = max(1, len(data.x_train) // config.batch_size)
-        every = config.shift_every
-        if every is None:
-            every = max(1, min(self.steps_per_epoch, self.steps_per_epoch * config.epochs // 20))
-        self.shift_every = every if monitor else 0
+        often = max(1, min(self.steps_per_epoch, self.steps_per_epoch * config.epochs // 20))
+        self.shift_every = 0 if not monitor else often if config.shift_every is None else config.shift_every
         self.notes: list[str] = []
         atomic_write(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
 
-        torch.manual_seed(seeding.mixed(self.seed, 0, "weights"))
+        torch.manual_seed(draws.mixed(self.seed, 0, "weights"))
         self.model = build_model(config, data, self.norm)
-        self.refused = refusal(self.model, config, self.norm)
         device = fabric.device
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
         tested = slice(None) if config.test_limit is None else _some(data.y_test, config.test_limit)
@@ -150,29 +131,28 @@ class _Run:
         self.seconds = 0.0
 
     def train(self, on_epoch: Callable[[EpochRow], None], check_stop: Callable[[], None]) -> Run:
-        if self.refused:
-            return self._finish(REFUSED, self.refused)
+        if self.config.batch_size == 1 and any(map(needs_batch, self.model.modules())):
+            return self._finish(
+                REFUSED,
+                f"{self.norm} normalizes by the statistics of the training batch, and a batch of 1 image has none but "
+                f"its own: training would fit statistics that the network never sees again. "
+                f"Train with a batch size of at least 2, or with a norm that can: {', '.join(single_image_norms())}",
+            )
         started = time.perf_counter()
         settings = self.config.optim_settings(self.norm, self.optim)
         self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
-        self.hooks = StepHooks(self.config, self.model, self.x_train, seeding.mixed(self.seed, 0, "extras"))
+        self.hooks = StepHooks(self.config, self.model, self.x_train, draws.mixed(self.seed, 0, "extras"))
         # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
             self.monitor: Any = None
-            if self.shift_every:
-                self.monitor = stack.enter_context(
-                    ShiftMonitor(
-                        self.model,
-                        self.probe,
-                        layers=models.watched_layers(self.model),
-                        every=self.shift_every,
-                        lag=self.config.shift_lag,
-                        max_samples=self.config.shift_samples,
-                    )
-                )
+            if every := self.shift_every:
+                watched, lag = models.watched_layers(self.model), self.config.shift_lag
+                samples = self.config.shift_samples
+                monitor = ShiftMonitor(self.model, self.probe, watched, every=every, lag=lag, max_samples=samples)
+                self.monitor = stack.enter_context(monitor)
             self._resume()
             started -= self.seconds
             try:
@@ -194,16 +174,20 @@ class _Run:
                 self._write_shift()
                 return self._finish(DIVERGED, str(error))
         self.seconds = time.perf_counter() - started
-        self._write_weights()
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        # One entry only: the library writes several in an order that changes from process to process.
+        note = {"flexnorm": json.dumps(self.config.as_dict())}
+        content = optional("safetensors.torch", "training", "lab").save(weights, metadata=note)
+        atomic_write(self.folder / "model.safetensors", content)
         return self._finish(COMPLETE)
 
     def _train_epoch(self, check_stop: Callable[[], None]) -> tuple[float, float]:
         """Make the updates of one epoch; return their mean loss and the last learning rate."""
         config, device = self.config, self.fabric.device
         # Dropout and the like draw from the global generator: it, too, is a function of (seed, epoch).
-        torch.manual_seed(seeding.mixed(self.seed, self.epoch, "network"))
-        displacements = seeding.generator(self.seed, self.epoch, "augment")
-        order = seeding.order(len(self.x_train), self.seed, self.epoch).to(device)
+        torch.manual_seed(draws.mixed(self.seed, self.epoch, "network"))
+        displacements = draws.generator(self.seed, self.epoch, "augment")
+        order = draws.order(len(self.x_train), self.seed, self.epoch).to(device)
         arguments = config.schedule_settings()
         losses: list[float] = []
         self.model.train()
@@ -212,7 +196,7 @@ class _Run:
             chosen = order[batch * config.batch_size : (batch + 1) * config.batch_size]
             x = augment(self.x_train[chosen], config.augment, config.augment_pixels, displacements)
             y = self.y_train[chosen]
-            factor = schedule.factor(config.schedule, arguments, self.step, self.steps_per_epoch, config.epochs)
+            factor = schedule_factor(config.schedule, arguments, self.step, self.steps_per_epoch, config.epochs)
             for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
                 group["lr"] = lr * factor
             begin = time.perf_counter()
@@ -255,8 +239,7 @@ class _Run:
 
     def _resume(self) -> None:
         """Take up the last checkpoint, or clear what a run without one has left."""
-        path = self.folder / "checkpoint.pt"
-        metrics, shift = self.folder / "metrics.csv", self.folder / "shift.csv"
+        path, metrics, shift = (self.folder / name for name in ("checkpoint.pt", "metrics.csv", "shift.csv"))
         if not path.exists():
             for leftover in (metrics, shift):
                 with writing(leftover):
@@ -282,8 +265,8 @@ class _Run:
 
     def _save(self, done: EpochRow) -> None:
         """Write the rows of an epoch and, when one is due, a checkpoint that vouches for them."""
-        rows = [[*dataclasses.astuple(done)]]
-        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, rows)
+        row = [*dataclasses.astuple(done)]
+        self.metrics_bytes = append_rows(self.folder / "metrics.csv", METRICS_HEADER, [row])
         self._write_shift()
         if self.epoch % self.config.checkpoint_every and self.epoch < self.config.epochs:
             return
@@ -310,21 +293,10 @@ class _Run:
             return
         rows = []
         for record in self.monitor.records:
-            values = record.asdict()
-            epoch = (values["step"] - 1) // self.steps_per_epoch + 1
-            rows.append([epoch, values["step"], values["layer"], *(float(values[name]) for name in SHIFT_NUMBERS)])
+            values, epoch = record.asdict(), (record.step - 1) // self.steps_per_epoch + 1
+            rows.append([epoch, record.step, record.layer, *(float(values[name]) for name in SHIFT_NUMBERS)])
         self.monitor.records.clear()
         self.shift_bytes = append_rows(self.folder / "shift.csv", SHIFT_HEADER, rows)
-
-    def _write_weights(self) -> None:
-        """Write the trained weights in the format that every framework reads."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        # One entry only: the library writes several in an order that changes from process to process.
-        note = {"flexnorm": json.dumps(self.config.as_dict())}
-        atomic_write(
-            self.folder / "model.safetensors",
-            optional("safetensors.torch", "training", "lab").save(weights, metadata=note),
-        )
 
     def _finish(self, status: str, reason: str = "") -> Run:
         """Write the summary: from then on the run counts as done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,10 +108,7 @@ def filled(kind: str, where: str, defaults: Mapping[str, Any], given: Mapping[st
         kind: ``"optims"``, ``"gamma_decay"``, ``"estimate"`` or ``"schedule"``.
         where: The key that messages begin with.
         defaults: The table of that kind.
-        given: The settings that differ from it.
-
-    Raises:
-        ValueError: For a setting that there is not, or a value that it does not take.
+        given: The settings that differ from it; a ValueError says which there is not, or what it takes.
     """
     for key, value in given.items():
         if key not in defaults:
@@ -119,3 +117,34 @@ def filled(kind: str, where: str, defaults: Mapping[str, Any], given: Mapping[st
         if not fits(value):
             raise ValueError(f"{where}: {key} must be {words}, not {value!r}")
     return {**defaults, **given}
+
+
+def schedule_factor(name: str, args: Mapping[str, Any], step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Return the factor that one of :data:`SCHEDULES`, its ``args`` complete, gives after ``step`` updates.
+
+    Examples:
+        >>> [schedule_factor("cosine", {"warmup": 0.0, "final": 0.0}, step, 10, 2) for step in (0, 10)]
+        [1.0, 0.5]
+    """
+    total = steps_per_epoch * epochs
+    done = step / total
+    if name == "onecycle":
+        peak = float(args["peak"])
+        if done < peak:
+            return _cosine(args["initial"], 1.0, done / peak)
+        return _cosine(1.0, args["final"], (done - peak) / (1 - peak) if peak < 1 else 0.0)
+    warmup: float = args["warmup"]
+    if done < warmup:
+        return (step + 1) / (warmup * total + 1)
+    if name == "cosine":
+        return _cosine(1.0, args["final"], (done - warmup) / (1 - warmup))
+    if name == "step":
+        epoch = step // steps_per_epoch
+        drops = sum(epoch >= drop for drop in args["drops"]) + (epoch // args["every"] if args["every"] else 0)
+        return math.pow(args["factor"], drops)
+    return 1.0
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    """Return the value of half a cosine from `start` to `end` at the fraction `done`."""
+    return float(end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))

@@ -78,7 +78,9 @@ def print_table(study: Study, where: Console) -> None:
         "norm": lambda row: row.norm,
         "optim": lambda row: row.optim,
         "runs": lambda row: f"{len(row.complete)}/{len(row.runs)}",
-        "test acc. %": lambda row: row.test_accuracy.text(".2f", 100) if row.complete else _failure(row),
+        "test acc. %": lambda row: (
+            row.test_accuracy.text(".2f", 100) if row.complete else (DIVERGED if row.count(DIVERGED) else REFUSED)
+        ),
         f"vs {baseline}": lambda row: row.difference.text("+.2f", 100),
         "train loss": lambda row: row.train_loss.text(".4f"),
         "shift W1": lambda row: row.shift_w1.text(".3f"),
@@ -117,11 +119,6 @@ def print_table(study: Study, where: Console) -> None:
             remarks.setdefault(note, []).append(cell)
     for remark, cells in remarks.items():
         where.print(f"{', '.join(cells)}: {remark}", markup=False)
-
-
-def _failure(row: Cell) -> str:
-    """Return why a row has no numbers, in one word."""
-    return DIVERGED if row.count(DIVERGED) else REFUSED
 
 
 def _number(value: float, form: str) -> str:

@@ -45,8 +45,7 @@ class UnitOptions(TypedDict, total=False):
         init: ``"stable"`` (gamma 1, bias 0.5 for ReLU; see :func:`~flexnorm.nn.normprop.integrals.initial_affine`) or
             ``"paper"`` (gamma 1/1.21, bias 0). None, the default: the one that goes with ``constants``.
         eps: Added to the exact variance; 1e-5 by default.
-        device: Of the parameters, as for torch's layers.
-        dtype: Likewise.
+        device, dtype: Of the parameters, as for torch's layers.
     """
 
     init: str | None
@@ -64,8 +63,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
     The constructor takes the number of units C, and what :class:`NormPropLinear` and :class:`UnitOptions` explain.
 
     Attributes:
-        gamma: ``(C,)`` scales of the pre-activations, or None for ``activation="identity"``, where it would have no
-            effect.
+        gamma: ``(C,)`` scales of the pre-activations, or None for ``"identity"``, where it would have no effect.
         bias: ``(C,)`` shifts of the pre-activations, or None likewise.
         slope: Trainable negative slope(s) of PReLU, else None.
         center: Buffer ``(C,)``: mean of z, or None for 0. See :meth:`calibrate_`.
@@ -134,8 +132,7 @@ class NormPropUnits(Spatial, nn.Module, spatial=0):
     def _table_like(self) -> Tensor:
         """A table (C,) of the parameters' device and dtype, in float32 at least."""
         like = self._stored
-        half = like.dtype in (torch.float16, torch.bfloat16)
-        return torch.empty(self.out_channels, dtype=torch.float32 if half else like.dtype, device=like.device)
+        return torch.empty(self.out_channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def preactivations(self, x: Tensor) -> Tensor:
         """z, as propagation takes it to be N(0, 1): for diagnosis."""

@@ -56,7 +56,7 @@ class ConvLayer(NormPropLayer):
             )
 
     def variance(self, unit: Tensor, size: tuple[int, ...]) -> Tensor:
-        """``v_c(p)``, ``(1, C, *output size)``, of unit filters on an input of spatial size ``size``."""
+        """Squared norm ``(1, C, *output size)`` of what lies inside an image of that ``size`` of each unit filter."""
         ones = unit.new_ones((1, self.in_channels, *size))
         with torch.autocast(unit.device.type, enabled=False):
             return self._linear(ones, unit.square(), None)
@@ -88,6 +88,8 @@ class ConvLayer(NormPropLayer):
             value = getattr(self, name, unset)
             if value not in (unset, (unset,) * self.spatial, "valid"):
                 parts.append(f"{name}={value!r}")
+        if getattr(self, "padding_value", None) is not None:
+            parts.append("padding_value=...")
         if self.border != "paper":
             parts.append(f"border={self.border!r}")
         return ", ".join([*parts, self._options()])
@@ -141,13 +143,10 @@ class NormPropConv(ConvLayer):
         if border == "exact" and padding_mode != "zeros":
             raise ValueError(f"border='exact' corrects zero padding; padding_mode={padding_mode!r} does not need it")
         geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        if not isinstance(padding, str):
-            geometry["padding"] = padding
-        else:
-            one_of("padding", padding, ("same", "valid"))
+        geometry |= {"padding": 0 if isinstance(padding, str) else padding}
         super().__init__(in_channels, out_channels, groups, geometry, border, activation, constants, **options)
         if isinstance(padding, str):
-            self.padding = padding
+            self.padding = one_of("padding", padding, ("same", "valid"))
         if padding == "same" and any(s != 1 for s in self.stride):
             raise ValueError(f"padding='same' needs stride 1, got {stride!r}")
         self.padding_mode = padding_mode
@@ -208,10 +207,6 @@ class NormPropConv(ConvLayer):
         folded = super()._folded(**changed, padding=0)
         pad = ChannelPad(self._explicit_padding(), self.spatial, self.weight.dtype, self.padding_value)
         return nn.Sequential(pad, *(folded if isinstance(folded, nn.Sequential) else [folded]))
-
-    def extra_repr(self) -> str:
-        """Arguments that define the layer, defaults left out."""
-        return super().extra_repr() + ("" if self.padding_value is None else ", padding_value=...")
 
 
 class NormPropConv1d(NormPropConv, spatial=1):

@@ -1,9 +1,7 @@
 """Elementwise functions: activations and what propagation needs to know of them, and tables that act per channel.
 
-A positively homogeneous activation, ``act(k u) = k act(u)`` for ``k > 0`` (ReLU, leaky ReLU, PReLU, identity), has
-closed-form Gaussian moments and lets the standardization fold into the weight. Every other elementwise function is
-handled by quadrature, split at its kinks so that piecewise smooth functions are integrated as accurately as smooth
-ones.
+A positively homogeneous activation (ReLU, leaky ReLU, PReLU, identity) has closed-form Gaussian moments and lets the
+standardization fold into the weight. Every other elementwise function is handled by quadrature, split at its kinks.
 """
 
 from __future__ import annotations

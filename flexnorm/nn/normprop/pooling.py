@@ -30,11 +30,7 @@ def _check_correlation(correlation: float) -> float:
 
 
 def max_pool_moments(
-    k: int,
-    correlation: float = 0.0,
-    activation: ActivationLike | None = None,
-    gamma: float = 1.0,
-    bias: float = 0.0,
+    k: int, correlation: float = 0.0, activation: ActivationLike | None = None, gamma: float = 1.0, bias: float = 0.0
 ) -> tuple[float, float]:
     """Mean and variance of the maximum of k standardized units of equal pairwise correlation.
 

@@ -6,7 +6,9 @@ How to read the report: ``docs/normprop.md``, "Looking inside".
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -262,28 +264,22 @@ def propagate(model: nn.Module, batch: Any = None, *, seed: int = 0) -> Propagat
 
     # Shifted, so that the perturbation is not the very noise that a user made with the same small seed.
     generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
-    names, calls = {id(layer): name for name, layer in named.items()}, Counter[str]()
+    calls = Counter[str]()
 
-    def after(layer: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        if isinstance(layer, NormPropUnits):
-            name = names[id(layer)]
-            calls[name] += 1
-            # The measurement calls layer.forward, not the layer: it does not come back here.
-            add(name + f"#{calls[name]}" * (calls[name] > 1), layer, _measure(layer, args[0], generator))
+    def after(name: str, layer: Any, args: tuple[Any, ...], _output: Any) -> None:
+        calls[name] += 1
+        # The measurement calls layer.forward, not the layer: it does not come back here.
+        add(name + f"#{calls[name]}" * (calls[name] > 1), layer, _measure(layer, args[0], generator))
 
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         if batch is None:
             for name, layer in named.items():
                 add(name, layer, {})
             return PropagationReport(rows)
-        handles = [layer.register_forward_hook(after) for layer in named.values()]
-        try:
-            model.eval()
-            model(*batch) if isinstance(batch, tuple) else model(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in modes:
-                module.training = mode
+        for name, layer in named.items():
+            stack.enter_context(layer.register_forward_hook(functools.partial(after, name)))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        model(*batch) if isinstance(batch, tuple) else model(batch)
     return PropagationReport(rows)

@@ -38,7 +38,8 @@ class NormPropResidual(nn.Module):
     """``(a S(x) + b f(x)) / sqrt(a^2 + b^2 + 2 a b correlation)``: a residual block that keeps unit variance.
 
     Args:
-        branch: f, a module whose output has zero mean and unit variance, such as a sequence of NormProp layers.
+        branch: f, a module whose output, of the shape of the block's, has zero mean and unit variance, such as a
+            sequence of NormProp layers.
         shortcut: S, a module for skips that change shape (``NormPropConv2d(..., kernel_size=1, stride=2,
             activation="identity")``); None for the identity.
         a: Weight of the skip.
@@ -49,9 +50,6 @@ class NormPropResidual(nn.Module):
 
     Raises:
         ValueError: If both weights vanish, are not finite, or the variance of the sum is not positive.
-
-    Shape:
-        Any input that the branch accepts; the output has the branch's shape.
 
     Examples:
         >>> from flexnorm.nn.normprop import NormPropLinear
@@ -107,8 +105,7 @@ class NormPropAdd(nn.Module):
     Args:
         channels: Number of channels C.
         spatial: Number of axes after the channels.
-        device: Of the weights, like ``dtype``.
-        dtype: Of the weights.
+        device, dtype: Of the weights.
 
     Attributes:
         a: ``(C,)``, weights of the first branch, initially 1.

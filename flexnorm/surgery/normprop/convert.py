@@ -173,11 +173,7 @@ def _converted(
         new,
         rows,
         difference(
-            inner,
-            new,
-            example_input,
-            lambda copied, x: _rewritten(copied, x, stats, options)[0],
-            training=False,
+            inner, new, example_input, lambda copied, x: _rewritten(copied, x, stats, options)[0], training=False
         ),
     )
 

@@ -211,6 +211,5 @@ def is_shape_query(node: fx.Node) -> bool:
     """Whether a node asks for the size of a tensor only."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel", "ndimension")
-    return (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
-    )
+    attribute = node.op == "call_function" and node.target is getattr
+    return attribute and node.args[1] in ("shape", "ndim", "dtype", "device")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,8 +24,7 @@ from flexnorm.nn.normprop import Activation, NormPropActivation, NormPropAdd, No
 from flexnorm.surgery._reading import RefusedError
 
 
-@dataclass(frozen=True)
-class ScaleShift:
+class ScaleShift(NamedTuple):
     """``x[n, c] = scale[c] * x'[n, c] + shift[c]``, channels on axis 1; both (C,) in float64, ``scale`` never 0."""
 
     scale: Tensor
@@ -114,8 +113,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 # -- layers
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Mean and standard deviation (C,) of a value of the original network, float64."""
 
     mean: Tensor
@@ -137,8 +135,7 @@ class Tail:
     slope: Tensor | None = None  # trained slopes of PReLU
 
 
-@dataclass(frozen=True)
-class LinearMap:
+class LinearMap(NamedTuple):
     """``W x + b`` in terms of standardized values: ``weight x' + bias``, padding with ``pad``."""
 
     weight: Tensor

@@ -341,11 +341,8 @@ def _moments_before(module: nn.Module | None) -> Moments | None:
 
 
 def _keep_frozen(new: nn.Module, linear: nn.Module, norm: nn.Module | None) -> None:
-    weight = linear._parameters.get("weight")
-    if "weight" in new._parameters and weight is not None:
-        new.get_parameter("weight").requires_grad_(weight.requires_grad)
-    owner = norm if norm is not None and norm._parameters.get("weight") is not None else linear
-    for name, old in (("gamma", "weight"), ("bias", "bias")):
+    affine = norm if norm is not None and norm._parameters.get("weight") is not None else linear
+    for name, owner, old in (("weight", linear, "weight"), ("gamma", affine, "weight"), ("bias", affine, "bias")):
         own, other = new._parameters.get(name), owner._parameters.get(old)
         if own is not None and other is not None:
             own.requires_grad_(other.requires_grad)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexnorm.lab.data.subset import shares, stratified
+from flexnorm.lab.data.images import shares, stratified
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)

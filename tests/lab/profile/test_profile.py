@@ -20,10 +20,9 @@ from flexnorm.lab.data import ImageData
 from flexnorm.lab.data.images import from_arrays
 from flexnorm.lab.models import build
 from flexnorm.lab.profile import LIMITS, Finding, LayerProfile, Limits, Profile, print_profile, profile
-from flexnorm.lab.profile.channels import channel_numbers, statistics_error
+from flexnorm.lab.profile.layers import channel_numbers, find_sites, statistics_error, watched
+from flexnorm.lab.profile.records import judge
 from flexnorm.lab.profile.run import _device
-from flexnorm.lab.profile.sites import find_sites, watched
-from flexnorm.lab.profile.verdict import judge
 from flexnorm.nn import NORMS, NormPropConv2d, NormPropLinear, make_norm, needs_batch
 from flexnorm.nn.normprop import propagate
 from flexnorm.shift import ShiftMonitor

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from flexnorm.lab import files, records
-from flexnorm.lab.run import BusyError, WriteError, schedule, seeding, summary
-from flexnorm.lab.run.augment import augment
-from flexnorm.lab.run.checkpoint import load_checkpoint, save_checkpoint, truncate
-from flexnorm.lab.run.settings import SCHEDULES, filled
-from flexnorm.lab.run.stop import Interrupted, StopRequest, stop_on_signals
+from flexnorm.lab.run import BusyError, WriteError, draws, folder
+from flexnorm.lab.run.draws import augment
+from flexnorm.lab.run.environment import Interrupted, StopRequest, stop_on_signals
+from flexnorm.lab.run.folder import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run.settings import SCHEDULES, filled, schedule_factor
 
 METRICS, SHIFT = records.METRICS_HEADER, records.SHIFT_HEADER
 
@@ -22,7 +22,7 @@ METRICS, SHIFT = records.METRICS_HEADER, records.SHIFT_HEADER
 class TestSchedule:
     def curve(self, name, epochs=10, per_epoch=10, **args):
         complete = filled("schedule", name, SCHEDULES[name], args)
-        return [schedule.factor(name, complete, step, per_epoch, epochs) for step in range(epochs * per_epoch)]
+        return [schedule_factor(name, complete, step, per_epoch, epochs) for step in range(epochs * per_epoch)]
 
     def test_constant(self):
         assert set(self.curve("constant")) == {1.0}
@@ -61,20 +61,20 @@ class TestSchedule:
 class TestSeeding:
     def test_orders_are_permutations_that_depend_on_seed_and_epoch_alone(self):
         torch.manual_seed(1)
-        first = seeding.order(50, seed=3, epoch=2)
+        first = draws.order(50, seed=3, epoch=2)
         torch.manual_seed(2)
-        assert torch.equal(first, seeding.order(50, seed=3, epoch=2))
+        assert torch.equal(first, draws.order(50, seed=3, epoch=2))
         assert torch.equal(first.sort().values, torch.arange(50))
-        assert not torch.equal(first, seeding.order(50, seed=3, epoch=3))
-        assert not torch.equal(first, seeding.order(50, seed=4, epoch=2))
+        assert not torch.equal(first, draws.order(50, seed=3, epoch=3))
+        assert not torch.equal(first, draws.order(50, seed=4, epoch=2))
 
     def test_the_global_generator_is_left_alone(self):
         before = torch.get_rng_state()
-        seeding.order(9, 0, 0)
+        draws.order(9, 0, 0)
         assert torch.equal(before, torch.get_rng_state())
 
     def test_purposes_are_unrelated(self):
-        assert len({seeding.mixed(s, e, p) for s in range(9) for e in range(9) for p in "ab"}) == 162
+        assert len({draws.mixed(s, e, p) for s in range(9) for e in range(9) for p in "ab"}) == 162
 
 
 class TestAugment:
@@ -247,7 +247,7 @@ class TestSummary:
             "1,3,b,1,2,3,4,0.25,0.5,0.75",
         ]
         (tmp_path / "shift.csv").write_text("\n".join([SHIFT, *rows]) + "\n")
-        result = summary.result(tmp_path)
+        result = folder.result(tmp_path)
         assert result["test_accuracy"] == 0.9
         assert result["best_test_accuracy"] == 0.91
         assert result["shift"]["a"] == pytest.approx(
@@ -261,24 +261,24 @@ class TestSummary:
     @pytest.mark.parametrize("values", ["0.3,0.2,0.4", "0.1,0.5,0.4"])
     def test_an_interval_that_does_not_hold_is_seen(self, tmp_path, values):
         (tmp_path / "shift.csv").write_text(f"{SHIFT}\n1,3,a,{values},1,1,1,1\n")
-        assert summary.result(tmp_path)["shift_holds"] is False
+        assert folder.result(tmp_path)["shift_holds"] is False
 
     def test_measurements_of_a_network_that_has_diverged_do_not_count(self, tmp_path):
         rows = "1,3,a,0.1,0.2,0.3,1,0.1,0.2,0.3\n1,4,a,nan,nan,nan,nan,nan,nan,nan\n1,4,b,nan,nan,nan,nan,nan,nan,nan\n"
         (tmp_path / "shift.csv").write_text(f"{SHIFT}\n{rows}")
-        result = summary.result(tmp_path)
+        result = folder.result(tmp_path)
         assert result["shift"]["a"]["w1"] == 0.2
         assert math.isnan(result["shift"]["b"]["w1"])
         assert (result["shift_measurements"], result["shift_holds"]) == (1, True)
 
     def test_a_run_without_an_epoch_has_no_numbers(self, tmp_path):
-        result = summary.result(tmp_path)
+        result = folder.result(tmp_path)
         assert math.isnan(result["train_loss"])
         assert result["shift"] == {}
         assert result["shift_holds"] is None
 
     def test_the_median_step_leaves_out_the_warm_up(self):
-        assert summary.step_ms([9.0] * 5 + [0.001, 0.002, 0.003, 0.002, 0.007]) == pytest.approx(2)
-        assert summary.step_ms([5.0, 0.001]) == pytest.approx(1)
-        assert summary.step_ms([0.001]) == pytest.approx(1)
-        assert math.isnan(summary.step_ms([]))
+        assert folder.step_ms([9.0] * 5 + [0.001, 0.002, 0.003, 0.002, 0.007]) == pytest.approx(2)
+        assert folder.step_ms([5.0, 0.001]) == pytest.approx(1)
+        assert folder.step_ms([0.001]) == pytest.approx(1)
+        assert math.isnan(folder.step_ms([]))

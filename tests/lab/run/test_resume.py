@@ -40,7 +40,7 @@ def crash_at(monkeypatch, number, half):
     for module, name in (
         ("flexnorm.lab.run.loop", "atomic_write"),
         ("flexnorm.lab.run.loop", "append_rows"),
-        ("flexnorm.lab.run.checkpoint", "atomic_write"),
+        ("flexnorm.lab.run.folder", "atomic_write"),
         ("flexnorm.lab.files", "atomic_write"),
     ):
         monkeypatch.setattr(f"{module}.{name}", failing(getattr(files_module, name)))
@@ -111,10 +111,10 @@ def test_a_wrong_order_would_be_noticed(one, images, tmp_path, summaries, monkey
 
     with pytest.raises(Crash):
         train_run(one, images, tmp_path / "parts/runs/a/b/c", on_epoch=stop)
-    from flexnorm.lab.run import seeding
+    from flexnorm.lab.run import draws
 
-    order = seeding.order
-    monkeypatch.setattr(seeding, "order", lambda count, seed, _epoch: order(count, seed, 0))
+    order = draws.order
+    monkeypatch.setattr(draws, "order", lambda count, seed, _epoch: order(count, seed, 0))
     train_run(one, images, tmp_path / "parts/runs/a/b/c")
     assert summaries(tmp_path / "whole") != summaries(tmp_path / "parts")
 

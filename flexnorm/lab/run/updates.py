@@ -1,7 +1,8 @@
-"""What a run does in each update beside the loss and the optimizer: gamma decay, coherence, population statistics."""
+"""What makes an update: the optimizer, and gamma decay, coherence and population statistics beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,48 @@ from torch import Tensor, nn
 
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
-from flexnorm.nn.normprop import NormPropLayer, coherence_penalty
-from flexnorm.optim import GammaDecay
+from flexnorm.nn import undecayed
+from flexnorm.nn.normprop import NormPropLayer, coherence_penalty, normalize_weights_, register_unit_norm
+from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, GammaDecay, param_groups
 from flexnorm.probe import batch_norm_layers
 from flexnorm.statistics import PopulationEstimator
+
+# Optimizers that leave the length of weights free.
+_FLAT = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "sgdp": SGDP, "adamp": AdamP}
+
+
+def make_optimizer(
+    model: nn.Module, optim: str, settings: Mapping[str, Any], example_input: Tensor
+) -> tuple[torch.optim.Optimizer, list[str]]:
+    """Build one of :data:`OPTIMS` for a model not yet moved or wrapped; also return remarks for the run's summary.
+
+    Layers of Normalization Propagation get unit weights now and after every step (Arpit et al., 2016, section 3.3),
+    unless the optimizer itself keeps weights on the sphere. ``settings`` are complete, as
+    :meth:`flexnorm.lab.run.Config.optim_settings` returns them; a few images ``example_input`` (N, C, H, W) show which
+    weights are scale-invariant.
+    """
+    s = dict(settings)
+    if "beta1" in s:
+        s["betas"] = (s.pop("beta1"), s.pop("beta2"))
+    if "nesterov" in s:
+        s["nesterov"] &= s["momentum"] > 0
+    if optim in _FLAT:
+        # Parameters without weight decay (alpha of unitization) are in a group of their own.
+        free = {id(p) for p in undecayed(model)}
+        parts = [[p for p in model.parameters() if (id(p) in free) == apart] for apart in (False, True)]
+        groups = [{"params": parts[0]}, *([{"params": parts[1], "weight_decay": 0.0}] if free else [])]
+        optimizer = _FLAT[optim](groups, **s)
+        normalize_weights_(model)
+        register_unit_norm(optimizer, model)
+        return optimizer, []
+    own = {key: s[key] for key in ("lr", "lr_manifold", "weight_decay", "grad_clip", "ortho")}
+    on_sphere = param_groups(model, example_input=example_input, **own)
+    notes = list(on_sphere.notes)
+    if not any(group["manifold"] for group in on_sphere):
+        notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")
+    if optim == "sgdg":
+        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"]), notes
+    return AdamG(on_sphere, betas=(s["momentum"], s["beta2"]), nesterov=s["nesterov"]), notes
 
 
 class StepHooks:
@@ -33,13 +72,11 @@ class StepHooks:
 
     def __init__(self, config: Config, model: nn.Module, samples: Tensor, seed: int) -> None:
         settings = {**GAMMA_DECAY, **config.gamma_decay}
-        self._model, self._coherence = model, config.coherence
+        self._model, self._coherence, self._decoupled = model, config.coherence, bool(settings["decoupled"])
         self._every: int = settings["every"]
-        self._decoupled = bool(config.gamma_decay) and bool(settings["decoupled"])
-        self._steps = 0
         self._decay: GammaDecay | None = None
-        self._coefficient = 0.0
         self._gammas: list[nn.Parameter] = []
+        self._coefficient, self._steps = 0.0, 0
         propagating = [module for module in model.modules() if isinstance(module, NormPropLayer)]
         if config.coherence and not propagating:
             raise ValueError("coherence is a penalty on layers of Normalization Propagation; this network has none")
@@ -59,9 +96,7 @@ class StepHooks:
         self._estimator: PopulationEstimator | None = None
         if any(getattr(module, "statistics", None) == "estimated" for module in model.modules()):
             pool = {**ESTIMATE, **config.estimate}
-            self._estimator = PopulationEstimator(
-                model, samples, size=pool["samples"], every=pool["every"], chunk=pool["chunk"], seed=seed
-            )
+            self._estimator = PopulationEstimator(model, samples, size=pool.pop("samples"), **pool, seed=seed)
 
     def before(self, x: Tensor) -> None:
         """Renew what is due before an update on the images ``x`` (N, C, H, W)."""
@@ -73,9 +108,7 @@ class StepHooks:
 
     def penalty(self) -> Tensor | None:
         """Return what is to be added to the loss, or None."""
-        terms: list[Tensor] = []
-        if self._coherence:
-            terms.append(self._coherence * coherence_penalty(self._model))
+        terms = [self._coherence * coherence_penalty(self._model)] if self._coherence else []
         if self._gammas and not self._decoupled:
             if self._decay is not None:
                 terms.append(self._decay.penalty())

@@ -1,7 +1,8 @@
-"""Random flips and displacements of a batch in one gather."""
+"""Randomness as a function of (seed, epoch): a resumed run draws what an uninterrupted one would."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -9,18 +10,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def mixed(seed: int, epoch: int, purpose: str) -> int:
+    """Return a 63-bit seed for one purpose in one epoch; different arguments give unrelated streams."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """Return a private CPU generator; drawing from it leaves torch's global generator alone."""
+    return torch.Generator().manual_seed(mixed(seed, epoch, purpose))
+
+
+def order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the training images in one epoch, (count,) int64: the same for every norm and optimizer."""
+    return torch.randperm(count, generator=generator(seed, epoch, "order"))
+
+
 def augment(x: Tensor, kinds: Sequence[str], pixels: int, generator: torch.Generator) -> Tensor:
-    """Return a randomly displaced and mirrored copy of a batch.
+    """Return a randomly displaced and mirrored copy of a batch ``x`` (N, C, H, W), in one gather.
 
     Args:
-        x: (N, C, H, W) standardized images, so that zero is the mean grey.
+        x: Standardized images, so that zero is the mean grey.
         kinds: Any of ``flip`` (each image is mirrored with probability 1/2), ``shift`` (moved by up to `pixels` in each
-            direction, zero fill) and ``crop`` (the same with a reflected border).
+            direction, zero fill) and ``crop`` (the same with a reflected border); none returns `x` itself.
         pixels: Largest displacement.
         generator: Private CPU generator.
-
-    Returns:
-        (N, C, H, W); `x` itself if `kinds` is empty.
 
     Raises:
         ValueError: If a reflected border is as wide as the image.
