@@ -38,6 +38,14 @@ def violations(path: Path, root: Path) -> Iterator[str]:
             for name in private([*source, *names]):
                 yield f"{path}:{node.lineno}: {name} of {node.module} is private"
             modules.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                source = tuple(alias.name.split("."))
+                if source[0] == root.name and owner(source) != own:
+                    for name in private([*source]):
+                        yield f"{path}:{node.lineno}: {name} of {alias.name} is private"
+                    if alias.asname:
+                        modules[alias.asname] = alias.name
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             for name in private([node.attr]):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import interleave, ratios, save
 from flexnorm import Moments, flex_norm
-from flexnorm import nn as ek
+from flexnorm import nn as fx
 from flexnorm.lab.models import build
 
 SHAPES = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8)]
@@ -67,13 +67,13 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "nn.BatchNorm2d": nn.BatchNorm2d,
     "nn.GroupNorm(32)": lambda c: nn.GroupNorm(32, c),
     "naive unitized": NaiveUnitized,
-    "batch": ek.BatchNorm2d,
-    "unitized": ek.UnitizedBatchNorm2d,
-    "population": ek.PopulationNorm2d,
-    "population (estimated)": lambda c: ek.PopulationNorm2d(c, statistics="estimated"),
-    "group(32)": lambda c: ek.GroupNorm(32, c),
-    "layer": ek.LayerNorm2d,
-    "instance": ek.InstanceNorm2d,
+    "batch": fx.BatchNorm2d,
+    "unitized": fx.UnitizedBatchNorm2d,
+    "population": fx.PopulationNorm2d,
+    "population (estimated)": lambda c: fx.PopulationNorm2d(c, statistics="estimated"),
+    "group(32)": lambda c: fx.GroupNorm(32, c),
+    "layer": fx.LayerNorm2d,
+    "instance": fx.InstanceNorm2d,
     "user rule": UserNorm,
 }
 BASE = "nn.BatchNorm2d"

@@ -24,7 +24,7 @@ from flexnorm.lab.models import build
 from flexnorm.nn import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = (
+PACKAGES = (
     "engine",
     "kernels",
     "lab.charts",
@@ -166,7 +166,7 @@ def test_links_of_the_pages_lead_somewhere() -> None:
 
 def public() -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
-    for room in ("", *ROOMS):
+    for room in ("", *PACKAGES):
         module = importlib.import_module(f"flexnorm.{room}".rstrip("."))
         found += [(f"{module.__name__}.{name}", getattr(module, name)) for name in module.__all__]
     return found

@@ -185,6 +185,7 @@ def test_what_is_private_to_a_package_is_found_elsewhere(tmp_path: Path) -> None
         "shift/a.py": "from flexnorm.nn._base import Base\nfrom flexnorm.nn import _hidden\n",
         "shift/b.py": "from flexnorm.nn import batch\nbatch._Batch\nbatch.Batch.__name__\n",
         "lab/run/c.py": "from flexnorm.lab.report._page import page\n",
+        "shift/d.py": "import flexnorm.nn._base\nimport flexnorm.nn.batch as bn\nbn._Batch\nimport flexnorm.shift._c\n",
     }
     for name, text in files.items():
         path = tmp_path / "flexnorm" / name
@@ -199,4 +200,6 @@ def test_what_is_private_to_a_package_is_found_elsewhere(tmp_path: Path) -> None
         "shift/a.py:1: _base of flexnorm.nn._base is private",
         "shift/a.py:2: _hidden of flexnorm.nn is private",
         "shift/b.py:2: _Batch of flexnorm.nn.batch is private",
+        "shift/d.py:1: _base of flexnorm.nn._base is private",
+        "shift/d.py:3: _Batch of flexnorm.nn.batch is private",
     ]

@@ -31,8 +31,7 @@ class ShiftWatch:
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         """Make the monitor, or take up the state of the one before, and look for the first time."""
-        if self._probe is None:
-            self._probe = inputs
+        self._probe = inputs if self._probe is None else self._probe
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         monitor = ShiftMonitor(model, to_device(self._probe, device), **self._options)
         if self._state is not None:

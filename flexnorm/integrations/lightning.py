@@ -17,11 +17,9 @@ from flexnorm.probe import batch_inputs
 _Base: Any = base_class((("lightning.pytorch.callbacks", "Callback"), ("pytorch_lightning.callbacks", "Callback")))
 
 
-def _precision(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+def _precision(trainer: Any) -> Any:
     """The autocast of the trainer, for the hooks are called outside of it."""
-    context = getattr(getattr(trainer, "precision_plugin", None), "forward_context", contextlib.nullcontext)
-    manager: contextlib.AbstractContextManager[Any] = context()
-    return manager
+    return getattr(getattr(trainer, "precision_plugin", None), "forward_context", contextlib.nullcontext)()
 
 
 class LightningShiftCallback(ShiftWatch, _Base):
@@ -99,15 +97,13 @@ class LightningPopulationCallback(PopulationRenewal, _Base):
     """Renews the statistics of ``PopulationNorm*d(..., statistics="estimated")`` in a LightningModule as it trains.
 
     Before the first update, every ``every`` updates from then on (batches that gradient accumulation takes together are
-    one), before every validation and test of the training, and at its end. Under data parallelism each process hands
-    over its part of the samples, and the statistics are those of all. The cost is that of
-    :class:`~flexnorm.statistics.PopulationEstimator`; ``callback.estimator.cost`` has it in seconds per update. The
-    counters go into the trainer's checkpoints, so that an interrupted training goes on exactly.
+    one), before every validation and test of the training, and at its end. See
+    :class:`~flexnorm.statistics.PopulationEstimator` for the cost and for data parallelism. The counters go into the
+    trainer's checkpoints, so that an interrupted training goes on exactly.
 
     Args:
-        samples: (N, *), training inputs of the module to draw from.
-        **options: All other arguments of :class:`~flexnorm.statistics.PopulationEstimator`: ``size``, ``every``,
-            ``chunk``, ``seed``.
+        samples: (N, *), training inputs of the module to draw from; under data parallelism, those of the process.
+        **options: ``size``, ``every``, ``chunk`` and ``seed`` of the estimator.
 
     Attributes:
         estimator: The estimator, once the training has begun.

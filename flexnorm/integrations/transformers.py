@@ -22,10 +22,10 @@ class _Checkpointed(_Base):
     _file: str
 
     def _kept(self, args: Any, state: Any) -> Any:
-        """The state in the checkpoint that the training resumes from, or ``None``."""
+        """The state in the checkpoint that the training resumes from, or nothing."""
         kept = _checkpoint(args, state) / self._file
         found = state.global_step > 0 and kept.is_file()
-        return torch.load(kept, map_location="cpu", weights_only=True) if found else None
+        return torch.load(kept, map_location="cpu", weights_only=True) if found else {}
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Put the state into the checkpoint that was just written."""
@@ -75,7 +75,7 @@ class TransformersShiftCallback(ShiftWatch, _Checkpointed):
     ) -> None:
         """Take the probe, and the state of a checkpoint that the training resumes from."""
         if state.is_world_process_zero:
-            self.load_state_dict(self._kept(args, state) or {})
+            self.load_state_dict(self._kept(args, state))
             self._begin(model, None if self._probe is not None else self._first(train_dataloader))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -103,14 +103,13 @@ class TransformersPopulationCallback(PopulationRenewal, _Checkpointed):
     """Renews the statistics of ``PopulationNorm*d(..., statistics="estimated")`` in a model that a ``Trainer`` trains.
 
     Before the first update, every ``every`` updates from then on, before every evaluation and checkpoint, and at the
-    end. Under data parallelism each process hands over its part of the samples, and the statistics are those of all.
-    The cost is that of :class:`~flexnorm.statistics.PopulationEstimator`; ``callback.estimator.cost`` has it in seconds
-    per update. The counters are kept in every checkpoint folder, as ``population_estimator.pt``.
+    end. See :class:`~flexnorm.statistics.PopulationEstimator` for the cost and for data parallelism. The counters are
+    kept in every checkpoint folder, as ``population_estimator.pt``.
 
     Args:
-        samples: (N, *), training inputs to draw from; the model is called with them as its only argument.
-        **options: All other arguments of :class:`~flexnorm.statistics.PopulationEstimator`: ``size``, ``every``,
-            ``chunk``, ``seed``.
+        samples: (N, *), training inputs to draw from, the model's only argument; under data parallelism, those of the
+            process.
+        **options: ``size``, ``every``, ``chunk`` and ``seed`` of the estimator.
 
     Attributes:
         estimator: The estimator, once the training has begun.

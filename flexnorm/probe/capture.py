@@ -1,10 +1,4 @@
-"""What a side pass through a network collects at every batch-normalized layer: per image, not per position.
-
-For image j and channel c: the mean and the (biased) variance of the layer's input over the positions, and the
-derivative of the image's loss with respect to a shift and to a scale of the layer's output that all positions share.
-These tables of shape (N, C) are all that zeta needs; positions enter only through them, so their correlations are
-accounted for.
-"""
+"""What a side pass through a network collects at every batch-normalized layer: per image, not per position."""
 
 from __future__ import annotations
 
@@ -56,6 +50,8 @@ outputs: ``cross_entropy`` of logits (N, K) or (N, K, *), averaged over ``*``; `
 
 class ImageTables(NamedTuple):
     """One call of one layer. All tensors have shape (N, C), detached.
+
+    They are all that zeta needs; positions enter only through them, so their correlations are accounted for.
 
     Attributes:
         name: Name of the layer in the model; a layer called more than once has ``#2``, ``#3`` ... appended.

@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -94,7 +94,10 @@ def isolated(model: nn.Module, seed: int, *, autocast: torch.dtype | None = None
         stack.enter_context(private_randomness(devices, seed))
         stack.enter_context(_private_attributes(model, seed))
         for kind in {device.type for device in devices} | {"cpu"}:
-            stack.enter_context(_uncached_autocast(kind, autocast))
+            if autocast is not None or torch.is_autocast_enabled(kind):
+                # Casts made without gradients must not stay in the cache for the training forward to find.
+                dtype = autocast or torch.get_autocast_dtype(kind)
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
         if "torch._dynamo" in sys.modules:
             # Compiled functions and submodules skip hooks; and their guards shall not see this pass.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -168,15 +171,6 @@ def _copied(value: Any, copies: dict[int, Any], seed: int) -> Any:
     else:
         return value
     return copies[id(value)]
-
-
-@contextmanager
-def _uncached_autocast(kind: str, dtype: torch.dtype | None) -> Iterator[None]:
-    enabled = torch.is_autocast_enabled(kind) if dtype is None else True
-    # Casts made without gradients must not stay in the cache for the training forward to find.
-    dtype = dtype or torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, dtype=dtype, cache_enabled=False) if enabled else nullcontext():
-        yield
 
 
 def side_forward(

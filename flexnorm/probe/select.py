@@ -142,10 +142,9 @@ def select(
         >>> list(select(dict(model.named_modules()), ["norm", "re:2.*"]))
         ['1', '2', '2.0']
     """
-    named = {name: (name, _plain(name)) for name in candidates}
 
     def named_like(fits: Callable[[str], object]) -> set[str]:
-        return {name for name, spellings in named.items() if any(map(fits, spellings))}
+        return {name for name in candidates if fits(name) or fits(_plain(name))}
 
     def where(fits: Callable[[str, nn.Module], object]) -> set[str]:
         return {name for name, module in candidates.items() if fits(name, module)}
@@ -162,7 +161,9 @@ def select(
             return chosen(re.compile(text[3:]))
         # A pattern of everything does not mean the model around its layers.
         found = named_like(
-            lambda name: ((name or len(named) == 1) and fnmatch.fnmatchcase(name, text)) or name.startswith(f"{text}.")
+            lambda name: (
+                ((name or len(candidates) == 1) and fnmatch.fnmatchcase(name, text)) or name.startswith(f"{text}.")
+            )
         )
         if not (found := found or norms) and text == "norm":
             raise ValueError(
@@ -172,8 +173,7 @@ def select(
         return found or unknown(text)
 
     def unknown(pattern: str) -> set[str]:
-        names = [name for name in named if name]
-        raise ValueError(f"{argument}: {unknown_name(f'{kind} or pattern', pattern, names)}")
+        raise ValueError(f"{argument}: {unknown_name(f'{kind} or pattern', pattern, filter(None, candidates))}")
 
     def chosen(part: object) -> set[str]:
         if isinstance(part, str):
@@ -205,12 +205,7 @@ def select(
 
 
 def select_places(places: list[Place], include: Selection | None, exclude: Selection | None) -> list[Place]:
-    """Those of ``places`` that ``include`` names (all, if ``None``) and ``exclude`` does not.
-
-    Raises:
-        ValueError: A name, a pattern or a module fits none of the places.
-        TypeError: A selection is of another kind.
-    """
+    """Those of ``places`` that ``include`` names (all, if ``None``) and ``exclude`` does not; errors as of `select`."""
     candidates = {name: place.module for place in places for name in place.names}
     wanted = candidates if include is None else select(candidates, include, "include")
     dropped = {} if exclude is None else select(candidates, exclude, "exclude")
@@ -229,8 +224,7 @@ def select_layers(model: nn.Module, layers: Selection) -> dict[str, nn.Module]:
         submodules is left out.
 
     Raises:
-        ValueError: Nothing matches, or a module is not part of the model.
-        TypeError: The selection is of another kind.
+        ValueError, TypeError: As of :func:`select`; and nothing matches.
     """
     candidates = {_plain(name): module for name, module in model.named_modules()}
     if isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module)) and not (layers := list(layers)):
@@ -258,8 +252,7 @@ def select_parameters(
         Their names, in the order given.
 
     Raises:
-        ValueError: A name, a pattern or a module fits none of them.
-        TypeError: The selection is of another kind.
+        ValueError, TypeError: As of :func:`select`.
     """
     holders = {name: model.get_submodule(_holder(name)) for name in names}
     return list(select(holders, selection, argument, kind=kind, below=True))

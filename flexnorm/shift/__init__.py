@@ -1,12 +1,19 @@
 """Internal covariate shift: Wasserstein distances, certified bounds, and a monitor for any model."""
 
+from flexnorm.shift.base import AtSteps, EverySeconds, EverySteps, Logarithmic, Schedule
 from flexnorm.shift.layer_bounds import batch_norm_radius, layer_bound, second_moment_excess, unitized_radius
 from flexnorm.shift.monitor import ShiftMonitor
-from flexnorm.shift.optimization import OptimizationMonitor, OptimizationRecord
-from flexnorm.shift.records import Shift, ShiftRecord, measure_shift
-from flexnorm.shift.schedules import AtSteps, EverySeconds, EverySteps, Logarithmic, Schedule
-from flexnorm.shift.sinks import CSVSink, JSONLSink, MemorySink, Sink, TensorBoardSink
-from flexnorm.shift.weights import WeightMonitor, WeightRecord
+from flexnorm.shift.other_monitors import OptimizationMonitor, OptimizationRecord, WeightMonitor, WeightRecord
+from flexnorm.shift.records import (
+    CSVSink,
+    JSONLSink,
+    MemorySink,
+    Shift,
+    ShiftRecord,
+    Sink,
+    TensorBoardSink,
+    measure_shift,
+)
 from flexnorm.transport import ShiftBounds, gaussian_wasserstein, moment_lower_bound, shift_bounds, wasserstein
 
 __all__ = [

@@ -1,24 +1,143 @@
-"""What all monitors share: counting steps, keeping an anchor until it is compared, sinks, a resumable state."""
+"""What all monitors share: when to measure, keeping an anchor until it is compared, sinks, a resumable state."""
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, Self, TypeVar, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.probe import unwrap
-from flexnorm.shift.records import Record
-from flexnorm.shift.schedules import Schedule, as_schedule
-from flexnorm.shift.sinks import Sink, as_sink
+from flexnorm.shift.records import Record, Sink, as_sink
+
+Schedule = Callable[[int], bool]
+"""Anything that maps a step count to whether to measure there; a plain function will do."""
 
 Anchor = Literal["previous", "initial", "both"]
+Every = int | Schedule | Iterable[int]
 Snapshot = dict[str, Tensor]
 R = TypeVar("R", bound=Record)
 
 _FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EverySteps:
+    """Measure at ``start``, ``start + interval``, ``start + 2 interval``, ...
+
+    Attributes:
+        interval: Steps between two measurements, at least 1.
+        start: First step to measure at.
+    """
+
+    interval: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or self.start < 0:
+            raise ValueError(f"interval must be at least 1 and start at least 0, got {self.interval} and {self.start}")
+
+    def __call__(self, step: int, /) -> bool:
+        """Whether ``step`` lies on the grid."""
+        return step >= self.start and (step - self.start) % self.interval == 0
+
+
+@dataclass(frozen=True)
+class Logarithmic:
+    """Measure often at first, then ever more rarely: at 0 and at the rounded powers ``base ** (k / per_base)``.
+
+    Attributes:
+        base: Ratio of steps within which ``per_base`` measurements are made, above 1.
+        per_base: Measurements per factor of ``base``, at least 1.
+    """
+
+    base: float = 10.0
+    per_base: int = 10
+
+    def __post_init__(self) -> None:
+        if self.base <= 1 or self.per_base < 1:
+            raise ValueError(f"base must exceed 1 and per_base be at least 1, got {self.base} and {self.per_base}")
+
+    def __call__(self, step: int, /) -> bool:
+        """Whether a rounded power equals ``step``."""
+        if step < 1:
+            return step == 0
+        # The powers that round to `step` lie within half a step of it.
+        low, high = (self.per_base * math.log(bound, self.base) for bound in (max(step - 0.5, 1), step + 0.5))
+        return any(round(self.base ** (k / self.per_base)) == step for k in range(math.floor(low), math.ceil(high) + 1))
+
+
+@dataclass(frozen=True)
+class AtSteps:
+    """Measure at the listed steps.
+
+    Attributes:
+        steps: The step counts.
+    """
+
+    steps: frozenset[int]
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        object.__setattr__(self, "steps", frozenset(int(step) for step in steps))
+        if not self.steps or min(self.steps) < 0:
+            raise ValueError(f"steps must be a non-empty list of counts from 0 on, got {sorted(self.steps)}")
+
+    def __call__(self, step: int, /) -> bool:
+        """Whether ``step`` is listed."""
+        return step in self.steps
+
+
+@dataclass
+class EverySeconds:
+    """Measure when at least ``interval`` seconds have passed since the last measurement; the first call measures.
+
+    What it does depends on the clock, so a resumed run need not measure at the steps of an uninterrupted one.
+
+    Attributes:
+        interval: Seconds between two measurements, above 0.
+        clock: Returns the time in seconds.
+    """
+
+    interval: float
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    _last: float | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.interval > 0:
+            raise ValueError(f"interval must be a positive number of seconds, got {self.interval}")
+
+    def __call__(self, step: int, /) -> bool:  # noqa: ARG002
+        """Whether the interval has passed; if so it starts anew."""
+        now = self.clock()
+        if self._last is not None and now - self._last < self.interval:
+            return False
+        self._last = now
+        return True
+
+
+def as_schedule(every: int | Schedule | Iterable[int]) -> Schedule:
+    """A schedule from a number of steps, a list of steps, or a schedule or function as it is; TypeError for others."""
+    if isinstance(every, int) and not isinstance(every, bool):
+        return EverySteps(every)
+    if callable(every):
+        return every
+    if isinstance(every, (list, tuple, set, frozenset, range)):
+        return AtSteps(every)
+    raise TypeError(f"every must be a number of steps, a list of steps or a schedule, got {every!r}")
+
+
+class MonitorOptions(TypedDict, total=False):
+    """What every monitor takes by keyword, as explained at :class:`flexnorm.shift.ShiftMonitor`."""
+
+    every: Every
+    lag: int
+    anchor: Anchor
+    sinks: Iterable[Any]
 
 
 class Monitor(ABC, Generic[R]):
@@ -30,7 +149,7 @@ class Monitor(ABC, Generic[R]):
     _kind: type[R]
 
     def __init__(
-        self, model: nn.Module, every: int | Schedule | Iterable[int], lag: int, anchor: Anchor, sinks: Iterable[Any]
+        self, model: nn.Module, every: Every = 100, lag: int = 1, anchor: Anchor = "previous", sinks: Iterable[Any] = ()
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")

@@ -5,19 +5,9 @@ to Y' gives
 
     $W_1(P, P') \le R + R' + \|\beta - \beta'\|$,
 
-so whatever bounds the radius bounds the shift:
-
-* BatchNorm: $R \le \sqrt{\sum_c \gamma_c^2 (1 + n_c)}$, where $1 + n_c = E \hat x_c^2$ and n is the noise of the
-  moments it standardizes with. It grows with the dimension and with the noise, and does not vanish when the noise does:
-  bounded, not reduced.
-* Unitized BatchNorm with alpha = 1: $R \le K \max_c |\gamma_c|$ with K a constant of the shape alone: no dimension, no
-  noise. For other alpha the share (1 - alpha) behaves like BatchNorm.
-* Population normalization: BatchNorm's bound, where the noise is the mismatch of the population statistics and this
-  batch.
-
-The paper's theorem was not available in print; these are derived from its definitions and checked by tests against
-measured distances. Radii are for points per position; one point per image multiplies every term by sqrt(positions), as
-the last argument does.
+so whatever bounds the radius bounds the shift. The paper's theorem was not available in print; the radii below are
+derived from its definitions and checked by tests against measured distances. They are for points per position; one
+point per image multiplies every term by sqrt(positions).
 """
 
 from __future__ import annotations
@@ -55,6 +45,8 @@ def second_moment_excess(mean: Tensor, var: Tensor, used_mean: Tensor, used_var:
 def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
     r"""Upper bound $\sqrt{\sum_c \gamma_c^2 (1 + n_c)}$ of $E\|Y - \beta\|$ for batch or population normalization.
 
+    It grows with the dimension and the noise, and does not vanish when the noise does: bounded, not reduced.
+
     Args:
         weight: (C,) the scale gamma.
         noise: n, one number or (C,); see :func:`second_moment_excess`.
@@ -62,8 +54,11 @@ def batch_norm_radius(weight: Tensor, noise: Noise = 0.0) -> Tensor:
     Returns:
         A scalar tensor.
     """
+    excess = torch.as_tensor(noise, dtype=weight.dtype, device=weight.device)
+    if bool((excess < -1).any()):
+        raise ValueError(f"the noise E xhat^2 - 1 is at least -1, got {float(excess.min()):.3g}")
     # A channel of weight 0 is constant, however large the noise.
-    terms = weight.square() * (1 + _noise(noise, weight))
+    terms = weight.square() * (1 + excess)
     return torch.where(weight == 0, 0.0, terms).sum().sqrt()
 
 
@@ -153,14 +148,6 @@ def _radius(layer: Any, noise: Noise | None, positions: int) -> float:
     weight = torch.ones(layer.num_features) if layer.weight is None else layer.weight.detach()
     if norm.norm_name == "unitized":
         alpha = layer.alpha.detach().clamp(0, 1) if layer.constrain_alpha else layer.alpha.detach()
-        return float(
-            unitized_radius(weight.double(), alpha.double(), noise, positions=positions, unit_norm=layer.unit_norm)
-        )
+        shape = {"positions": positions, "unit_norm": layer.unit_norm}
+        return float(unitized_radius(weight.double(), alpha.double(), noise, **shape))
     return float(batch_norm_radius(weight.double(), noise))
-
-
-def _noise(noise: Noise, like: Tensor) -> Tensor:
-    value = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
-    if bool((value < -1).any()):
-        raise ValueError(f"the noise E xhat^2 - 1 is at least -1, got {float(value.min()):.3g}")
-    return value

@@ -9,6 +9,7 @@ to the spread of the output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
@@ -29,10 +30,101 @@ from flexnorm.probe import (
     side_forward,
     take_points,
 )
-from flexnorm.shift.base import Anchor, Monitor, Snapshot, check_count
-from flexnorm.shift.metrics import Metric, Seen, as_metrics
+from flexnorm.shift.base import Anchor, Every, Monitor, Snapshot, check_count
 from flexnorm.shift.records import ShiftRecord, measure_shift
-from flexnorm.shift.schedules import Schedule
+
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a layer, as a metric sees it. Do not keep the tensors: the next layer may overwrite them.
+
+    Attributes:
+        layer: Name of the layer.
+        module: The layer.
+        input: Its first floating-point tensor argument, or ``None``.
+        output: Its first floating-point tensor result.
+        axis: Axis of the channels in both.
+        buffers: The layer's own buffers as they were before the call (in training mode the call changes copies of
+            them).
+    """
+
+    layer: str
+    module: nn.Module
+    input: Tensor | None
+    output: Tensor
+    axis: int
+    buffers: Mapping[str, Tensor]
+
+
+Metric = Callable[[Seen], Mapping[str, float | Tensor]]
+"""A function from what is seen to numbers by name; the names must be the same for every layer."""
+
+
+def moments(seen: Seen) -> dict[str, float | Tensor]:
+    """Mean, variance and kurtosis of the output, over all positions of the probe.
+
+    Returns:
+        ``mean``: root mean square over the channels of their means. ``variance``: mean over the channels of their
+        biased variances. ``kurtosis``: mean of E(x - m)^4 / v^2 over the channels that vary (3 for a Gaussian).
+        ``dead``: share of the channels that do not vary.
+    """
+    rows = _channels(seen.output, seen.axis)
+    mean = rows.mean(1, keepdim=True)
+    square = (rows - mean).square()
+    variance = square.mean(1)
+    # Rounding of a constant channel leaves a variance of about (eps * mean)^2.
+    alive = variance > (4 * torch.finfo(rows.dtype).eps * mean.squeeze(1)).square()
+    kurtosis = (square / torch.where(alive, variance, 1).unsqueeze(1)).square().mean(1)
+    return {
+        "mean": mean.square().mean().sqrt(),
+        "variance": variance.mean(),
+        "kurtosis": kurtosis[alive].mean() if bool(alive.any()) else _NAN,
+        "dead": 1 - alive.to(rows.dtype).mean(),
+    }
+
+
+def noise(seen: Seen) -> dict[str, float | Tensor]:
+    """How far the statistics of the probe batch are from the layer's running statistics.
+
+    It shrinks like 1 / sqrt(number of values per channel), and not below the lag of the moving average. Layers without
+    running statistics give NaN.
+
+    Returns:
+        ``noise_mean``: root mean square over the channels of (m - mu) / sigma. ``noise_variance``: root mean square of
+        v / sigma^2 - 1. ``noise``: mean over the channels of E xhat^2 - 1 if the batch were standardized by the running
+        statistics, see :func:`flexnorm.shift.second_moment_excess`.
+    """
+    mean, var = seen.buffers.get("running_mean"), seen.buffers.get("running_var")
+    if seen.input is None or mean is None or var is None:
+        return {"noise_mean": _NAN, "noise_variance": _NAN, "noise": _NAN}
+    rows = _channels(seen.input, seen.axis)
+    scale = var.float() + float(getattr(seen.module, "eps", 0.0))
+    off = (rows.mean(1) - mean).square() / scale
+    ratio = rows.var(1, correction=0) / scale
+    return {
+        "noise_mean": off.mean().sqrt(),
+        "noise_variance": (ratio - 1).square().mean().sqrt(),
+        "noise": (off + ratio - 1).mean(),
+    }
+
+
+METRICS: dict[str, Metric] = {"moments": moments, "noise": noise}
+
+
+def as_metrics(metrics: Iterable[str | Metric]) -> list[Metric]:
+    """Metrics from names and functions; ValueError for an unknown name."""
+    wanted = [metrics] if isinstance(metrics, str) else list(metrics)
+    for metric in wanted:
+        if isinstance(metric, str) and metric not in METRICS:
+            raise ValueError(unknown_name("metric", metric, METRICS))
+    return [METRICS[metric] if isinstance(metric, str) else metric for metric in wanted]
+
+
+def _channels(values: Tensor, axis: int) -> Tensor:
+    rows = values.detach().movedim(axis, 0).flatten(1)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 class ShiftMonitor(Monitor[ShiftRecord]):
@@ -45,11 +137,11 @@ class ShiftMonitor(Monitor[ShiftRecord]):
             out for the purpose does well.
         layers: Which layers, in the language of :func:`flexnorm.probe.select`: ``"norm"`` for all normalization layers,
             a name, a glob pattern, ``"re:..."``, a class, a module, a function of (name, module), or a list of these.
-        every: When to measure: a number of steps, a list of steps, or a schedule from :mod:`flexnorm.shift.schedules`.
+        every: When to measure: a number of steps, a list of steps, or a schedule as :class:`EverySteps` is.
         lag: Optimizer steps between the two distributions that are compared.
         anchor: Compare with ``"previous"`` (``lag`` steps earlier), with ``"initial"`` (the start), or ``"both"``.
-        metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`flexnorm.shift.metrics`,
-            or functions of :class:`flexnorm.shift.metrics.Seen`.
+        metrics: Further numbers to record of each layer: ``"moments"``, ``"noise"``, see :mod:`flexnorm.shift.monitor`,
+            or functions of :class:`flexnorm.shift.monitor.Seen`.
         samples: What a point is: ``"position"``, every position of every input a point in R^C; or ``"image"``, every
             input one point in R^(C H W).
         max_samples: At most so many points of each layer, drawn once and for all by a private generator. The exact
@@ -59,8 +151,8 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         autocast: Type to run the side forward in under autocast; ``None`` for the state at the call of :meth:`step`.
         channel_dim: Axis of the channels where the default (last for LayerNorm, RMSNorm, Linear, Embedding and
             attention, else 1) is wrong.
-        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks from
-            :mod:`flexnorm.shift.sinks`, or functions of a record.
+        sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks such
+            as :class:`flexnorm.shift.TensorBoardSink`, or functions of a record.
         seed: Seed of the choice of points and of the noise in the side forward.
 
     Attributes:
@@ -95,7 +187,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         probe: Any,
         layers: Selection = "norm",
         *,
-        every: int | Schedule | Iterable[int] = 100,
+        every: Every = 100,
         lag: int = 1,
         anchor: Anchor = "previous",
         metrics: Iterable[str | Metric] = (),
@@ -108,13 +200,14 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         sinks: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
-        super().__init__(model, every, lag, anchor, sinks)
+        super().__init__(model, every=every, lag=lag, anchor=anchor, sinks=sinks)
         check_count("max_samples", max_samples)
         for name, value, valid in (("samples", samples, get_args(Samples)), ("mode", mode, get_args(Mode))):
             if value not in valid:
                 raise ValueError(unknown_name(name, value, valid))
         check_watchable(self._model)
         self._layers = select_layers(self._model, layers)
+        self.layers = tuple(self._layers)
         self._probe = detached(probe)
         self._metrics = as_metrics(metrics)
         self._options = {"samples": samples, "max_samples": max_samples, "mode": mode, "seed": seed}
@@ -122,11 +215,6 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         self._points = partial(take_points, samples=samples, limit=max_samples, seed=seed)
         self._channel_dim = channel_dim
         self._numbers: dict[str, dict[str, float]] = {}
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that are watched."""
-        return tuple(self._layers)
 
     def look(self) -> Snapshot:
         """The points of each layer's output for the probe, (n, d) on the CPU. Changes nothing in the model."""

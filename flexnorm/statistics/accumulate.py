@@ -1,10 +1,4 @@
-"""Running statistics over an accumulated batch: one update per optimizer step, however many micro-batches it has.
-
-With gradients accumulated over k micro-batches, BatchNorm updates its running statistics k times per step, each time
-from a small batch, and without the variance between them. Here they are updated once, from the pooled moments (Chan's
-formula) of all micro-batches: exactly the statistics of the large batch that the step stands for. The normalization in
-the forward still uses each micro-batch's own statistics, as it has to, since the others are not there yet.
-"""
+"""Running statistics over an accumulated batch: one update per optimizer step, however many micro-batches it has."""
 
 from __future__ import annotations
 
@@ -29,7 +23,7 @@ class Accumulation:
 
     def __init__(self, layers: list[nn.Module], optimizer: Optimizer | None) -> None:
         self._parts = [_Ours(m) if isinstance(m, FlexNorm) else _Torchs(m) for m in layers]
-        self._handles: list[Any] = []
+        self._handles: list[Any] = [handle for part in self._parts for handle in part.handles]
         if optimizer is not None:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self.step()))
 
@@ -43,7 +37,7 @@ class Accumulation:
 
     def close(self) -> None:
         """Give the layers back their ordinary updates; what has been collected since the last step is dropped."""
-        for handle in (*self._handles, *(handle for part in self._parts for handle in part.handles)):
+        for handle in self._handles:
             handle.remove()
         for part in self._parts:
             part.module.__dict__.pop("track", None)
@@ -66,6 +60,10 @@ def accumulate(
     exclude: Selection | None = None,
 ) -> Accumulation:
     """Hold back the updates of running statistics, and make one per optimizer step from the pooled micro-batches.
+
+    BatchNorm makes one per micro-batch, from few values and without the variance between them. The pooled moments
+    (Chan's formula) are exactly those of the large batch that the step stands for; the forward still normalizes each
+    micro-batch with its own, as it has to, since the others are not there yet.
 
     Either around the micro-batches of one step (the update happens when the block ends)::
 
@@ -130,7 +128,6 @@ class _Ours:
             self.pool.add(self.samples, pooled.mean.detach(), pooled.var.detach() * (count / (count - 1)))
 
     def update(self, pool: Pool) -> None:
-        """Let the pooled micro-batches enter the running statistics as one batch."""
         dtype = self.module.get_buffer("running_mean").dtype
         count = pool.count if pool.between else _MANY
         type(self.module).track(self.module, Moments(pool.mean.to(dtype)[None], pool.var.to(dtype)[None], count))
@@ -181,7 +178,6 @@ class _Torchs:
         self.pool.add(count, mean, var * ((count - 1) / count))
 
     def update(self, pool: Pool) -> None:
-        """Let the pooled micro-batches enter the running statistics as one batch."""
         mean, var = (self.module.get_buffer(name) for name in self._names[:2])
         tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.__dict__["momentum"]
         if not pool.between:

@@ -163,20 +163,19 @@ class _Run:
     device: torch.device | str
     group: ProcessGroup | None
 
-    def moved(self) -> Iterator[Any]:
+    def calls(self) -> Iterator[None]:
+        """Call the model on one batch after the other, and yield after each; `_Reached` ends a call alone."""
         for batch in self.batches:
-            yield map_tensors(lambda tensor: tensor.to(self.device), batch)
+            with contextlib.suppress(_Reached):
+                self.forward(self.model, map_tensors(lambda tensor: tensor.to(self.device), batch))
+            yield
 
     def at_once(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
         """One pass; every layer normalizes with the statistics of the batch."""
         pools = {module: new_pool(module) for module in layers}
-        seen = 0
         # Evaluation with a batch's own moments is normalization with the batch, without counters and momenta.
         with watching(layers, lambda module, x: put(module, *pools[module].add_values(x))):
-            for batch in self.moved():
-                self.forward(self.model, batch)
-                seen += 1
-        self._refuse_nothing(seen)
+            self._refuse_nothing(sum(1 for _ in self.calls()))
         pool_processes(list(pools.values()), self.group)
         return pools
 
@@ -184,9 +183,7 @@ class _Run:
         """A pass per layer, in the order of execution; the layers before it use their new statistics."""
         calls: Counter[nn.Module] = Counter()  # in the order in which the first batch reaches them
         with watching(layers, lambda module, _: calls.update([module])):
-            for batch in self.moved():
-                self.forward(self.model, batch)
-                break
+            next(self.calls(), None)
         self._refuse_nothing(len(calls))
         by_name = {name: module for module, name in layers.items()}
         # A process without data does not know the order; all have to agree on one.
@@ -194,26 +191,20 @@ class _Run:
         pools: dict[nn.Module, Pool] = {}
         for module in (by_name[name] for name in next(filter(None, orders), [])):
             pool = pools[module] = new_pool(module)
-            self._look_at(module, pool, calls[module])
+            reached: list[nn.Module] = []
+
+            def look(module: nn.Module, x: Tensor, pool: Pool = pool, reached: list[nn.Module] = reached) -> None:
+                pool.add_values(x)
+                reached.append(module)
+                if len(reached) == calls[module]:
+                    raise _Reached
+
+            with watching([module], look):
+                for _ in self.calls():
+                    reached.clear()
             pool_processes([pool], self.group)
             put(module, *kept(module, pool))
         return pools
-
-    def _look_at(self, module: nn.Module, pool: Pool, calls: int) -> None:
-        reached = 0
-
-        def look(_: nn.Module, x: Tensor) -> None:
-            nonlocal reached
-            pool.add_values(x)
-            reached += 1
-            if reached == calls:
-                raise _Reached
-
-        with watching([module], look):
-            for batch in self.moved():
-                reached = 0
-                with contextlib.suppress(_Reached):
-                    self.forward(self.model, batch)
 
     def _gathered(self, value: Any) -> list[Any]:
         if self.group is None:
@@ -284,7 +275,9 @@ def _usable(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
 
 
 class PopulationEstimator:
-    """Renews the statistics of the PopulationNorm layers every few steps.
+    """Renews the statistics of the PopulationNorm layers with ``statistics="estimated"`` every few steps.
+
+    Luo et al. 2019, Sec. 5: population normalization takes its statistics from 10,000 training samples.
 
     Call it once before each training step; or use it as a context, within which every forward pass of the model in
     training mode counts as a step, so that it works in any loop or trainer. Call `renew` before an evaluation, so that

@@ -86,13 +86,24 @@ def moment_lower_bound(x: Tensor, y: Tensor, order: float = 4, limit: Tensor | f
 
 
 class PairStatistics:
-    """A pair of sets of points, (n, d) and (m, d) in float64 on the CPU, and quantities derived from it on demand."""
+    """A pair of sets of points, (n, d) and (m, d) in float64 on the CPU, and what several bounds are made of."""
 
     def __init__(self, pair: Pair, p: float, projections: int, seed: int) -> None:
         self.pair, self.p, self.projections, self.seed = pair, p, projections, seed
-        self.x, self.y, *_ = pair
-        self.masses = pair.x_mass, pair.y_mass
-        self.d = self.x.shape[-1]
+        self.x, self.y, *masses = pair
+        self.masses = tuple(masses)
+        n, m, self.d = len(self.x), *self.y.shape
+        self.means = self.averages(self.x, self.y)  # (d,) of both sides
+        self.centre = (self.means[0] + self.means[1]) / 2
+        self.gap = float(safe_norm(self.means[0] - self.means[1]))
+        # (n,) and (m,) distances of the points to the mean of their own side; then the largest one from the origin.
+        self.radii = safe_norm(self.x - self.means[0]), safe_norm(self.y - self.means[1])
+        self.radius = max(float(safe_norm(points).max()) for points in (self.x, self.y))
+        # A bound on the rounding error of every bound, and of the exact distance, relative to that radius. Sums of n
+        # terms err by at most n roundings of the mean size of a term, an inner product of length d by d roundings, a
+        # combination over d coordinates by another factor sqrt(d), the dual variables of the assignment by n roundings
+        # of the largest cost. The constant 8 covers a few such steps in a row.
+        self.rounding = 8 * (n + m + self.d * math.sqrt(self.d) + 8) * torch.finfo(torch.float64).eps
 
     def averages(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted means over the points of both sides, along axis 0."""
@@ -105,26 +116,6 @@ class PairStatistics:
     def lines(self, x: Tensor, y: Tensor) -> Tensor:
         """W_p between rows: x (k, n), y (k, m) -> (k,)."""
         return along_lines(self.pair, x, y, self.p)
-
-    @cached_property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """(d,) means of both sides."""
-        return self.averages(self.x, self.y)
-
-    @cached_property
-    def centre(self) -> Tensor:
-        """(d,) the point between the means."""
-        return (self.means[0] + self.means[1]) / 2
-
-    @cached_property
-    def gap(self) -> float:
-        """Distance of the means."""
-        return float(safe_norm(self.means[0] - self.means[1]))
-
-    @cached_property
-    def radii(self) -> tuple[Tensor, Tensor]:
-        """(n,) and (m,) distances of the points to the mean of their own side."""
-        return safe_norm(self.x - self.means[0]), safe_norm(self.y - self.means[1])
 
     def mean_radii(self, p: float) -> float:
         """p-means of the radii of both sides, summed."""
@@ -140,22 +131,6 @@ class PairStatistics:
         """(k + 1,) distances W_p along k random directions and, last, along the difference of the means."""
         rows = directions(self.pair, self.projections, self.seed, mean_difference=True).mT
         return self.lines(rows @ self.x.mT, rows @ self.y.mT)
-
-    @cached_property
-    def radius(self) -> float:
-        """Largest distance of a point from the origin."""
-        return max(float(safe_norm(points).max()) for points in (self.x, self.y))
-
-    @cached_property
-    def rounding(self) -> float:
-        """A bound on the rounding error of every bound, and of the exact distance, relative to ``radius``.
-
-        Sums of n terms err by at most n roundings of the mean size of a term, an inner product of length d by d
-        roundings, a combination over d coordinates by another factor sqrt(d), the dual variables of the assignment by n
-        roundings of the largest cost. The constant 8 covers a few such steps in a row.
-        """
-        n, m = len(self.x), len(self.y)
-        return 8 * (n + m + self.d * math.sqrt(self.d) + 8) * torch.finfo(torch.float64).eps
 
 
 def _combined(parts: Tensor, p: float) -> float:
@@ -302,10 +277,10 @@ class ShiftBounds:
         return self.lower <= value <= self.upper
 
     def __getitem__(self, name: str) -> float:
-        for table in (self.lower_bounds, self.upper_bounds):
-            if name in table:
-                return table[name]
-        raise KeyError(unknown_name("bound", name, [*self.lower_bounds, *self.upper_bounds]))
+        bounds = self.lower_bounds | self.upper_bounds
+        if name not in bounds:
+            raise KeyError(unknown_name("bound", name, bounds))
+        return bounds[name]
 
 
 def shift_bounds(
@@ -320,29 +295,10 @@ def shift_bounds(
 ) -> ShiftBounds:
     r"""Every applicable bound of W_p(x, y), and the interval between the best two.
 
-    Lower bounds (P, Q the two sets of points, u unit directions):
-
-    * ``mean``: the distance of the means, $\|E X - E Y\|$.
-    * ``marginal``: $\|(W_p(X_c, Y_c))_c\|$ over the coordinates c (2-norm for $p \le 2$, p-norm beyond): the norm is
-      convex, so Jensen's inequality turns the distances of the coordinates into one of the vectors.
-    * ``marginal_sum``: $\sum_c W_1(X_c, Y_c) / \sqrt d$ (p = 1; never above ``marginal``).
-    * ``marginal_max``: $\max_c W_p(X_c, Y_c)$ (never above ``marginal``).
-    * ``rotated``: ``marginal`` in another orthonormal basis: the principal axes of the differences X_i - Y_i.
-    * ``sliced``: mean over random directions of $W_p^p(u^\top X, u^\top Y)$, to the power 1/p.
-    * ``max_sliced``: the largest $W_p(u^\top X, u^\top Y)$ over random directions and the difference of the means.
-    * ``radial``: $W_p(\|X - a\|, \|Y - a\|)$ with a the mean of both: the distance to a point is 1-Lipschitz.
-    * ``moment_2``, ``moment_3``, ``moment_4``: from truncated absolute moments of order 2, 3, 4, see
-      :func:`moment_lower_bound`.
-    * ``gelbrich``: the W_2 distance G of the Gaussians with the same two moments: $W_2 \ge G$, and $W_1 \ge G^2 / D$
-      with D the largest distance between a point of x and one of y (p = 1 or 2).
-
-    Upper bounds:
-
-    * ``coupled``: $(E\|X_i - Y_i\|^p)^{1/p}$, row i with row i (n = m): the coupling by the same input.
-    * ``matched``: the same with rows matched by their rank along one direction (the difference of the means).
-    * ``triangle``: $(E\|X - EX\|^p)^{1/p} + (E\|Y - EY\|^p)^{1/p} + \|EX - EY\|$.
-    * ``moment``: $\sqrt{\operatorname{tr} \operatorname{Cov} X} + \sqrt{\operatorname{tr}\operatorname{Cov} Y} +
-      \|EX - EY\|$ ($p \le 2$).
+    Lower bounds are ``mean``, ``marginal``, ``marginal_sum``, ``marginal_max``, ``rotated``, ``sliced``,
+    ``max_sliced``, ``radial``, ``moment_2``, ``moment_3``, ``moment_4`` (:func:`moment_lower_bound`) and ``gelbrich``;
+    upper bounds ``coupled``, ``matched``, ``triangle`` and ``moment``. docs/shift.md has the formula of each; the
+    tables in this module have the reason why it is a bound.
 
     Args:
         x: (n, d) points, or (n,) for points on the line.
@@ -371,38 +327,30 @@ def shift_bounds(
             f"shift_bounds takes one pair, points (n, d) and (m, d); got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     pair.check_finite()
-    wanted = None if include is None else {include} if isinstance(include, str) else set(include)
-    for name in wanted or ():
-        if name not in LOWER and name not in UPPER:
-            raise ValueError(unknown_name("bound", name, [*LOWER, *UPPER]))
+    known = [*LOWER, *UPPER]
+    wanted = set(known if include is None else [include] if isinstance(include, str) else include)
+    for name in wanted.difference(known):
+        raise ValueError(unknown_name("bound", name, known))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         scaled, factor = _centred(pair)
         statistics = PairStatistics(scaled, p, projections, seed)
         low, high = (
-            {
-                name: value
-                for name, bound in table.items()
-                if (wanted is None or name in wanted) and (value := bound(statistics)) is not None
-            }
+            {n: value for n, bound in table.items() if n in wanted and (value := bound(statistics)) is not None}
             for table in (LOWER, UPPER)
         )
         error, radius = statistics.rounding, statistics.radius
     plain = len(pair.x) == len(pair.y) and pair.x_mass is None and pair.y_mass is None
-    low = {name: _moved(value, p, -1, error, radius, not plain) for name, value in low.items()}
-    high = {name: _moved(value, p, 1, error, radius, True) for name, value in high.items()}
     # A distance that a caller rounds to the dtype of the points must still lie inside.
     info = torch.finfo(pair.x.dtype)
     rounding, tiny = 2 * info.eps, info.tiny * info.eps
-    lower = {name: max(0.0, value * factor * (1 - rounding) - tiny) for name, value in low.items()}
-    upper = {name: value * factor * (1 + rounding) + tiny for name, value in high.items()}
-    return ShiftBounds(
-        lower=max(lower.values(), default=0.0),
-        upper=min(upper.values(), default=math.inf),
-        lower_bounds=lower,
-        upper_bounds=upper,
-        p=p,
-        slack=error * radius * factor,
-    )
+
+    def outwards(values: dict[str, float], sign: int, in_power: bool) -> dict[str, float]:
+        moved = {name: _moved(value, p, sign, error, radius, in_power) for name, value in values.items()}
+        return {name: max(0.0, value * factor * (1 + sign * rounding) + sign * tiny) for name, value in moved.items()}
+
+    lower, upper = outwards(low, -1, not plain), outwards(high, 1, True)
+    best = max(lower.values(), default=0.0), min(upper.values(), default=math.inf)
+    return ShiftBounds(*best, lower, upper, p=p, slack=error * radius * factor)
 
 
 def _centred(pair: Pair) -> tuple[Pair, float]:

@@ -177,11 +177,9 @@ def exact_wasserstein(pair: Pair, p: float, max_iterations: int | None) -> Tenso
         if n == m and a is None and b is None:
             i, j, mass = torch.arange(n), torch.as_tensor(assignment(cost.numpy())), None
         else:
-            heavy = (
-                torch.full((size,), 1 / size, dtype=torch.float64) if mass is None else mass[k]
-                for mass, size in ((a, n), (b, m))
-            )
-            i, j, mass = _network_simplex(cost.numpy(), next(heavy), next(heavy), max_iterations)
+            equal = (torch.full((size,), 1 / size, dtype=torch.float64) for size in (n, m))
+            heavy = [even if mass is None else mass[k] for mass, even in zip((a, b), equal, strict=True)]
+            i, j, mass = _network_simplex(cost.numpy(), heavy[0], heavy[1], max_iterations)
         values.append(power_mean(safe_norm(x[k, i] - y[k, j]), p, mass))
     return torch.stack(values).mul(factor).reshape(lead).to(pair.x.device, pair.x.dtype)
 
@@ -301,26 +299,21 @@ def gaussian_wasserstein(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: T
     dtype = functools.reduce(torch.promote_types, (value.dtype for value in named.values()), torch.float32)
     wide = torch.float32 if mean_x.device.type == "mps" else torch.float64
     with torch.autocast(mean_x.device.type, enabled=False):
-        return _distance(*(value.to(wide) for value in named.values())).to(dtype)
-
-
-def _distance(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> Tensor:
-    d = mean_x.shape[-1:]
-    gap = safe_norm(mean_x - mean_y)
-    if cov_x.ndim == mean_x.ndim and cov_y.ndim == mean_y.ndim and cov_x.shape[-1:] == cov_y.shape[-1:] == d:
-        if bool((cov_x < 0).any()) or bool((cov_y < 0).any()):
-            raise ValueError("variances must not be negative")
-        bures = (_root(cov_x) - _root(cov_y)).square().sum(-1)
-    elif cov_x.shape[-2:] == cov_y.shape[-2:] == (*d, *d):
-        cross = torch.linalg.svdvals(_factor(cov_x).mT @ _factor(cov_y)).sum(-1)
-        traces = cov_x.diagonal(dim1=-2, dim2=-1).sum(-1) + cov_y.diagonal(dim1=-2, dim2=-1).sum(-1)
-        bures = (traces - 2 * cross).clamp_min(0)
-    else:
-        raise ValueError(
-            f"covariances must both be (..., {d[0]}, {d[0]}) or both (..., {d[0]}), "
-            f"got {tuple(cov_x.shape)} and {tuple(cov_y.shape)}"
-        )
-    return _root(gap.square() + bures)
+        mean_x, cov_x, mean_y, cov_y = (value.to(wide) for value in named.values())
+        if cov_x.ndim == mean_x.ndim and cov_y.ndim == mean_y.ndim and cov_x.shape[-1:] == cov_y.shape[-1:] == d:
+            if bool((cov_x < 0).any()) or bool((cov_y < 0).any()):
+                raise ValueError("variances must not be negative")
+            bures = (_root(cov_x) - _root(cov_y)).square().sum(-1)
+        elif cov_x.shape[-2:] == cov_y.shape[-2:] == (*d, *d):
+            cross = torch.linalg.svdvals(_factor(cov_x).mT @ _factor(cov_y)).sum(-1)
+            traces = cov_x.diagonal(dim1=-2, dim2=-1).sum(-1) + cov_y.diagonal(dim1=-2, dim2=-1).sum(-1)
+            bures = (traces - 2 * cross).clamp_min(0)
+        else:
+            raise ValueError(
+                f"covariances must both be (..., {d[0]}, {d[0]}) or both (..., {d[0]}), "
+                f"got {tuple(cov_x.shape)} and {tuple(cov_y.shape)}"
+            )
+        return _root(safe_norm(mean_x - mean_y).square() + bures).to(dtype)
 
 
 def _root(values: Tensor) -> Tensor:

@@ -156,10 +156,9 @@ def _scale(size: Tensor) -> Tensor:
     return torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
 
 
-def line_wasserstein(
-    x: Tensor, y: Tensor, p: float, x_mass: Tensor | None = None, y_mass: Tensor | None = None
-) -> Tensor:
-    """W_p between rows x (..., n) and y (..., m) of points, with weights that broadcast to them and sum to 1: (...)."""
+def along_lines(pair: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
+    """W_p between images (..., k, n) and (..., k, m) of a pair of sets of points, with their weights: (..., k)."""
+    x_mass, y_mass = (None if mass is None else mass.unsqueeze(-2) for mass in pair[2:])
     if x_mass is None and y_mass is None:
         x, y = sort_rows(x), sort_rows(y)
         if x.shape[-1] == y.shape[-1]:
@@ -168,11 +167,6 @@ def line_wasserstein(
         return power_mean(x[..., i] - y[..., j], p, mass)
     i, j, mass = quantile_matching(x, y, x_mass, y_mass)
     return power_mean(x.gather(-1, i) - y.gather(-1, j), p, mass)
-
-
-def along_lines(pair: Pair, x: Tensor, y: Tensor, p: float) -> Tensor:
-    """The same for images (..., k, n) and (..., k, m) of a pair of sets of points, with their weights: (..., k)."""
-    return line_wasserstein(x, y, p, *(None if mass is None else mass.unsqueeze(-2) for mass in pair[2:]))
 
 
 def sort_rows(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 
 SIZES = (5, 2, 0)
 
@@ -19,9 +19,9 @@ SIZES = (5, 2, 0)
 def _network(norm: str) -> nn.Module:
     torch.manual_seed(1)
     norms = {
-        "batch": lambda: ek.BatchNorm2d(6, process_group="world"),
-        "unitized": lambda: ek.UnitizedBatchNorm2d(6, process_group="world"),
-        "population": lambda: ek.PopulationNorm2d(6, process_group="world", max_ratio=1.5),
+        "batch": lambda: fx.BatchNorm2d(6, process_group="world"),
+        "unitized": lambda: fx.UnitizedBatchNorm2d(6, process_group="world"),
+        "population": lambda: fx.PopulationNorm2d(6, process_group="world", max_ratio=1.5),
     }
     net = nn.Sequential(nn.Conv2d(3, 6, 3), norms[norm](), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 16, 2)).double()
     if norm == "unitized":

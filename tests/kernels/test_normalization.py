@@ -153,10 +153,10 @@ def test_peak_memory_of_a_training_step_is_that_of_batch_norm(dtype: torch.dtype
             norm(x)
         return sum(sizes.values())
 
-    from flexnorm import nn as ek
+    from flexnorm import nn as fx
 
     own = kept(torch.nn.BatchNorm2d(32, dtype=dtype))
-    for layer in (ek.BatchNorm2d(32, dtype=dtype), ek.PopulationNorm2d(32, dtype=dtype)):
+    for layer in (fx.BatchNorm2d(32, dtype=dtype), fx.PopulationNorm2d(32, dtype=dtype)):
         assert kept(layer) <= 1.02 * own
     # Unitization has one scale per sample and channel, 1/256 of this activation, in four float32 tables and their like.
-    assert kept(ek.UnitizedBatchNorm2d(32, dtype=dtype)) <= 1.08 * own
+    assert kept(fx.UnitizedBatchNorm2d(32, dtype=dtype)) <= 1.08 * own

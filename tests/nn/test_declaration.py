@@ -9,7 +9,7 @@ import torch
 from norm_options import BASE, BUILT_IN, OPTIONS, OTHER, declared_for_now
 from torch import nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
 
 COMMON = {"num_features", "num_channels", "eps", "momentum", "affine", "track_running_stats"}
@@ -22,7 +22,7 @@ def test_all_classes_of_a_norm_declare_the_same_and_every_option_is_declared(nam
     classes = set(NORMS[name].values())
     for attribute in ("norm_name", "statistics_from", "options", "defaults", "torch_layer", "no_decay"):
         assert len({repr(getattr(cls, attribute)) for cls in classes}) == 1
-    cls = ek.norm_class(name)
+    cls = fx.norm_class(name)
     arguments = constructor_arguments(cls)
     assert set(cls.options) <= arguments
     assert arguments - COMMON - FORMER <= set(cls.options), "an argument of its own decides the function"
@@ -31,14 +31,14 @@ def test_all_classes_of_a_norm_declare_the_same_and_every_option_is_declared(nam
     assert cls.statistics_from in ("batch", "sample", "population", "none")
     assert [*NORMS[name]] == [1, 2, 3]
     for ndim, layer in NORMS[name].items():
-        assert layer is ek.norm_class(name, ndim)
+        assert layer is fx.norm_class(name, ndim)
         assert ndim in layer.spatial()
-        assert name == "none" or getattr(ek, layer.__name__) is layer
+        assert name == "none" or getattr(fx, layer.__name__) is layer
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 def test_options_are_attributes_and_shown(name: str, option: str) -> None:
-    layer = ek.make_norm(name, 6, **{**BASE.get(name, {}), option: OTHER[option]})
+    layer = fx.make_norm(name, 6, **{**BASE.get(name, {}), option: OTHER[option]})
     assert getattr(layer, option) == OTHER[option]
     assert option == "num_groups" or f"{option}={OTHER[option]!r}" in repr(layer)
 
@@ -47,10 +47,10 @@ def test_options_are_attributes_and_shown(name: str, option: str) -> None:
 def test_statistics_come_from_where_it_is_declared(name: str) -> None:
     x = torch.randn(4, 6, 5, 3)
     # A population of its own, not the first batch's.
-    layer = ek.make_norm(name, 6, **({"statistics": "estimated", "gradient": "none"} if name == "population" else {}))
+    layer = fx.make_norm(name, 6, **({"statistics": "estimated", "gradient": "none"} if name == "population" else {}))
     changed = torch.cat([x[:1], 3 + 2 * x[1:]])
     mixes = not torch.allclose(layer(x)[0], layer(changed)[0], atol=1e-4)
-    assert mixes == (type(layer).statistics_from == "batch") == ek.needs_batch(layer)
+    assert mixes == (type(layer).statistics_from == "batch") == fx.needs_batch(layer)
     if type(layer).statistics_from == "sample":
         torch.testing.assert_close(layer.train()(x), layer.eval()(x))
 
@@ -62,7 +62,7 @@ def test_a_declared_class_is_known_at_once_and_forms_of_it_take_their_place() ->
             norm_name = "cube"
             statistics_from = "sample"
 
-        assert ek.norm_class("cube") is ek.norm_class("cube", 3) is Cube
+        assert fx.norm_class("cube") is fx.norm_class("cube", 3) is Cube
 
         class Cube2d(Cube, ndims=(4,)):
             """Of images."""
@@ -72,13 +72,13 @@ def test_a_declared_class_is_known_at_once_and_forms_of_it_take_their_place() ->
 
             ndims = (4,)
 
-        assert [ek.norm_class("cube", n) for n in (1, 2, 3)] == [Cube, Cube2d, Cube]
+        assert [fx.norm_class("cube", n) for n in (1, 2, 3)] == [Cube, Cube2d, Cube]
         assert (Cube2d.ndims, Cube2d.spatial(), Cube.spatial()) == ((4,), (2,), (1, 2, 3))
-        assert ek.norm_of(Named(3)).norm_name == "cube"
+        assert fx.norm_of(Named(3)).norm_name == "cube"
         # Nor is a subclass of another module's norm.
-        type("Wide", (ek.GroupNorm,), {"ndims": (4,), "__module__": "elsewhere"})
-        assert ek.norm_class("group", 2) is ek.GroupNorm
-        assert not ek.needs_batch(Cube2d(3))
+        type("Wide", (fx.GroupNorm,), {"ndims": (4,), "__module__": "elsewhere"})
+        assert fx.norm_class("group", 2) is fx.GroupNorm
+        assert not fx.needs_batch(Cube2d(3))
         with pytest.raises(ValueError, match=r"Square declares norm_name = 'cube', which is that of .*Cube; choose"):
 
             class Square(FlexNorm):
@@ -89,14 +89,14 @@ def test_a_declared_class_is_known_at_once_and_forms_of_it_take_their_place() ->
             ndims = (2, 3)
 
         with pytest.raises(ValueError, match=r"the norm 'flat' has no layer for 2 spatial axes, only for \[1\]"):
-            ek.make_norm("flat", 3)
+            fx.make_norm("flat", 3)
         first = Flat
 
         # Edited and run again, as in a notebook.
         class Flat(FlexNorm):
             norm_name = "flat"
 
-        assert ek.norm_class("flat", 2) is Flat is not first
+        assert fx.norm_class("flat", 2) is Flat is not first
     assert "cube" not in NORMS
     with pytest.raises(TypeError):
         NORMS["batch"] = {}
@@ -112,50 +112,50 @@ def test_torchs_layers_are_declared_by_those_that_compute_the_same() -> None:
     }
     for name, modules in same.items():
         for module in modules:
-            assert ek.norm_of(module).norm_name == name
-            assert ek.needs_batch(module) == (name == "batch")
-    assert ek.norm_of(nn.Linear(1, 1)) is ek.norm_of(nn.LocalResponseNorm(2)) is None
-    assert ek.is_norm(nn.LocalResponseNorm(2))
+            assert fx.norm_of(module).norm_name == name
+            assert fx.needs_batch(module) == (name == "batch")
+    assert fx.norm_of(nn.Linear(1, 1)) is fx.norm_of(nn.LocalResponseNorm(2)) is None
+    assert fx.is_norm(nn.LocalResponseNorm(2))
 
 
 def test_the_same_function_as_a_simpler_norm() -> None:
-    unitized, gated = ek.UnitizedBatchNorm2d(6), ek.BatchInstanceNorm2d(6)
+    unitized, gated = fx.UnitizedBatchNorm2d(6), fx.BatchInstanceNorm2d(6)
     assert unitized.same_as(True) == unitized.same_as(False) == gated.same_as(True) == "batch"
-    assert unitized.function(True) == ek.BatchNorm2d(6).function(True) == ("batch", False, 1e-5)
+    assert unitized.function(True) == fx.BatchNorm2d(6).function(True) == ("batch", False, 1e-5)
     nn.init.constant_(unitized.alpha, 0.5)
     nn.init.constant_(gated.gate, 0.5)
     assert (unitized.same_as(True), gated.same_as(True)) == ("unitized", "batch_instance")
     assert unitized.function(False) == ("unitized", True, 1e-5, "paper", False)
-    groups = [ek.GroupNorm(n, 6) for n in (1, 2, 6)]
+    groups = [fx.GroupNorm(n, 6) for n in (1, 2, 6)]
     assert [g.same_as(True) for g in groups] == ["layer", "group", "instance"]
     assert groups[1].function(True) == ("group", False, 2, 1e-5)
-    for layer in (ek.PopulationNorm2d(6), ek.BatchRenorm2d(6), ek.InstanceNorm2d(6, track_running_stats=True)):
+    for layer in (fx.PopulationNorm2d(6), fx.BatchRenorm2d(6), fx.InstanceNorm2d(6, track_running_stats=True)):
         assert layer.same_as(False) == "batch" != layer.same_as(True)
         assert layer.function(False) == ("batch", True, 1e-5)
         assert layer.freeze().function(True) == layer.function(False)
-    assert ek.BatchRenorm2d(6, r_max=1, d_max=0).same_as(True) == "batch"
-    assert ek.InstanceNorm2d(6).same_as(False) == "instance"
+    assert fx.BatchRenorm2d(6, r_max=1, d_max=0).same_as(True) == "batch"
+    assert fx.InstanceNorm2d(6).same_as(False) == "instance"
     own = type("Own", (FlexNorm,), {})
     assert own(3).function(True) == (f"{__name__}.Own", False, 1e-5)
 
 
 def test_parameters_without_weight_decay() -> None:
-    model = nn.Sequential(nn.PReLU(), ek.UnitizedBatchNorm2d(3), ek.BatchNorm2d(3), ek.NoNorm(3))
-    assert ek.undecayed(model) == [model[1].alpha]
+    model = nn.Sequential(nn.PReLU(), fx.UnitizedBatchNorm2d(3), fx.BatchNorm2d(3), fx.NoNorm(3))
+    assert fx.undecayed(model) == [model[1].alpha]
     with declared_for_now():
         own = type("Own", (FlexNorm,), {"no_decay": ("weight", "tau")})
-        assert ek.undecayed(own(3)) != []
+        assert fx.undecayed(own(3)) != []
 
 
 def test_the_former_name_of_unit_norm_still_works() -> None:
-    assert ek.UnitizedBatchNorm2d(3, norm="rms").unit_norm == "rms"
-    assert ek.make_norm("unitized", 3, norm="rms").unit_norm == "rms"
+    assert fx.UnitizedBatchNorm2d(3, norm="rms").unit_norm == "rms"
+    assert fx.make_norm("unitized", 3, norm="rms").unit_norm == "rms"
     with pytest.raises(ValueError, match="unknown unit_norm of UnitizedBatchNorm 'bad'"):
-        ek.UnitizedBatchNorm2d(3, norm="bad")
+        fx.UnitizedBatchNorm2d(3, norm="bad")
 
 
 def test_arguments_behind_keywords_are_those_of_the_class_above() -> None:
-    class Own(ek.UnitizedBatchNorm2d):
+    class Own(fx.UnitizedBatchNorm2d):
         def __init__(self, channels: int, **kwargs: object) -> None:
             super().__init__(channels, **kwargs)
 
@@ -164,5 +164,5 @@ def test_arguments_behind_keywords_are_those_of_the_class_above() -> None:
     )
     assert constructor_arguments(Own) >= {"channels", "unit_norm", "process_group", "bias", "dtype"}
     assert "momentum" in constructor_arguments(Own)
-    assert "track_running_stats" not in constructor_arguments(ek.BatchRenorm2d), "typed keywords: it sets that itself"
+    assert "track_running_stats" not in constructor_arguments(fx.BatchRenorm2d), "typed keywords: it sets that itself"
     assert isinstance(Own(3, unit_norm="rms"), Norm)

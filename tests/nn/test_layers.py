@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.kernels import normalization
 from flexnorm.nn import reference
@@ -62,37 +62,37 @@ def _renorm(m: FlexNorm, x: Tensor) -> Tensor:
 IMAGE, SEQUENCE, VOLUME, FLAT = (4, 6, 5, 3), (4, 6, 7), (3, 6, 2, 3, 4), (5, 6)
 LAYERS = {
     "BatchNorm1d flat": LayerInfo(
-        lambda **k: ek.BatchNorm1d(6, **k), FLAT, _batch, lambda: nn.BatchNorm1d(6), True, True
+        lambda **k: fx.BatchNorm1d(6, **k), FLAT, _batch, lambda: nn.BatchNorm1d(6), True, True
     ),
     "BatchNorm1d": LayerInfo(
-        lambda **k: ek.BatchNorm1d(6, **k), SEQUENCE, _batch, lambda: nn.BatchNorm1d(6), True, True
+        lambda **k: fx.BatchNorm1d(6, **k), SEQUENCE, _batch, lambda: nn.BatchNorm1d(6), True, True
     ),
-    "BatchNorm2d": LayerInfo(lambda **k: ek.BatchNorm2d(6, **k), IMAGE, _batch, lambda: nn.BatchNorm2d(6), True, True),
-    "BatchNorm3d": LayerInfo(lambda **k: ek.BatchNorm3d(6, **k), VOLUME, _batch, lambda: nn.BatchNorm3d(6), True, True),
-    "UnitizedBatchNorm1d": LayerInfo(lambda **k: ek.UnitizedBatchNorm1d(6, **k), FLAT, _unitized, None, True, True),
-    "UnitizedBatchNorm2d": LayerInfo(lambda **k: ek.UnitizedBatchNorm2d(6, **k), IMAGE, _unitized, None, True, True),
+    "BatchNorm2d": LayerInfo(lambda **k: fx.BatchNorm2d(6, **k), IMAGE, _batch, lambda: nn.BatchNorm2d(6), True, True),
+    "BatchNorm3d": LayerInfo(lambda **k: fx.BatchNorm3d(6, **k), VOLUME, _batch, lambda: nn.BatchNorm3d(6), True, True),
+    "UnitizedBatchNorm1d": LayerInfo(lambda **k: fx.UnitizedBatchNorm1d(6, **k), FLAT, _unitized, None, True, True),
+    "UnitizedBatchNorm2d": LayerInfo(lambda **k: fx.UnitizedBatchNorm2d(6, **k), IMAGE, _unitized, None, True, True),
     "UnitizedBatchNorm2d rms": LayerInfo(
-        lambda **k: ek.UnitizedBatchNorm2d(6, unit_norm="rms", **k), IMAGE, _unitized, None, True, True
+        lambda **k: fx.UnitizedBatchNorm2d(6, unit_norm="rms", **k), IMAGE, _unitized, None, True, True
     ),
-    "UnitizedBatchNorm3d": LayerInfo(lambda **k: ek.UnitizedBatchNorm3d(6, **k), VOLUME, _unitized, None, True, True),
-    "PopulationNorm1d": LayerInfo(lambda **k: ek.PopulationNorm1d(6, **k), FLAT, _population, None, False, True),
-    "PopulationNorm2d": LayerInfo(lambda **k: ek.PopulationNorm2d(6, **k), IMAGE, _population, None, False, True),
-    "PopulationNorm3d": LayerInfo(lambda **k: ek.PopulationNorm3d(6, **k), VOLUME, _population, None, False, True),
+    "UnitizedBatchNorm3d": LayerInfo(lambda **k: fx.UnitizedBatchNorm3d(6, **k), VOLUME, _unitized, None, True, True),
+    "PopulationNorm1d": LayerInfo(lambda **k: fx.PopulationNorm1d(6, **k), FLAT, _population, None, False, True),
+    "PopulationNorm2d": LayerInfo(lambda **k: fx.PopulationNorm2d(6, **k), IMAGE, _population, None, False, True),
+    "PopulationNorm3d": LayerInfo(lambda **k: fx.PopulationNorm3d(6, **k), VOLUME, _population, None, False, True),
     "GroupNorm": LayerInfo(
-        lambda **k: ek.GroupNorm(3, 6, **k),
+        lambda **k: fx.GroupNorm(3, 6, **k),
         IMAGE,
         lambda m, x: reference.group(x, m.weight, m.bias, groups=3),
         lambda: nn.GroupNorm(3, 6),
     ),
     "GroupNorm flat": LayerInfo(
-        lambda **k: ek.GroupNorm(2, 6, **k),
+        lambda **k: fx.GroupNorm(2, 6, **k),
         FLAT,
         lambda m, x: reference.group(x, m.weight, m.bias, groups=2),
         lambda: nn.GroupNorm(2, 6),
     ),
     **{
         f"LayerNorm{d}d": LayerInfo(
-            lambda d=d, **k: getattr(ek, f"LayerNorm{d}d")(6, **k),
+            lambda d=d, **k: getattr(fx, f"LayerNorm{d}d")(6, **k),
             shape,
             lambda m, x: reference.layer(x, m.weight, m.bias),
             lambda: nn.GroupNorm(1, 6),
@@ -101,7 +101,7 @@ LAYERS = {
     },
     **{
         f"InstanceNorm{d}d": LayerInfo(
-            lambda d=d, **k: getattr(ek, f"InstanceNorm{d}d")(6, affine=True, **k),
+            lambda d=d, **k: getattr(fx, f"InstanceNorm{d}d")(6, affine=True, **k),
             shape,
             lambda m, x: reference.instance(x, m.weight, m.bias),
             lambda d=d: getattr(nn, f"InstanceNorm{d}d")(6, affine=True),
@@ -113,13 +113,13 @@ LAYERS = {
 for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
     LAYERS |= {
         f"RMSNorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"RMSNorm{d}d")(6, **k), _shape, lambda m, x: reference.rms(x, m.weight)
+            lambda d=_d, **k: getattr(fx, f"RMSNorm{d}d")(6, **k), _shape, lambda m, x: reference.rms(x, m.weight)
         ),
         f"FilterResponseNorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"FilterResponseNorm{d}d")(6, **k), _shape, _filter_response
+            lambda d=_d, **k: getattr(fx, f"FilterResponseNorm{d}d")(6, **k), _shape, _filter_response
         ),
         f"BatchRenorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"BatchRenorm{d}d")(6, warmup=0, ramp=0, **k),
+            lambda d=_d, **k: getattr(fx, f"BatchRenorm{d}d")(6, warmup=0, ramp=0, **k),
             _shape,
             _renorm,
             None,
@@ -127,7 +127,7 @@ for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
             True,
         ),
         f"SwitchableNorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"SwitchableNorm{d}d")(6, **k),
+            lambda d=_d, **k: getattr(fx, f"SwitchableNorm{d}d")(6, **k),
             _shape,
             lambda m, x: reference.switchable(x, m.mean_weight, m.var_weight, m.weight, m.bias),
             None,
@@ -135,7 +135,7 @@ for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
             True,
         ),
         f"BatchInstanceNorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"BatchInstanceNorm{d}d")(6, **k),
+            lambda d=_d, **k: getattr(fx, f"BatchInstanceNorm{d}d")(6, **k),
             _shape,
             lambda m, x: reference.batch_instance(x, m.gate, m.weight, m.bias),
             None,
@@ -143,7 +143,7 @@ for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
             True,
         ),
         f"MeanOnlyBatchNorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"MeanOnlyBatchNorm{d}d")(6, **k),
+            lambda d=_d, **k: getattr(fx, f"MeanOnlyBatchNorm{d}d")(6, **k),
             _shape,
             lambda m, x: reference.mean_only(x, m.weight, m.bias),
             None,
@@ -151,7 +151,7 @@ for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
             True,
         ),
         f"VarianceOnlyBatchNorm{_d}d": LayerInfo(
-            lambda d=_d, **k: getattr(ek, f"VarianceOnlyBatchNorm{d}d")(6, **k),
+            lambda d=_d, **k: getattr(fx, f"VarianceOnlyBatchNorm{d}d")(6, **k),
             _shape,
             lambda m, x: reference.variance_only(x, m.weight, m.bias),
             None,
@@ -176,7 +176,7 @@ def batch_of(info: LayerInfo, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def test_every_layer_has_a_record() -> None:
     named = {name.split()[0] for name in LAYERS}
-    layers = {n for n in ek.__all__ if inspect.isclass(c := getattr(ek, n)) and issubclass(c, FlexNorm)}
+    layers = {n for n in fx.__all__ if inspect.isclass(c := getattr(fx, n)) and issubclass(c, FlexNorm)}
     assert layers == named
 
 
@@ -213,13 +213,13 @@ def test_same_as_torch_in_training_and_evaluation_with_its_state_dict(name: str)
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 1.0, None])
 def test_running_statistics_follow_torch(momentum: float | None) -> None:
-    ours, theirs = ek.BatchNorm2d(6, momentum=momentum), nn.BatchNorm2d(6, momentum=momentum)
+    ours, theirs = fx.BatchNorm2d(6, momentum=momentum), nn.BatchNorm2d(6, momentum=momentum)
     for _ in range(4):
         x = torch.randn(IMAGE) * 3 + 1
         ours(x), theirs(x)
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    instance = ek.InstanceNorm2d(6, momentum=momentum, track_running_stats=True)
+    instance = fx.InstanceNorm2d(6, momentum=momentum, track_running_stats=True)
     peer = nn.InstanceNorm2d(6, momentum=0.1 if momentum is None else momentum, track_running_stats=True)
     for _ in range(2):
         x = torch.randn(IMAGE)
@@ -376,7 +376,7 @@ def test_a_non_finite_batch_does_not_poison_the_statistics(
     name: str, momentum: float | None, shape: tuple[int, ...]
 ) -> None:
     """First, in the middle, whole or in one value: as if it had not been."""
-    module, twin = (getattr(ek, name)(6, momentum=momentum) for _ in range(2))
+    module, twin = (getattr(fx, name)(6, momentum=momentum) for _ in range(2))
     for k in range(3):
         bad = torch.randn(shape)
         bad[0, 2, 0, 0] = float("nan") if k else float("inf")
@@ -430,7 +430,7 @@ def test_second_derivatives_of_large_activations(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_renormalization_is_recomputed_by_the_statistics_it_had(reentrant: bool) -> None:
-    module, twin = (ek.BatchRenorm2d(6, warmup=0, ramp=2) for _ in range(2))
+    module, twin = (fx.BatchRenorm2d(6, warmup=0, ramp=2) for _ in range(2))
     for _ in range(4):
         x = torch.randn(IMAGE) * 2 + 1
         module(x), twin(x)
@@ -441,14 +441,14 @@ def test_renormalization_is_recomputed_by_the_statistics_it_had(reentrant: bool)
 
 
 def test_half_precision_state_is_loaded_into_float32() -> None:
-    state = {k: v.half() if v.is_floating_point() else v for k, v in ek.BatchNorm2d(6).state_dict().items()}
-    module = ek.BatchNorm2d(6)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in fx.BatchNorm2d(6).state_dict().items()}
+    module = fx.BatchNorm2d(6)
     module.load_state_dict(state, assign=True)
     assert module.running_mean.dtype == torch.float32
-    population = ek.PopulationNorm2d(6, device="meta").to_empty(device="cpu")
+    population = fx.PopulationNorm2d(6, device="meta").to_empty(device="cpu")
     population.reset_parameters()
     assert population.clipped == 0
-    tracked = ek.InstanceNorm2d(6, track_running_stats=True)
+    tracked = fx.InstanceNorm2d(6, track_running_stats=True)
     tracked(torch.randn(IMAGE))
     before = tracked.running_mean.clone()
     tracked(torch.zeros(0, 6, 5, 3))
@@ -476,29 +476,29 @@ def test_frozen_survives_train(name: str) -> None:
 
 def test_errors_of_the_constructors() -> None:
     cases: list[tuple[Callable[[], object], str]] = [
-        (lambda: ek.BatchNorm2d(-1), "num_features must not be negative, got -1"),
-        (lambda: ek.BatchNorm2d(3, eps=-1.0), "eps must not be negative, got -1.0"),
-        (lambda: ek.BatchNorm2d(3, momentum=1.5), "momentum must lie in"),
-        (lambda: ek.BatchNorm2d(3, process_group="wrld"), "got 'wrld'"),
-        (lambda: ek.GroupNorm(4, 6), "got 4 and 6"),
-        (lambda: ek.UnitizedBatchNorm2d(6, norm="papr"), "did you mean 'paper'"),
-        (lambda: ek.PopulationNorm2d(6, statistics="runing"), "did you mean 'running'"),
-        (lambda: ek.PopulationNorm2d(6, gradient="bach"), "did you mean 'batch'"),
-        (lambda: ek.PopulationNorm2d(6, max_ratio=0.5), "at least 1"),
-        (lambda: ek.BatchRenorm2d(6, r_max=0.5), "r_max must be at least 1"),
-        (lambda: ek.make_norm("bacth", 6), "did you mean 'batch'"),
-        (lambda: ek.make_norm("batch", 6, ndim=4), "0 to 3, got 4"),
+        (lambda: fx.BatchNorm2d(-1), "num_features must not be negative, got -1"),
+        (lambda: fx.BatchNorm2d(3, eps=-1.0), "eps must not be negative, got -1.0"),
+        (lambda: fx.BatchNorm2d(3, momentum=1.5), "momentum must lie in"),
+        (lambda: fx.BatchNorm2d(3, process_group="wrld"), "got 'wrld'"),
+        (lambda: fx.GroupNorm(4, 6), "got 4 and 6"),
+        (lambda: fx.UnitizedBatchNorm2d(6, norm="papr"), "did you mean 'paper'"),
+        (lambda: fx.PopulationNorm2d(6, statistics="runing"), "did you mean 'running'"),
+        (lambda: fx.PopulationNorm2d(6, gradient="bach"), "did you mean 'batch'"),
+        (lambda: fx.PopulationNorm2d(6, max_ratio=0.5), "at least 1"),
+        (lambda: fx.BatchRenorm2d(6, r_max=0.5), "r_max must be at least 1"),
+        (lambda: fx.make_norm("bacth", 6), "did you mean 'batch'"),
+        (lambda: fx.make_norm("batch", 6, ndim=4), "0 to 3, got 4"),
     ]
     for call, match in cases:
         with pytest.raises(ValueError, match=match):
             call()
     with pytest.raises(RuntimeError, match="nothing to freeze"):
-        ek.LayerNorm2d(3).freeze()
+        fx.LayerNorm2d(3).freeze()
     with pytest.raises(NotImplementedError, match="must implement rule"):
         FlexNorm(3)(torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("layer", [ek.BatchNorm2d(3), ek.UnitizedBatchNorm2d(3), ek.InstanceNorm2d(3)])
+@pytest.mark.parametrize("layer", [fx.BatchNorm2d(3), fx.UnitizedBatchNorm2d(3), fx.InstanceNorm2d(3)])
 def test_one_value_is_refused_with_advice(layer: FlexNorm) -> None:
     with pytest.raises(ValueError, match="more than 1"):
         layer(torch.zeros(1, 3, 1, 1))
@@ -506,16 +506,16 @@ def test_one_value_is_refused_with_advice(layer: FlexNorm) -> None:
 
 
 def test_no_affine_and_no_bias() -> None:
-    for build in (ek.BatchNorm2d, ek.UnitizedBatchNorm2d, ek.PopulationNorm2d, ek.LayerNorm2d):
+    for build in (fx.BatchNorm2d, fx.UnitizedBatchNorm2d, fx.PopulationNorm2d, fx.LayerNorm2d):
         assert build(3, affine=False).weight is None
         layer = build(3, bias=False)
         assert layer.bias is None
         assert layer(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
-    assert ek.GroupNorm(1, 3, bias=False).bias is None
+    assert fx.GroupNorm(1, 3, bias=False).bias is None
 
 
 def test_without_running_statistics_evaluation_uses_the_batch() -> None:
-    layer = ek.BatchNorm2d(6, track_running_stats=False).eval()
+    layer = fx.BatchNorm2d(6, track_running_stats=False).eval()
     x = torch.randn(IMAGE)
     torch.testing.assert_close(layer(x), reference.batch(x))
 
@@ -523,26 +523,26 @@ def test_without_running_statistics_evaluation_uses_the_batch() -> None:
 def test_state_dict_without_counter_loads() -> None:
     state = nn.BatchNorm2d(6).state_dict()
     del state["num_batches_tracked"]
-    ek.BatchNorm2d(6).load_state_dict(state)
+    fx.BatchNorm2d(6).load_state_dict(state)
 
 
 class TestUnitized:
     def test_starts_as_exact_batch_norm(self) -> None:
         x = torch.randn(IMAGE)
-        ours, batch = ek.UnitizedBatchNorm2d(6), ek.BatchNorm2d(6)
+        ours, batch = fx.UnitizedBatchNorm2d(6), fx.BatchNorm2d(6)
         assert torch.equal(ours(x), batch(x))
         # whether a product and a sum are rounded once or twice depends on the processor
         torch.testing.assert_close(ours.eval()(x), batch.eval()(x), rtol=1e-6, atol=1e-6)
 
     def test_output_norm_is_bounded_by_weight_at_alpha_one(self) -> None:
-        layer = ek.UnitizedBatchNorm2d(6, unit_norm="rms")
+        layer = fx.UnitizedBatchNorm2d(6, unit_norm="rms")
         nn.init.ones_(layer.alpha)
         y = layer(torch.randn(8, 6, 5, 5).exp() * torch.rand(8, 1, 1, 1) * 100)
         assert (y.flatten(1).norm(dim=1) <= (6 * 25) ** 0.5 * (1 + 1e-5)).all()
 
     def test_alpha_gradient_is_that_of_the_released_formula(self) -> None:
         x = torch.randn(IMAGE, dtype=torch.float64)
-        layer = ek.UnitizedBatchNorm2d(6, dtype=torch.float64)
+        layer = fx.UnitizedBatchNorm2d(6, dtype=torch.float64)
         g = torch.randn(IMAGE, dtype=torch.float64)
         (layer(x) * g).sum().backward()
         xhat = reference.batch(x)
@@ -551,7 +551,7 @@ class TestUnitized:
 
     def test_constraint(self) -> None:
         x = torch.randn(IMAGE)
-        free, bound = ek.UnitizedBatchNorm2d(6), ek.UnitizedBatchNorm2d(6, constrain_alpha=True)
+        free, bound = fx.UnitizedBatchNorm2d(6), fx.UnitizedBatchNorm2d(6, constrain_alpha=True)
         with torch.no_grad():
             bound.alpha.fill_(3.0)
             free.alpha.fill_(1.0)
@@ -559,7 +559,7 @@ class TestUnitized:
         assert "constrain_alpha=True" in repr(bound)
 
     def test_inference_uses_running_statistics_and_own_norm(self) -> None:
-        layer = ek.UnitizedBatchNorm2d(6, momentum=1.0)
+        layer = fx.UnitizedBatchNorm2d(6, momentum=1.0)
         nn.init.constant_(layer.alpha, 0.7)
         layer(torch.randn(IMAGE))
         x = torch.randn(IMAGE)
@@ -571,7 +571,7 @@ class TestUnitized:
 
 class TestPopulation:
     def test_values_of_the_population_and_derivatives_of_the_batch(self) -> None:
-        layer = ek.PopulationNorm2d(6, statistics="estimated", max_ratio=None, dtype=torch.float64)
+        layer = fx.PopulationNorm2d(6, statistics="estimated", max_ratio=None, dtype=torch.float64)
         layer.running_mean.normal_()
         layer.running_var.uniform_(0.5, 2)
         x = torch.randn(IMAGE, dtype=torch.float64, requires_grad=True)
@@ -587,19 +587,19 @@ class TestPopulation:
 
     def test_the_gradient_is_invariant_to_the_scale_of_the_weights_before(self) -> None:
         """As BatchNorm's: the weights get no radial gradient once the statistics have caught up with them."""
-        conv, layer = nn.Conv2d(3, 6, 3, bias=False), ek.PopulationNorm2d(6, momentum=1.0)
+        conv, layer = nn.Conv2d(3, 6, 3, bias=False), fx.PopulationNorm2d(6, momentum=1.0)
         x = torch.randn(8, 3, 9, 9)
         layer(conv(x)).pow(3).sum().backward()
         radial = (conv.weight * conv.weight.grad).sum((1, 2, 3)) / conv.weight.grad.flatten(1).norm(dim=1)
         assert radial.abs().max() < 1e-4
-        constant = ek.PopulationNorm2d(6, momentum=1.0, gradient="none")
+        constant = fx.PopulationNorm2d(6, momentum=1.0, gradient="none")
         conv.weight.grad = None
         constant(conv(x)).pow(3).sum().backward()
         radial = (conv.weight * conv.weight.grad).sum((1, 2, 3)) / conv.weight.grad.flatten(1).norm(dim=1)
         assert radial.abs().max() > 0.05
 
     def test_no_gradient_through_statistics(self) -> None:
-        layer = ek.PopulationNorm2d(6, gradient="none")
+        layer = fx.PopulationNorm2d(6, gradient="none")
         x = torch.randn(IMAGE, requires_grad=True)
         layer(x).sum().backward()
         scale = (layer.running_var + layer.eps).rsqrt()
@@ -607,7 +607,7 @@ class TestPopulation:
 
     def test_running_statistics_include_the_variance_between_batches(self) -> None:
         """At batch size 1 with one position all of the variance is between batches."""
-        layer = ek.PopulationNorm1d(2, momentum=None, max_ratio=None)
+        layer = fx.PopulationNorm1d(2, momentum=None, max_ratio=None)
         samples = torch.randn(500, 2) * torch.tensor([1.0, 3.0]) + 2
         for s in samples:
             layer(s[None])
@@ -616,7 +616,7 @@ class TestPopulation:
 
     @pytest.mark.parametrize("momentum", [0.1, 0.5])
     def test_moving_average_is_bias_corrected_and_exactly_weighted(self, momentum: float) -> None:
-        layer = ek.PopulationNorm2d(1, momentum=momentum, max_ratio=None)
+        layer = fx.PopulationNorm2d(1, momentum=momentum, max_ratio=None)
         batches = [torch.randn(2, 1, 3, 3) * (i + 1) + i for i in range(5)]
         for b in batches:
             layer(b)
@@ -637,7 +637,7 @@ class TestPopulation:
         if normalization.load() is None:
             pytest.skip("no C compiler on this machine")
         args = {"gradient": gradient, "momentum": momentum, "max_ratio": 1.5, "dtype": torch.float64}
-        compiled, composed = (randomized(ek.PopulationNorm2d(8, **args)) for _ in range(2))
+        compiled, composed = (randomized(fx.PopulationNorm2d(8, **args)) for _ in range(2))
         composed.load_state_dict(compiled.state_dict())
         for step in range(4):
             x = (torch.randn(16, 8, 16, 16, dtype=torch.float64) * (step + 1) + 3 * step).requires_grad_()
@@ -657,7 +657,7 @@ class TestPopulation:
             torch.testing.assert_close(a, b)
 
     def test_guard_bounds_the_statistics_and_reports(self) -> None:
-        layer = ek.PopulationNorm2d(1, momentum=0.01, max_ratio=2.0)
+        layer = fx.PopulationNorm2d(1, momentum=0.01, max_ratio=2.0)
         x = torch.randn(8, 1, 6, 6)
         for _ in range(50):
             layer(x)
@@ -666,7 +666,7 @@ class TestPopulation:
         assert layer.clipped == 1
         assert y.std() <= 2.1
         assert y.mean().abs() <= 2.1
-        free = ek.PopulationNorm2d(1, momentum=0.01, max_ratio=None)
+        free = fx.PopulationNorm2d(1, momentum=0.01, max_ratio=None)
         for _ in range(50):
             free(x)
         assert free(x * 100 + 700).mean() > 3
@@ -678,7 +678,7 @@ class TestPopulation:
         x = torch.randn(32, 2, 8, 8) * torch.tensor([1.0, 50.0])[:, None, None]
         y = {}
         for ratio in (2.0, None):
-            layer = ek.PopulationNorm2d(2, statistics="estimated", max_ratio=ratio, affine=False)
+            layer = fx.PopulationNorm2d(2, statistics="estimated", max_ratio=ratio, affine=False)
             y[ratio] = layer(x)
             assert layer.clipped == (0.5 if ratio else 0.0)
             assert layer.running_var.eq(1).all()
@@ -686,31 +686,31 @@ class TestPopulation:
         torch.testing.assert_close(y[2.0][:, 0], y[None][:, 0])
         assert y[2.0][:, 1].std() == pytest.approx(2.0, rel=1e-3)
         assert y[None][:, 1].std() > 40
-        constants = ek.PopulationNorm2d(2, statistics="estimated", gradient="none", max_ratio=2.0, affine=False)
+        constants = fx.PopulationNorm2d(2, statistics="estimated", gradient="none", max_ratio=2.0, affine=False)
         torch.testing.assert_close(constants(x), y[None])
 
     def test_estimated_statistics_change_only_from_outside(self) -> None:
-        layer = ek.PopulationNorm2d(6, statistics="estimated")
+        layer = fx.PopulationNorm2d(6, statistics="estimated")
         x = torch.randn(IMAGE)
         torch.testing.assert_close(layer(x), x / (1 + layer.eps) ** 0.5)
         assert layer.num_batches_tracked == 0
 
     def test_non_finite_batch(self) -> None:
-        layer = ek.PopulationNorm2d(1)
+        layer = fx.PopulationNorm2d(1)
         layer(torch.randn(2, 1, 3, 3))
         state = layer.running_mean.clone()
         layer(torch.full((2, 1, 3, 3), float("nan")))
         assert torch.equal(state, layer.running_mean)
 
     def test_batch_size_one_trains(self) -> None:
-        layer = ek.PopulationNorm1d(3)
+        layer = fx.PopulationNorm1d(3)
         layer(torch.randn(1, 3))
         assert layer(torch.randn(1, 3)).isfinite().all()
 
 
 class TestRenorm:
     def test_corrections_against_the_reference(self) -> None:
-        layer = ek.BatchRenorm2d(6, warmup=2, ramp=0, momentum=0.5, dtype=torch.float64)
+        layer = fx.BatchRenorm2d(6, warmup=2, ramp=0, momentum=0.5, dtype=torch.float64)
         for step in range(5):
             x = torch.randn(IMAGE, dtype=torch.float64) * (step + 1)
             mean, var = layer.running_mean.clone(), layer.running_var.clone()
@@ -719,7 +719,7 @@ class TestRenorm:
             torch.testing.assert_close(layer(x), expected)
 
     def test_limits_ramp_as_in_the_paper(self) -> None:
-        layer = ek.BatchRenorm2d(1)
+        layer = fx.BatchRenorm2d(1)
         for step, r, d in (
             (0, 1, 0),
             (5000, 1, 0),
@@ -734,7 +734,7 @@ class TestRenorm:
             assert d is None or d_max == pytest.approx(d)
 
     def test_within_the_limits_training_equals_evaluation(self) -> None:
-        layer = ek.BatchRenorm2d(6, warmup=0, ramp=0)
+        layer = fx.BatchRenorm2d(6, warmup=0, ramp=0)
         layer(torch.randn(64, 6, 5, 5))
         x = torch.randn(64, 6, 5, 5) * 1.5 + 0.5
         evaluated = copy.deepcopy(layer).eval()(x)
@@ -742,14 +742,14 @@ class TestRenorm:
 
 
 def test_filter_response_options() -> None:
-    layer = ek.FilterResponseNorm2d(6, threshold=False, learn_eps=True)
+    layer = fx.FilterResponseNorm2d(6, threshold=False, learn_eps=True)
     assert layer.tau is None
     layer(torch.randn(IMAGE)).square().sum().backward()
     assert layer.learned_eps.grad is not None
     layer.reset_parameters()
     assert layer.learned_eps.item() == pytest.approx(1e-6)
     assert "learn_eps=True" in repr(layer)
-    layer = ek.FilterResponseNorm1d(6)
+    layer = fx.FilterResponseNorm1d(6)
     layer.tau.data.fill_(2)
     layer.reset_parameters()
     assert not layer.tau.any()
@@ -758,48 +758,51 @@ def test_filter_response_options() -> None:
 
 def test_mixture_gates_are_clipped_and_reset() -> None:
     x = torch.randn(IMAGE)
-    layer = ek.BatchInstanceNorm2d(6)
+    layer = fx.BatchInstanceNorm2d(6)
     torch.testing.assert_close(layer(x), reference.batch(x))
     nn.init.constant_(layer.gate, -3.0)
     torch.testing.assert_close(layer(x), reference.instance(x))
     layer.reset_parameters()
     assert (layer.gate == 1).all()
-    switch = ek.SwitchableNorm2d(6)
+    switch = fx.SwitchableNorm2d(6)
     nn.init.zeros_(switch.mean_weight)
     switch.reset_parameters()
     assert (switch.mean_weight == 1).all()
 
 
 def test_make_norm_and_is_norm() -> None:
-    for name in ek.NORMS:
+    for name in fx.NORMS:
         for ndim, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
-            layer = ek.make_norm(name, 6, ndim)
+            layer = fx.make_norm(name, 6, ndim)
             assert layer(torch.randn(shape)).shape == shape
-            assert ek.is_norm(layer)
-            mixing = ("batch", "unitized", "renorm", "switchable", "batch_instance", "mean_only", "variance_only")
-            assert ek.needs_batch(layer) == (name in mixing)
-    assert ek.make_norm("group", 32).num_groups == 2
-    assert ek.make_norm("group", 6).num_groups == 1
-    assert ek.make_norm("group", 6, num_groups=3).num_groups == 3
-    assert ek.is_norm(nn.LayerNorm(3))
-    assert ek.is_norm(nn.SyncBatchNorm(3))
-    assert not ek.is_norm(nn.Conv2d(1, 1, 1))
-    assert ek.needs_batch(nn.BatchNorm2d(3))
-    assert not ek.needs_batch(ek.BatchNorm2d(3).freeze())
-    assert "6" in repr(ek.NoNorm(6))
+            assert fx.is_norm(layer)
+            assert fx.needs_batch(layer) == (fx.norm_class(name).statistics_from == "batch")
+    for name in ("batch", "unitized", "renorm", "switchable", "batch_instance", "mean_only", "variance_only"):
+        assert fx.needs_batch(fx.make_norm(name, 6))
+    for name in ("none", "group", "instance", "layer", "population", "rms", "frn"):
+        assert not fx.needs_batch(fx.make_norm(name, 6))
+    assert fx.make_norm("group", 32).num_groups == 2
+    assert fx.make_norm("group", 6).num_groups == 1
+    assert fx.make_norm("group", 6, num_groups=3).num_groups == 3
+    assert fx.is_norm(nn.LayerNorm(3))
+    assert fx.is_norm(nn.SyncBatchNorm(3))
+    assert not fx.is_norm(nn.Conv2d(1, 1, 1))
+    assert fx.needs_batch(nn.BatchNorm2d(3))
+    assert not fx.needs_batch(fx.BatchNorm2d(3).freeze())
+    assert "6" in repr(fx.NoNorm(6))
 
 
 def test_1d_2d_3d_document_their_arguments() -> None:
     for name in ("BatchNorm2d", "UnitizedBatchNorm1d", "PopulationNorm3d", "LayerNorm2d", "InstanceNorm1d"):
-        text = inspect.getdoc(getattr(ek, name))
+        text = inspect.getdoc(getattr(fx, name))
         assert "num_features: Number of channels" in text
         assert text.count("\nArgs:\n") == text.count("\n    num_features: ") == text.count("\n    dtype: ") == 1
-    text = inspect.getdoc(ek.RMSNorm2d)
+    text = inspect.getdoc(fx.RMSNorm2d)
     assert "\n    eps: " in text
     assert "\n    momentum: " not in text
 
 
 def test_pooled_count_of_one_is_not_corrected() -> None:
-    layer = ek.BatchNorm1d(2)
+    layer = fx.BatchNorm1d(2)
     layer.track(Moments(torch.ones(1, 2), torch.zeros(1, 2), 1))
     assert torch.equal(layer.running_var, torch.full((2,), 0.9))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flexnorm.nn import make_norm
 from flexnorm.optim import scale_invariant_weights
 from flexnorm.shift import CSVSink, OptimizationMonitor, ShiftMonitor, WeightMonitor
-from flexnorm.shift.metrics import Seen
+from flexnorm.shift.monitor import Seen
 
 X = torch.randn(16, 3, 5, 5, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(16) % 4

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexnorm.shift import AtSteps, EverySeconds, EverySteps, Logarithmic, Schedule
-from flexnorm.shift.schedules import as_schedule
+from flexnorm.shift.base import as_schedule
 
 
 def steps(schedule: Schedule, stop: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flexnorm.shift import CSVSink, JSONLSink, MemorySink, ShiftRecord, Sink, TensorBoardSink
-from flexnorm.shift.sinks import as_sink
+from flexnorm.shift.records import as_sink
 
 
 def record(step: int, w1: float = 0.1, layer: str = "a", **metrics: float) -> ShiftRecord:

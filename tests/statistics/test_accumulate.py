@@ -10,21 +10,21 @@ from model_zoo import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm.statistics import accumulate, freeze
 
 LAYERS = {
     "torch": lambda: nn.BatchNorm2d(3, momentum=0.3),
     "torch cumulative": lambda: nn.BatchNorm2d(3, momentum=None),
     "timm": lambda: BatchNormAct2d(3, nn.Identity()),
-    "batch": lambda: ek.BatchNorm2d(3, momentum=0.3),
-    "batch cumulative": lambda: ek.BatchNorm2d(3, momentum=None),
-    "unitized": lambda: ek.UnitizedBatchNorm2d(3),
-    "population": lambda: ek.PopulationNorm2d(3, max_ratio=None),
-    "renorm": lambda: ek.BatchRenorm2d(3),
-    "switchable": lambda: ek.SwitchableNorm2d(3),
+    "batch": lambda: fx.BatchNorm2d(3, momentum=0.3),
+    "batch cumulative": lambda: fx.BatchNorm2d(3, momentum=None),
+    "unitized": lambda: fx.UnitizedBatchNorm2d(3),
+    "population": lambda: fx.PopulationNorm2d(3, max_ratio=None),
+    "renorm": lambda: fx.BatchRenorm2d(3),
+    "switchable": lambda: fx.SwitchableNorm2d(3),
     "torch instance": lambda: nn.InstanceNorm2d(3, track_running_stats=True, momentum=0.3),
-    "instance": lambda: ek.InstanceNorm2d(3, track_running_stats=True, momentum=0.3),
+    "instance": lambda: fx.InstanceNorm2d(3, track_running_stats=True, momentum=0.3),
 }
 
 
@@ -58,7 +58,7 @@ def test_equals_one_large_batch_per_step(name: str) -> None:
     assert not layer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("build", [nn.BatchNorm2d, ek.BatchNorm2d])
+@pytest.mark.parametrize("build", [nn.BatchNorm2d, fx.BatchNorm2d])
 def test_outputs_and_gradients_are_those_of_the_micro_batches(build) -> None:
     plain, held = build(3).double(), build(3).double()
     with accumulate(held):
@@ -82,7 +82,7 @@ def test_backward_after_all_forwards() -> None:
 
 
 def test_one_update_after_each_optimizer_step() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), ek.UnitizedBatchNorm2d(3)).double()
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), fx.UnitizedBatchNorm2d(3)).double()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     handle = accumulate(model, optimizer)
     for step in range(1, 4):
@@ -101,7 +101,7 @@ def test_one_update_after_each_optimizer_step() -> None:
     assert model[1].num_batches_tracked == 4
 
 
-@pytest.mark.parametrize("build", [nn.BatchNorm2d, ek.BatchNorm2d])
+@pytest.mark.parametrize("build", [nn.BatchNorm2d, fx.BatchNorm2d])
 def test_what_does_not_count(build) -> None:
     model = nn.Sequential(build(3), freeze(build(3)), build(3)).double()
     initial = copy.deepcopy(model.state_dict())
@@ -128,7 +128,7 @@ def test_what_does_not_count(build) -> None:
     assert model[2].num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("build", [nn.BatchNorm2d, ek.BatchNorm2d])
+@pytest.mark.parametrize("build", [nn.BatchNorm2d, fx.BatchNorm2d])
 def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(build) -> None:
     layer = build(3).double()
     x = micro(0)[0]

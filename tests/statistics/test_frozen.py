@@ -11,7 +11,7 @@ import torch
 from model_zoo import BatchNormAct2d, same_state, zoo
 from torch import nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm.statistics import freeze, is_frozen, unfreeze
 
 LAYERS = {
@@ -21,10 +21,10 @@ LAYERS = {
     "torch sync": (lambda: nn.SyncBatchNorm(4), (5, 4, 3, 3)),
     "torch instance": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (5, 4, 3, 3)),
     "timm": (lambda: BatchNormAct2d(4), (5, 4, 3, 3)),
-    "batch 1d": (lambda: ek.BatchNorm1d(4), (5, 4)),
-    "unitized 2d": (lambda: ek.UnitizedBatchNorm2d(4), (5, 4, 3, 3)),
-    "population 3d": (lambda: ek.PopulationNorm3d(4), (5, 4, 2, 3, 3)),
-    "renorm 2d": (lambda: ek.BatchRenorm2d(4), (5, 4, 3, 3)),
+    "batch 1d": (lambda: fx.BatchNorm1d(4), (5, 4)),
+    "unitized 2d": (lambda: fx.UnitizedBatchNorm2d(4), (5, 4, 3, 3)),
+    "population 3d": (lambda: fx.PopulationNorm3d(4), (5, 4, 2, 3, 3)),
+    "renorm 2d": (lambda: fx.BatchRenorm2d(4), (5, 4, 3, 3)),
 }
 
 
@@ -115,7 +115,7 @@ def test_selection_and_layers_without_statistics() -> None:
 
 
 def test_affine_parameters_can_be_frozen_too() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), ek.UnitizedBatchNorm2d(3))
+    model = nn.Sequential(nn.BatchNorm2d(3), fx.UnitizedBatchNorm2d(3))
     model[0].bias.requires_grad_(False)
     freeze(freeze(model, affine=True), affine=True)
     assert not any(p.requires_grad for p in model.parameters())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm import FlexNorm
 from flexnorm.statistics import has_statistics
 from flexnorm.statistics.recalibrate import kept, new_pool, of_population, watching
@@ -29,11 +29,11 @@ KINDS = [
     (lambda: nn.BatchNorm2d(3), BATCH),
     (lambda: nn.SyncBatchNorm(3), BATCH),
     (lambda: nn.InstanceNorm2d(3, track_running_stats=True), SAMPLE),
-    (lambda: ek.BatchNorm2d(3), BATCH),
-    (lambda: ek.UnitizedBatchNorm2d(3), BATCH),
-    (lambda: ek.SwitchableNorm2d(3), BATCH),
-    (lambda: ek.InstanceNorm2d(3, track_running_stats=True), SAMPLE),
-    (lambda: ek.PopulationNorm2d(3), POPULATION),
+    (lambda: fx.BatchNorm2d(3), BATCH),
+    (lambda: fx.UnitizedBatchNorm2d(3), BATCH),
+    (lambda: fx.SwitchableNorm2d(3), BATCH),
+    (lambda: fx.InstanceNorm2d(3, track_running_stats=True), SAMPLE),
+    (lambda: fx.PopulationNorm2d(3), POPULATION),
     (lambda: FlexNorm(3), BATCH),
     (lambda: OwnSampleNorm(3), SAMPLE),
     (lambda: OwnPopulationNorm(3), POPULATION),
@@ -56,7 +56,7 @@ def test_a_norm_says_what_it_keeps(build, expected) -> None:
 
 
 def test_layers_without_statistics() -> None:
-    for layer in (nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3), ek.GroupNorm(1, 3), nn.ReLU()):
+    for layer in (nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3), fx.GroupNorm(1, 3), nn.ReLU()):
         assert not has_statistics(layer)
 
 

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from model_zoo import BatchNormAct2d, zoo
 from torch import Tensor, nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm.statistics import freeze, recalibrate, unfreeze
 from flexnorm.surgery import convert
 
 BUILDERS = {
     "torch": lambda: nn.BatchNorm2d(3),
     "timm": lambda: BatchNormAct2d(3, nn.Identity()),
-    "batch": lambda: ek.BatchNorm2d(3),
-    "unitized": lambda: ek.UnitizedBatchNorm2d(3),
-    "population": lambda: ek.PopulationNorm2d(3, statistics="estimated"),
-    "running": lambda: ek.PopulationNorm2d(3),
-    "renorm": lambda: ek.BatchRenorm2d(3),
-    "switchable": lambda: ek.SwitchableNorm2d(3),
+    "batch": lambda: fx.BatchNorm2d(3),
+    "unitized": lambda: fx.UnitizedBatchNorm2d(3),
+    "population": lambda: fx.PopulationNorm2d(3, statistics="estimated"),
+    "running": lambda: fx.PopulationNorm2d(3),
+    "renorm": lambda: fx.BatchRenorm2d(3),
+    "switchable": lambda: fx.SwitchableNorm2d(3),
 }
 
 
@@ -45,7 +45,7 @@ def test_first_layer_gets_the_moments_of_all_data(kind: str, sequential: bool) -
     recalibrate(nn.Sequential(layer), batches, sequential=sequential)
     joined = torch.cat(batches).double()
     mean = joined.mean((0, 2, 3))
-    correction = 0 if isinstance(layer, ek.PopulationNorm2d) else 1
+    correction = 0 if isinstance(layer, fx.PopulationNorm2d) else 1
     var = joined.var((0, 2, 3), correction=correction)
     torch.testing.assert_close(layer.running_mean, mean.float(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer.running_var, var.float(), rtol=1e-6, atol=1e-6)
@@ -65,8 +65,8 @@ def test_any_split_gives_the_same_statistics(sizes: list[int]) -> None:
 def deep() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), ek.UnitizedBatchNorm2d(4), nn.Tanh(),
-        nn.Conv2d(4, 4, 1), ek.PopulationNorm2d(4),
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), fx.UnitizedBatchNorm2d(4), nn.Tanh(),
+        nn.Conv2d(4, 4, 1), fx.PopulationNorm2d(4),
     )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_nothing_else_changes() -> None:
 
 
 def test_instance_norm_averages_its_instances() -> None:
-    for layer in (nn.InstanceNorm2d(3, track_running_stats=True), ek.InstanceNorm2d(3, track_running_stats=True)):
+    for layer in (nn.InstanceNorm2d(3, track_running_stats=True), fx.InstanceNorm2d(3, track_running_stats=True)):
         batches = data(4, 2)
         recalibrate(layer, batches)
         x = torch.cat(batches)
@@ -243,7 +243,7 @@ def test_errors_before_anything_is_changed() -> None:
 
 
 def test_the_first_training_batch_does_not_overwrite_population_statistics() -> None:
-    layer = ek.PopulationNorm2d(3)
+    layer = fx.PopulationNorm2d(3)
     recalibrate(layer, data(4, 4, 4))
     before = layer.running_mean.clone()
     layer.train()(data(4)[0] + 100)

@@ -12,7 +12,7 @@ from model_zoo import ZOO, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm.engine import FlexNorm
 from flexnorm.statistics import freeze
 from flexnorm.surgery import convert, fold, fold_plan
@@ -36,7 +36,7 @@ NORMS = ["torch", "batch", "unitized", "population", "renorm", "mean_only", "var
 def normalization(name: str, ndim: int, **kwargs) -> nn.Module:
     if name == "torch":
         return [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][ndim - 1](6, **kwargs)
-    return ek.make_norm(name, 6, ndim, **kwargs)
+    return fx.make_norm(name, 6, ndim, **kwargs)
 
 
 @pytest.mark.quick(30)
@@ -101,7 +101,7 @@ def test_frozen_layers_activations_and_instance_norm_with_statistics() -> None:
             nn.Conv2d(6, 6, 1), freeze(nn.BatchNorm2d(6)),
             nn.Conv2d(6, 6, 1), nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
             nn.Conv2d(6, 6, 1), nn.SyncBatchNorm(6),
-            nn.Conv2d(6, 6, 1), freeze(ek.BatchNorm2d(6)),
+            nn.Conv2d(6, 6, 1), freeze(fx.BatchNorm2d(6)),
         )
     )  # fmt: skip
     x = torch.randn(2, 3, 4, 4)
@@ -115,7 +115,7 @@ def test_frozen_layers_activations_and_instance_norm_with_statistics() -> None:
 
 
 def unitized(alpha: float) -> nn.Module:
-    layer = ek.UnitizedBatchNorm2d(6)
+    layer = fx.UnitizedBatchNorm2d(6)
     nn.init.constant_(layer.alpha, alpha)
     return layer
 
@@ -125,7 +125,7 @@ class Own(FlexNorm):
         return self.weight * 3, self.bias
 
 
-class OwnForward(ek.BatchNorm2d):
+class OwnForward(fx.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
 
@@ -135,16 +135,16 @@ class OwnForward(ek.BatchNorm2d):
     [
         (unitized(0.1), "each sample"),
         (nn.GroupNorm(2, 6), "each sample"),
-        (ek.GroupNorm(2, 6), "each sample"),
+        (fx.GroupNorm(2, 6), "each sample"),
         (nn.InstanceNorm2d(6), "each sample"),
-        (ek.InstanceNorm2d(6), "each sample"),
-        (ek.RMSNorm2d(6), "each sample"),
-        (ek.FilterResponseNorm2d(6), "each sample"),
-        (ek.SwitchableNorm2d(6), "each sample"),
+        (fx.InstanceNorm2d(6), "each sample"),
+        (fx.RMSNorm2d(6), "each sample"),
+        (fx.FilterResponseNorm2d(6), "each sample"),
+        (fx.SwitchableNorm2d(6), "each sample"),
         (nn.BatchNorm2d(6, track_running_stats=False), "statistics of the batch"),
-        (ek.BatchNorm2d(6, track_running_stats=False), "statistics of the batch"),
-        (ek.MeanOnlyBatchNorm2d(6, track_running_stats=False), "statistics of the batch"),
-        (ek.NoNorm(6), "no normalization"),
+        (fx.BatchNorm2d(6, track_running_stats=False), "statistics of the batch"),
+        (fx.MeanOnlyBatchNorm2d(6, track_running_stats=False), "statistics of the batch"),
+        (fx.NoNorm(6), "no normalization"),
         (OwnForward(6), "own forward"),
         (nn.LocalResponseNorm(2), "window"),
     ],
@@ -397,22 +397,22 @@ def test_selection_and_in_place_comparison() -> None:
 def test_normprop_layers_become_plain_modules() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        ek.NormPropConv2d(3, 6, 3, padding=1), ek.NormPropConv2d(6, 6, 3, activation="gelu"), nn.Flatten(),
-        ek.NormPropLinear(6 * 16, 5, activation=None),
+        fx.NormPropConv2d(3, 6, 3, padding=1), fx.NormPropConv2d(6, 6, 3, activation="gelu"), nn.Flatten(),
+        fx.NormPropLinear(6 * 16, 5, activation=None),
     )  # fmt: skip
     x = torch.randn(4, 3, 6, 6)
     plan = fold_plan(model, example_input=x)
     assert [row.into for row in plan] == ["Conv2d + ChannelFloor", "Conv2d + GELU + ChannelAffine", "Linear"]
     assert plan.difference.preserved
     folded = fold(model, strict=True, example_input=x)
-    assert not [m for m in folded.modules() if isinstance(m, ek.NormPropLayer)]
-    exact = nn.Sequential(ek.NormPropConv2d(3, 6, 3, padding=1, border="exact"))
+    assert not [m for m in folded.modules() if isinstance(m, fx.NormPropLayer)]
+    exact = nn.Sequential(fx.NormPropConv2d(3, 6, 3, padding=1, border="exact"))
     assert "border" in fold_plan(exact)[0].reason
     with pytest.warns(UserWarning, match="were not folded"):
         fold(exact)
-    alone = ek.NormPropConv2d(3, 6, 3)
+    alone = fx.NormPropConv2d(3, 6, 3)
     torch.testing.assert_close(fold(alone)(x), alone(x))
-    hooked = ek.NormPropConv2d(3, 6, 3)
+    hooked = fx.NormPropConv2d(3, 6, 3)
     hooked.register_forward_hook(lambda *_: None)
     assert "hooks" in fold_plan(nn.Sequential(hooked))[0].reason
 
@@ -421,9 +421,9 @@ def exportable() -> dict[str, nn.Module]:
     models = {name: zoo()[name] for name in ("resnet", "mobilenet")}
     models["unitized"] = convert(zoo()["vgg"], "unitized")
     models["normprop"] = nn.Sequential(
-        ek.NormPropConv2d(3, 6, 3, padding=1), nn.Flatten(), ek.NormPropLinear(6 * 36, 5, activation=None)
+        fx.NormPropConv2d(3, 6, 3, padding=1), nn.Flatten(), fx.NormPropLinear(6 * 36, 5, activation=None)
     )
-    models["not foldable"] = nn.Sequential(nn.Conv2d(3, 6, 1), unitized(0.3), nn.ReLU(), ek.PopulationNorm2d(6))
+    models["not foldable"] = nn.Sequential(nn.Conv2d(3, 6, 1), unitized(0.3), nn.ReLU(), fx.PopulationNorm2d(6))
     return models
 
 

@@ -10,7 +10,7 @@ from model_zoo import BatchNormAct2d, FrozenBatchNorm2d, GroupNormAct, randomize
 from norm_options import BASE, BUILT_IN, OPTIONS, OTHER, declared_for_now
 from torch import Tensor, nn
 
-import flexnorm.nn as ek
+import flexnorm.nn as fx
 from flexnorm import convert, fold, freeze, recalibrate
 from flexnorm.engine import FlexNorm, constructor_arguments
 from flexnorm.surgery import conversion_plan, fold_plan
@@ -23,7 +23,7 @@ X = torch.randn(8, 6, 5, 3)
 
 def trained(name: str, **options: object) -> nn.Module:
     """A layer with statistics and parameters of its own."""
-    layer = ek.make_norm(name, 6, **{**BASE.get(name, {}), **options})
+    layer = fx.make_norm(name, 6, **{**BASE.get(name, {}), **options})
     for _ in range(2):
         layer(2 * torch.randn(8, 6, 5, 3) + 1)
     with torch.no_grad():
@@ -37,11 +37,11 @@ def trained(name: str, **options: object) -> nn.Module:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_our_own_layers_are_read_with_all_that_they_were_built_with(name: str) -> None:
-    options = {option: OTHER[option] for option in ek.norm_class(name).options}
-    source = read(layer := ek.make_norm(name, 6, **options))
+    options = {option: OTHER[option] for option in fx.norm_class(name).options}
+    source = read(layer := fx.make_norm(name, 6, **options))
     assert source.norm is layer
     assert {key: source.config[key] for key in options} == options
-    assert source.ndim == (None if name in ("group", "none") else 2)
+    assert source.ndim == (2 if len(fx.norm_class(name).spatial()) == 1 else None)
     assert not source.frozen
     assert {"device", "dtype", "bias", "norm"}.isdisjoint(source.config)
 
@@ -75,22 +75,22 @@ def test_layers_of_others_are_read_as_the_norm_that_computes_the_same(
 
 
 def test_a_frozen_layer_is_read_frozen() -> None:
-    for layer in (nn.BatchNorm2d(6), ek.UnitizedBatchNorm2d(6)):
+    for layer in (nn.BatchNorm2d(6), fx.UnitizedBatchNorm2d(6)):
         source = read(freeze(layer))
         assert source.frozen
         assert source.norm.function(True) == source.norm.function(False) == ("batch", True, 1e-5)
 
 
 def test_names_of_classes() -> None:
-    assert name_of(ek.UnitizedBatchNorm3d) == ("unitized", 3)
-    assert name_of(ek.GroupNorm) == ("group", None)
+    assert name_of(fx.UnitizedBatchNorm3d) == ("unitized", 3)
+    assert name_of(fx.GroupNorm) == ("group", None)
     assert name_of(nn.InstanceNorm1d) == ("instance", 1)
     assert name_of(nn.SyncBatchNorm) == ("batch", None)
-    assert name_of(type("Own", (ek.BatchNorm2d,), {})) is name_of(nn.Linear) is None
+    assert name_of(type("Own", (fx.BatchNorm2d,), {})) is name_of(nn.Linear) is None
 
 
 def test_what_is_no_layer_of_known_kind_is_refused() -> None:
-    own = type("Own", (ek.BatchNorm2d,), {"rule": lambda self, moments: (moments.mean, moments.var)})
+    own = type("Own", (fx.BatchNorm2d,), {"rule": lambda self, moments: (moments.mean, moments.var)})
     with pytest.raises(RefusedError, match="Own is a subclass with its own rule"):
         read(own(6))
     with pytest.raises(RefusedError, match="Linear is a subclass with its own"):
@@ -99,14 +99,14 @@ def test_what_is_no_layer_of_known_kind_is_refused() -> None:
 
 def test_dimension_that_a_model_agrees_on() -> None:
     assert common_ndim(nn.Sequential(nn.ConvTranspose3d(1, 1, 1), nn.BatchNorm1d(2))) == 3
-    assert common_ndim(nn.Sequential(nn.Conv3d(1, 1, 1), ek.NormPropConv2d(2, 2, 1))) is None
+    assert common_ndim(nn.Sequential(nn.Conv3d(1, 1, 1), fx.NormPropConv2d(2, 2, 1))) is None
     assert common_ndim(nn.Linear(1, 1)) == 1
     assert common_ndim(nn.ReLU()) is None
 
 
 # -- the effect
 
-AFFINE = [(n, o) for n in BUILT_IN for o in ("affine", "bias") if o in constructor_arguments(ek.norm_class(n))]
+AFFINE = [(n, o) for n in BUILT_IN for o in ("affine", "bias") if o in constructor_arguments(fx.norm_class(n))]
 
 
 @pytest.mark.parametrize(("name", "option"), [*OPTIONS, *AFFINE])
@@ -135,7 +135,7 @@ def test_an_option_that_changes_the_function_changes_the_verdict(name: str, opti
 
 
 def test_gradient_of_the_population_changes_in_training_only() -> None:
-    model = nn.Sequential(ek.PopulationNorm2d(6, gradient="batch"))
+    model = nn.Sequential(fx.PopulationNorm2d(6, gradient="batch"))
     plan = conversion_plan(model, "population", gradient="none")
     assert plan[0].effect == "kept in evaluation"
     assert conversion_plan(model.eval(), "population", gradient="batch")[0].effect == "kept"
@@ -148,28 +148,28 @@ def test_gradient_of_the_population_changes_in_training_only() -> None:
         (nn.BatchNorm2d(6), "unitized", "kept"),
         (nn.BatchNorm2d(6), "population", "kept in evaluation"),
         (nn.BatchNorm2d(6), "renorm", "kept in evaluation"),
-        (ek.PopulationNorm2d(6), "torch", "kept in evaluation"),
+        (fx.PopulationNorm2d(6), "torch", "kept in evaluation"),
         (nn.BatchNorm2d(6), "group", "changes"),
         (nn.BatchNorm2d(6), "mean_only", "changes"),
         (nn.BatchNorm2d(6, track_running_stats=False), "population", "changes"),
-        (nn.GroupNorm(1, 6), ek.LayerNorm2d, "kept"),
-        (nn.GroupNorm(6, 6), ek.InstanceNorm2d, "kept"),
-        (ek.InstanceNorm2d(6, track_running_stats=True), "torch.batch", "kept in evaluation"),
+        (nn.GroupNorm(1, 6), fx.LayerNorm2d, "kept"),
+        (nn.GroupNorm(6, 6), fx.InstanceNorm2d, "kept"),
+        (fx.InstanceNorm2d(6, track_running_stats=True), "torch.batch", "kept in evaluation"),
         (nn.InstanceNorm2d(6), "batch", "changes"),
         (nn.BatchNorm2d(6), "none", "changes"),
-        (ek.NoNorm(6), "batch", "changes"),
-        (ek.UnitizedBatchNorm2d(6), "torch", "kept"),
-        (ek.BatchNorm2d(6), nn.SyncBatchNorm, "kept"),
+        (fx.NoNorm(6), "batch", "changes"),
+        (fx.UnitizedBatchNorm2d(6), "torch", "kept"),
+        (fx.BatchNorm2d(6), nn.SyncBatchNorm, "kept"),
     ],
 )
 def test_judgement_between_norms(layer: nn.Module, to: object, expected: str) -> None:
-    model = nn.Sequential(randomized(layer)) if not isinstance(layer, ek.UnitizedBatchNorm2d) else nn.Sequential(layer)
+    model = nn.Sequential(randomized(layer)) if not isinstance(layer, fx.UnitizedBatchNorm2d) else nn.Sequential(layer)
     if isinstance(to, type) and to is nn.SyncBatchNorm:
         assert conversion_plan(model, to)[0].effect == expected
         return
     plan = conversion_plan(model, to, example_input=X)
     assert plan[0].effect == expected
-    assert plan.evaluation.preserved == (expected != "changes") or isinstance(layer, ek.NoNorm)
+    assert plan.evaluation.preserved == (expected != "changes") or isinstance(layer, fx.NoNorm)
     assert plan.training.preserved or expected != "kept"
 
 
@@ -185,8 +185,8 @@ def test_the_parameters_that_move_decide() -> None:
 
 
 def test_of_a_class_with_its_own_rule_nothing_is_claimed() -> None:
-    own = type("Own", (ek.BatchNorm2d,), {"rule": lambda self, moments: (self.weight, self.bias)})
-    plain = type("Plain", (ek.BatchNorm2d,), {"extra_repr": lambda self: "plain"})
+    own = type("Own", (fx.BatchNorm2d,), {"rule": lambda self, moments: (self.weight, self.bias)})
+    plain = type("Plain", (fx.BatchNorm2d,), {"extra_repr": lambda self: "plain"})
     model = nn.Sequential(randomized(nn.BatchNorm2d(6)))
     assert conversion_plan(model, own)[0].effect == "changes"
     assert conversion_plan(model, plain)[0].effect == "kept"
@@ -234,9 +234,9 @@ def test_a_norm_of_ones_own_is_one_like_the_others() -> None:
                 scale = self.weight * (var + self.eps) ** (-self.power / 2)
                 return scale, self.bias - mean * scale
 
-        assert isinstance(soft := ek.make_norm("soft", 6, ndim=3, power=0.9), SoftNorm)
-        assert (soft.power, ek.needs_batch(soft), ek.is_norm(soft)) == (0.9, True, True)
-        assert ek.undecayed(soft) == [soft.weight]
+        assert isinstance(soft := fx.make_norm("soft", 6, ndim=3, power=0.9), SoftNorm)
+        assert (soft.power, fx.needs_batch(soft), fx.is_norm(soft)) == (0.9, True, True)
+        assert fx.undecayed(soft) == [soft.weight]
         assert "power=0.9" in repr(soft)
 
         images, x = nn.Sequential(nn.Conv2d(3, 6, 1), randomized(nn.BatchNorm2d(6, eps=1e-3))), torch.randn(4, 3, 5, 5)
@@ -264,6 +264,6 @@ def test_a_norm_of_ones_own_is_one_like_the_others() -> None:
         torch.testing.assert_close(there[1].running_mean, y.mean((0, 2, 3)))
         frozen = freeze(there).train()[1]
         assert frozen.frozen
-        assert not ek.needs_batch(frozen)
+        assert not fx.needs_batch(frozen)
     with pytest.raises(ValueError, match="unknown norm 'soft'"):
-        ek.make_norm("soft", 6)
+        fx.make_norm("soft", 6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from flexnorm import nn as ek
+from flexnorm import nn as fx
 from flexnorm.lab import models
 from flexnorm.optim import GammaDecay
 
@@ -73,7 +73,7 @@ def test_every_network_builds_without_memory(name: str) -> None:
 def test_number_of_normalizations(name: str, norms: int) -> None:
     for norm in ("batch", "none"):
         net = models.build(name, norm=norm)
-        assert sum(ek.is_norm(m) for m in net.modules()) == norms
+        assert sum(fx.is_norm(m) for m in net.modules()) == norms
         # Normalizations make the biases of convolutions before them redundant; without them they are needed.
         biases = [m.bias is not None for m in net.modules() if isinstance(m, nn.Conv2d) and m.out_channels != 10]
         assert set(biases) == {norm == "none"}
@@ -112,7 +112,7 @@ def test_conv4fc2_normalizes_one_layer_alone() -> None:
     for only in (1, 5):
         net = models.build("conv4fc2", width=4, only=only)
         layers = [net.get_submodule(f"layer{number}") for number in range(1, 6)]
-        assert [isinstance(layer.norm, ek.BatchNorm2d) for layer in layers] == [n == only for n in range(1, 6)]
+        assert [isinstance(layer.norm, fx.BatchNorm2d) for layer in layers] == [n == only for n in range(1, 6)]
         assert [layer.conv.bias is None for layer in layers] == [n == only for n in range(1, 6)]
 
 
@@ -141,7 +141,7 @@ def test_weight_normalization_of_conv4fc2(norm: str) -> None:
     net(x).sum().backward()
     assert conv.parametrizations.weight.original0.grad is None
     assert scale.grad.abs().sum() > 0
-    scales = [m.weight for m in net.modules() if ek.is_norm(m)]
+    scales = [m.weight for m in net.modules() if fx.is_norm(m)]
     assert [len(weight) for weight in scales] == [4, 4, 8, 8, 16]
     if norm == "none":
         assert net.layer2.norm.training
@@ -151,7 +151,7 @@ def test_weight_normalization_of_conv4fc2(norm: str) -> None:
 
 def test_weight_normalization_learns_its_length_where_nothing_else_scales() -> None:
     net = models.build("conv4fc2", norm="mean_only", width=4, weight_norm=True, affine=False)
-    assert isinstance(net.layer2.norm, ek.MeanOnlyBatchNorm2d)
+    assert isinstance(net.layer2.norm, fx.MeanOnlyBatchNorm2d)
     assert net.layer2.conv.parametrizations.weight.original0.requires_grad
 
 
@@ -190,7 +190,7 @@ def test_normprop_keeps_its_variance_at_initialization(name: str, spread: float)
     net = models.build(name, norm="normprop")
     seen: list[torch.Tensor] = []
     for module in net.modules():
-        if isinstance(module, (ek.NormPropConv2d, ek.NormPropResidual)):
+        if isinstance(module, (fx.NormPropConv2d, fx.NormPropResidual)):
             module.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
     net(torch.randn(16, 3, 16, 16))
     for out in seen:
@@ -202,9 +202,9 @@ def test_custom_normalization_and_norm_args() -> None:
     net = models.build("convnet", norm=lambda c: nn.GroupNorm(2, c))
     assert sum(isinstance(m, nn.GroupNorm) for m in net.modules()) == 3
     net = models.build("convnet", norm="unitized", eps=1e-3)
-    assert {m.eps for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {1e-3}
+    assert {m.eps for m in net.modules() if isinstance(m, fx.UnitizedBatchNorm2d)} == {1e-3}
     net = models.build("resnet8", norm="normprop", constants="paper")
-    assert {m.constants for m in net.modules() if isinstance(m, ek.NormPropConv2d)} == {"paper"}
+    assert {m.constants for m in net.modules() if isinstance(m, fx.NormPropConv2d)} == {"paper"}
 
 
 def test_options_of_a_norm_may_be_called_like_those_of_the_network() -> None:
@@ -212,13 +212,13 @@ def test_options_of_a_norm_may_be_called_like_those_of_the_network() -> None:
         with pytest.raises(TypeError, match=next(iter(args))):
             models.build("convnet", norm="unitized", widths=(4, 8), norm_args=args)
     net = models.build("convnet", norm="unitized", widths=(4, 8), norm_args={"eps": 0.1}, momentum=0.2)
-    assert {(m.eps, m.momentum) for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {(0.1, 0.2)}
+    assert {(m.eps, m.momentum) for m in net.modules() if isinstance(m, fx.UnitizedBatchNorm2d)} == {(0.1, 0.2)}
 
 
 @pytest.mark.parametrize("option", ["unit_norm", "norm"])
 def test_the_norm_of_a_unitized_network_is_one_of_its_options(option: str) -> None:
     net = models.build("resnet8", norm="unitized", norm_args={option: "rms"})
-    assert {m.unit_norm for m in net.modules() if isinstance(m, ek.UnitizedBatchNorm2d)} == {"rms"}
+    assert {m.unit_norm for m in net.modules() if isinstance(m, fx.UnitizedBatchNorm2d)} == {"rms"}
     net = models.build("convnet", norm="unitized", unit_norm="rms")
     assert net.layer1.norm.unit_norm == "rms"
 
