@@ -29,11 +29,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file in one step: to a neighbour, to the disk, then rename.
-
-    Raises:
-        WriteError: If the disk does not take it; then `path` is as it was before.
-    """
+    """Write a file in one step: to a neighbour, to the disk, then rename; on a WriteError it is as it was before."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
@@ -65,11 +61,7 @@ def dump_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that this package wrote.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Read a JSON object that this package wrote; ValueError if the file is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -104,11 +96,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the operating system lets go of it even if the process is killed.
-
-    Raises:
-        BusyError: If another process holds it.
-    """
+    """Hold a folder for this process, else BusyError; the operating system lets go of it if the process is killed."""
     path = folder / ".lock"
     with writing(path):
         file = path.open("a+")

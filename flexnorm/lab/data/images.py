@@ -72,7 +72,7 @@ def from_arrays(
     seed: int = 0,
     white: float = 255.0,
 ) -> ImageData:
-    """Check four arrays and turn them into standardized tensors.
+    """Check four arrays, ValueError for what is unusable, and turn them into standardized tensors.
 
     Args:
         name: Name of the data set, for messages and reports.
@@ -84,9 +84,6 @@ def from_arrays(
         limit: Keep a stratified subset of at most this many training and at most this many test images.
         seed: Which subset.
         white: Value of a uint8 pixel that stands for 1.0; floating-point pixels are taken as they are.
-
-    Raises:
-        ValueError: If a shape, a type or a label is not usable; the message says which array and what was expected.
     """
     x_train, x_test = _pixels(name, "x_train", x_train), _pixels(name, "x_test", x_test)
     if x_train.shape[1:] != x_test.shape[1:]:

@@ -72,7 +72,8 @@ def build(
         A module from images (N, in_channels, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: For an unknown network or normalization, with the nearest valid name.
+        ValueError: For an unknown network or normalization, with the nearest valid name, and options that the network
+            cannot have (depths that do not fit its blocks, a width below 1).
 
     Examples:
         >>> import torch

@@ -22,6 +22,7 @@ from flexnorm.nn import NoNorm, PopulationNorm2d
 
 NormSpec: TypeAlias = str | Callable[[int], nn.Module]
 Layers: TypeAlias = Sequence[tuple[str, nn.Module]]
+Stages: TypeAlias = Sequence[tuple[int, int]]
 
 
 def norm_names() -> tuple[str, ...]:
@@ -50,18 +51,12 @@ class Blocks:
         ValueError: For an unknown name, or ``norm_args`` with a callable.
     """
 
-    def __init__(
-        self,
-        norm: NormSpec = "batch",
-        norm_args: Mapping[str, Any] | None = None,
-        in_channels: int = 3,
-        num_classes: int = 10,
-    ) -> None:
+    def __init__(self, norm: NormSpec, norm_args: Mapping[str, Any], in_channels: int, num_classes: int) -> None:
         if isinstance(norm, str) and norm not in norm_names():
             raise ValueError(unknown_name("norm", norm, norm_names()))
         if not isinstance(norm, str) and norm_args:
             raise ValueError(f"norm is a callable: bind {sorted(norm_args)} to it instead of passing them beside it")
-        self._norm, self._args = norm, dict(norm_args or {})
+        self._norm, self._args = norm, dict(norm_args)
         self.in_channels, self.num_classes = in_channels, num_classes
 
     @property
@@ -192,10 +187,7 @@ def vgg(blocks: Blocks, *, stages: Sequence[Sequence[int]], width: int | None = 
     Args:
         blocks: Makes the layers.
         stages: Widths of the convolutions of each stage; images must have at least ``2**len(stages)`` pixels a side.
-        width: Channels of the first convolution, in place of those of ``stages``; all others scale with it.
-
-    Raises:
-        ValueError: If ``width`` is below 1.
+        width: Channels of the first convolution, at least 1, in place of those of ``stages``; all others scale with it.
     """
     if width is not None and width < 1:
         raise ValueError(f"width must be at least 1 channel, got {width}")
@@ -243,6 +235,11 @@ def conv4fc2(
 ) -> nn.Sequential:
     """Conv(w) Conv(w) pool Conv(2w) Conv(2w) pool Dense(4w) Dense(classes); a normalization behind all but the last.
 
+    The network in which Luo et al. (2019, Fig. 2) take BatchNorm apart, after Salimans & Kingma (2016). Widths and
+    poolings are in an appendix that we have not seen; here they are those of a small VGG. The hidden dense layer is
+    written as the convolution whose kernel covers its whole input, which is the same map and lets every normalization
+    of images stand behind it.
+
     Args:
         blocks: Normalization, channels of the images (of at least 8 pixels a side) and number of classes.
             ``"instance"`` builds, but cannot train: a dense layer has one position.
@@ -252,16 +249,13 @@ def conv4fc2(
         weight_norm: Weight normalization (Salimans & Kingma 2016) of the five layers: ``w = g v / |v|``, g held
             at the norm of the initial v. The scale that is learned is that of the layer behind, the normalization
             or, with ``"none"``, one that only scales: so the scales of all variants are alike, and gamma decay
-            finds them. Behind a normalization without a scale g is learned.
+            finds them. Behind a normalization without a scale g is learned. Not for ``"normprop"``, whose weights have
+            unit norm as they are.
         dropout: Share of the activations that is dropped after each pooling and after the hidden layer, 0 to 1.
-
-    Raises:
-        ValueError: If ``only`` is no layer, or weight normalization is asked for under ``"normprop"``, whose weights
-            have unit norm as they are.
     """
     if only is not None and not 1 <= only <= LAYERS:
         raise ValueError(f"only must be the number of a layer, 1 to {LAYERS}, got {only}")
-    plain = Blocks("none")
+    plain = Blocks("none", {}, blocks.in_channels, blocks.num_classes)
     if weight_norm and blocks.propagates:
         raise ValueError("weight_norm is for other normalizations: the weights of normprop have unit norm as they are")
     layers: list[tuple[str, nn.Module]] = []
@@ -302,14 +296,10 @@ def resnet(blocks: Blocks, *, depth: int, width: int = 16, dropout: float = 0.0)
         depth: Number of weight layers, ``6 n + 2``: 8, 20, 56, 110.
         width: Channels of the first stage; the next have twice and four times as many.
         dropout: Share of the activations that is dropped after each block, 0 to 1 (Luo et al. 2019, sec. 5: 0.1).
-
-    Raises:
-        ValueError: If ``depth`` is not ``6 n + 2`` with n at least 1.
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth must be 6 n + 2 with n >= 1 (8, 14, 20, ...), got {depth}")
-    stages = [((depth - 2) // 6, width * 2**stage) for stage in range(3)]
-    return _stages(stages, blocks, stem=width, after=dropout)
+    return _stages([((depth - 2) // 6, width * 2**stage) for stage in range(3)], blocks, stem=width, after=dropout)
 
 
 def resnet18(blocks: Blocks, *, width: int = 64, dropout: float = 0.0) -> nn.Sequential:
@@ -320,8 +310,7 @@ def resnet18(blocks: Blocks, *, width: int = 64, dropout: float = 0.0) -> nn.Seq
         width: Channels of the first stage; each further one has twice as many.
         dropout: As in :func:`resnet`.
     """
-    stages = [(2, width * 2**stage) for stage in range(4)]
-    return _stages(stages, blocks, stem=width, after=dropout)
+    return _stages([(2, width * 2**stage) for stage in range(4)], blocks, stem=width, after=dropout)
 
 
 def wide_resnet(blocks: Blocks, *, depth: int, widen: int = 10, dropout: float = 0.0) -> nn.Sequential:
@@ -332,9 +321,6 @@ def wide_resnet(blocks: Blocks, *, depth: int, widen: int = 10, dropout: float =
         depth: Number of weight layers, ``6 n + 4``: 10, 16, 28, 40.
         widen: The stages have 16, 32 and 64 times this many channels; the first convolution has 16.
         dropout: Share of the activations that is dropped between the two convolutions of a block, 0 to 1.
-
-    Raises:
-        ValueError: If ``depth`` is not ``6 n + 4`` with n at least 1.
     """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, 28, ...), got {depth}")
@@ -343,13 +329,7 @@ def wide_resnet(blocks: Blocks, *, depth: int, widen: int = 10, dropout: float =
 
 
 def _stages(
-    stages: list[tuple[int, int]],
-    blocks: Blocks,
-    *,
-    stem: int,
-    after: float = 0.0,
-    inside: float | None = None,
-    activated: bool = False,
+    stages: Stages, blocks: Blocks, stem: int, after: float = 0.0, inside: float | None = None, activated: bool = False
 ) -> nn.Sequential:
     """A stem, stages of (number of blocks, channels), the last normalization and the head.
 

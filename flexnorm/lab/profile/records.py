@@ -248,10 +248,8 @@ def _shift(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[Fin
     if relative is None or w1 is None or layer.lower is None or layer.upper is None:
         return
     level = _level(relative, limits.shift)
-    text = (
-        f"one update moves the output of {layer.layer} by {_percent(relative)} of its spread (W1 {_number(w1)}, "
-        f"certified between {_number(layer.lower)} and {_number(layer.upper)})"
-    )
+    text = f"one update moves the output of {layer.layer} by {_percent(relative)} of its spread (W1 {_number(w1)}, "
+    text += f"certified between {_number(layer.lower)} and {_number(layer.upper)})"
     if layer.bound is not None:
         text += f"; its parameters allow {_number(layer.bound)}"
     if relative >= 1:
@@ -317,10 +315,8 @@ def _channels(layer: LayerProfile, result: Profile, limits: Limits) -> Iterator[
     for count, state, cure in ((layer.dead, meaning, remedy), flat):
         if count:
             share = count / layer.channels
-            text = (
-                f"{count} of {layer.channels} channels of {layer.layer} ({_percent(share)}) are {state} on "
-                f"{result.images} images: {cure}"
-            )
+            text = f"{count} of {layer.channels} channels of {layer.layer} ({_percent(share)}) are {state} "
+            text += f"on {result.images} images: {cure}"
             level: Level = "act" if share >= limits.dead[1] else "look"
             yield Finding(level, "channels", float(count), text)
 

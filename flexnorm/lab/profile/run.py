@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,10 @@ class _Run:
         with suppress(ValueError, RuntimeError):  # where they cannot be found out, they stay unknown
             invariant = set(scale_invariant_weights(self.model, example).selected)
         bounds = BoundWatch(self.model, self.probe, self.sites)
-        with ExitStack() as stack:
-            stack.enter_context(monitor)
-            turning = None
-            if weights:
-                turning = stack.enter_context(WeightMonitor(self.model, optimizer, weights, every=every))
+        with (
+            monitor,
+            WeightMonitor(self.model, optimizer, weights, every=every) if weights else nullcontext() as turning,
+        ):
             for step, (x, y) in enumerate(self._batches(steps)):
                 if step % every == 0:
                     bounds.before()

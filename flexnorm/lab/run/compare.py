@@ -118,12 +118,7 @@ def compare(
 
 
 def check(config: Config, data: ImageData) -> None:
-    """Build every network and put two images through it, so that what cannot work is said before the first run.
-
-    Raises:
-        ValueError: If the device is not there, a network cannot be built or does not take images of this size, or a
-            regularizer does not apply to it.
-    """
+    """Build every network and put two images through it, so that what cannot work is said before the first run."""
     fabric_of(config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for norm in config.norms:

@@ -32,12 +32,10 @@ def augment(x: Tensor, kinds: Sequence[str], pixels: int, generator: torch.Gener
     Args:
         x: Standardized images, so that zero is the mean grey.
         kinds: Any of ``flip`` (each image is mirrored with probability 1/2), ``shift`` (moved by up to `pixels` in each
-            direction, zero fill) and ``crop`` (the same with a reflected border); none returns `x` itself.
+            direction, zero fill) and ``crop`` (the same with a reflected border, ValueError where it is as wide as the
+            image); none returns `x` itself.
         pixels: Largest displacement.
         generator: Private CPU generator.
-
-    Raises:
-        ValueError: If a reflected border is as wide as the image.
     """
     if not kinds:
         return x

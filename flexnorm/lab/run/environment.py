@@ -18,8 +18,6 @@ from flexnorm._version import __version__
 from flexnorm.kernels import status
 from flexnorm.lab.run.config import Config
 
-SMALL = 1024
-
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return versions and hardware as plain values."""
@@ -48,7 +46,7 @@ def settings(config: Config, device: torch.device, shape: tuple[int, int, int]) 
     benchmark = torch.backends.cudnn.benchmark
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            if config.threads or math.prod(shape) <= SMALL:
+            if config.threads or math.prod(shape) <= 1024:
                 torch.set_num_threads(config.threads or 1)
             if config.deterministic and device.type != "cpu":
                 # CPU kernels are deterministic for a given number of threads; asking there would only cost time.
@@ -67,8 +65,7 @@ def settings(config: Config, device: torch.device, shape: tuple[int, int, int]) 
 class Interrupted(Exception):  # noqa: N818  (like KeyboardInterrupt: a request, not an error)
     """The user asked to stop; everything finished so far is on the disk.
 
-    Attributes:
-        exit_code: What a command ends with: 128 plus the number of the signal (130 for Ctrl-C).
+    A command ends with ``exit_code``: 128 plus the number of the signal (130 for Ctrl-C).
     """
 
     def __init__(self, exit_code: int) -> None:

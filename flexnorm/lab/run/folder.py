@@ -28,12 +28,9 @@ def run_path(norm: str, optim: str, seed: int) -> str:
 
 @contextmanager
 def open_experiment(out: Path, config: Config, data: ImageData, command: str) -> Iterator[None]:
-    """Make the folder of an experiment, or enter it again; refuse a folder that holds anything else.
+    """Make the folder of an experiment, or enter it again, with the errors of :func:`flexnorm.lab.run.compare`.
 
-    Raises:
-        ValueError: If the folder holds another experiment (the message lists what differs) or foreign files.
-        BusyError: If another process is at work in it.
-        WriteError: If the disk does not take a file.
+    ValueError if it holds another experiment (the message lists what differs) or foreign files.
     """
     marker = out / "experiment.json"
     if out.exists() and not out.is_dir():
@@ -89,8 +86,7 @@ FORMAT = 2
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write the state of a run at the end of an epoch: tensors, numbers and strings, so that loading never runs code.
 
-    Raises:
-        WriteError: If the disk does not take it; the previous checkpoint is then still there.
+    If the disk does not take it (WriteError), the previous checkpoint is still there.
     """
     # Through memory: torch.save reports a full disk as a RuntimeError of its archive writer.
     buffer = io.BytesIO()
@@ -99,11 +95,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, run: str) -> dict[str, Any]:
-    """Read a checkpoint of the run with that fingerprint.
-
-    Raises:
-        ValueError: If the file is damaged, holds anything but plain data, or belongs to another run.
-    """
+    """Read a checkpoint; ValueError if it is damaged, more than plain data, or of a run with another fingerprint."""
     advice = f"delete {path} to train this run again from its start"
     if not zipfile.is_zipfile(path):  # anything else would go to torch's reader of old pickles
         raise ValueError(f"{path} is damaged or holds more than plain data (no torch archive); {advice}")
@@ -120,11 +112,7 @@ def load_checkpoint(path: Path, run: str) -> dict[str, Any]:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a growing file back to what it was at a checkpoint.
-
-    Raises:
-        ValueError: If it is shorter than that.
-    """
+    """Cut a growing file back to what it was at a checkpoint; ValueError if it is shorter than that."""
     found = path.stat().st_size if path.exists() else 0
     if found < size:
         raise ValueError(
@@ -134,9 +122,6 @@ def truncate(path: Path, size: int) -> None:
     if found > size:
         with writing(path), path.open("r+b") as file:
             file.truncate(size)
-
-
-_LAST = ("train_loss", "test_loss", "test_accuracy")
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -157,9 +142,9 @@ def result(folder: Path) -> dict[str, Any]:
         layer: {name: mean([getattr(row, name) for row in rows]) for name in SHIFT_MEANS}
         for layer, rows in layers.items()
     }
-    measured = [row for rows in layers.values() for row in rows]
+    measured, last = [row for rows in layers.values() for row in rows], epochs[-1] if epochs else None
     return {
-        **{name: getattr(epochs[-1], name) if epochs else math.nan for name in _LAST},
+        **{name: getattr(last, name, math.nan) for name in ("train_loss", "test_loss", "test_accuracy")},
         "best_test_accuracy": max((row.test_accuracy for row in epochs), default=math.nan),
         "shift": shift,
         "shift_w1": mean([layer["w1"] for layer in shift.values()]),

@@ -146,13 +146,10 @@ class _Run:
         self.hooks = StepHooks(self.config, self.model, self.x_train, draws.mixed(self.seed, 0, "extras"))
         # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
-        with contextlib.ExitStack() as stack:
-            self.monitor: Any = None
-            if every := self.shift_every:
-                watched, lag = models.watched_layers(self.model), self.config.shift_lag
-                samples = self.config.shift_samples
-                monitor = ShiftMonitor(self.model, self.probe, watched, every=every, lag=lag, max_samples=samples)
-                self.monitor = stack.enter_context(monitor)
+        often: dict[str, Any] = {"every": self.shift_every, "lag": self.config.shift_lag}
+        often |= {"layers": models.watched_layers(self.model), "max_samples": self.config.shift_samples}
+        monitor: Any = ShiftMonitor(self.model, self.probe, **often) if self.shift_every else contextlib.nullcontext()
+        with monitor as self.monitor:
             self._resume()
             started -= self.seconds
             try:

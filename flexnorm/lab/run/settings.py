@@ -93,7 +93,7 @@ _TAKES: dict[str, dict[str, _Takes]] = {
     "schedule": {
         "drops": (
             "a list of epochs >= 0",
-            lambda v: all(map(_not_negative, v if isinstance(v, (list, tuple)) else [v])),
+            lambda v: all(map(_not_negative, v if isinstance(v, list | tuple) else [v])),
         ),
         "": ("a number >= 0", _not_negative),
     },

@@ -58,16 +58,8 @@ class StepHooks:
     """What one run adds to its updates, nothing by default.
 
     In each update: `before` the forward pass, `penalty` added to the loss, `after` the optimizer's step; and
-    `before_evaluation`.
-
-    Args:
-        config: The experiment; its ``gamma_decay``, ``coherence`` and ``estimate``.
-        model: The network.
-        samples: (N, C, H, W) training images, the pool for population statistics.
-        seed: Of the draws from them.
-
-    Raises:
-        ValueError: If a setting does not apply to this network.
+    `before_evaluation`. By ``gamma_decay``, ``coherence`` and ``estimate`` of the config, which raise ValueError where
+    they do not apply to the network; population statistics are of draws, by ``seed``, from ``samples`` (N, C, H, W).
     """
 
     def __init__(self, config: Config, model: nn.Module, samples: Tensor, seed: int) -> None:
