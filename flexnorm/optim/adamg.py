@@ -160,8 +160,8 @@ def adamg(
 
     ``params``, ``grads``, ``workspace`` and ``observe`` are as for :func:`flexnorm.optim.sgdg`. ``exp_avgs`` are first
     moments, of the shapes of the weights, ``exp_avg_sqs`` second moments, ``(rows,)`` each, ``state_steps`` the steps
-    taken so far, scalar tensors on the CPU, counted up here. ``lr``, ``betas``, ``eps``, ``grad_clip``, ``ortho``, ``maximize``,
-    ``row_dim``, ``row_groups``, ``foreach`` and ``compile`` are those of the class.
+    taken so far, scalar tensors on the CPU, counted up here. ``lr``, ``betas``, ``eps``, ``grad_clip``, ``ortho``,
+    ``maximize``, ``row_dim``, ``row_groups``, ``foreach`` and ``compile`` are those of the class.
     """
     options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile)
     state = State(exp_avgs if betas[0] else [], exp_avg_sqs, state_steps)
