@@ -96,6 +96,7 @@ def _left_to_torch(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or transformed()
+        or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)

@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from flexnorm.engine import FlexNorm
+from flexnorm.engine import FlexNorm, Norm
 from flexnorm.nn import norm_of
 from flexnorm.statistics import freeze_layer
 from flexnorm.surgery._reading import BUFFERS_ONLY, WITH_ACT, RefusedError, Source, ThenAct, blank, read, with_act
@@ -20,7 +20,7 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 _HALF = (torch.float16, torch.bfloat16)
 # What layers of torch, and those that freezing and conversion have made, have besides what the norm's own layer has.
 _ALSO_OWN = {"num_channels", "num_groups", "normalized_shape", "elementwise_affine", "plain", "drop", "act"}
-_ALSO_OWN |= {"_origin", "_training_when_thawed"}
+_ALSO_OWN |= {"_origin", "_ndim", "_training_when_thawed"}
 
 
 def effect(source: Source, new: nn.Module) -> str:
@@ -116,8 +116,11 @@ def _has_act(source: Source) -> bool:
     return "act" in source.module._modules and (source.origin is not None or isinstance(source.module, ThenAct))
 
 
-def graft(source: Source, new: nn.Module, *, restore: bool = False) -> nn.Module:
-    """Give ``new``, which has the tensors already, the flags, hooks, extras and the final class of the old layer."""
+def graft(source: Source, new: nn.Module, ndim: int | None, *, restore: bool = False) -> nn.Module:
+    """Give ``new``, which has the tensors already, the flags, hooks, extras and the final class of the old layer.
+
+    A layer for any number of spatial axes remembers ``ndim``, that of the layer it replaces, for the way back.
+    """
     old, own = source.module, _own(source)
     training = old.__dict__.get("_training_when_thawed", old.training)
     cls = final_class(source, new, restore=restore)
@@ -130,6 +133,8 @@ def graft(source: Source, new: nn.Module, *, restore: bool = False) -> nn.Module
         new._modules["act"] = old._modules["act"]
     if source.origin is not None and isinstance(new, FlexNorm):
         new.__dict__["_origin"] = source.origin
+    if ndim is not None and isinstance(new, Norm) and len(new.spatial()) > 1:
+        new.__dict__["_ndim"] = ndim
     # What somebody has added to this one module: attributes, buffers, parameters and submodules.
     for kind in ("__dict__", "_parameters", "_buffers", "_modules"):
         mine, theirs = getattr(new, kind), getattr(old, kind)

@@ -140,6 +140,7 @@ def read(module: nn.Module) -> Source:
     arguments = constructor_arguments(known) - {"num_features", "num_channels", "bias"}
     config = {argument: getattr(module, argument) for argument in arguments if hasattr(module, argument)}
     if isinstance(module, Norm):
+        ndim = module.__dict__.get("_ndim", ndim)
         return Source(module, module, ndim, config, frozen, getattr(module, "_origin", None))
     if bool(getattr(module, "track_running_stats", False)) != (module._buffers.get("running_mean") is not None):
         raise RefusedError("track_running_stats was changed after construction and does not agree with the buffers")

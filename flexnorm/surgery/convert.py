@@ -240,7 +240,7 @@ def _apply(model: nn.Module, steps: Sequence[_Step], target: Target) -> nn.Modul
             continue
         new, old = step.new, step.place.module
         if step.source is not None:
-            new = graft(step.source, new, restore=target.restores)
+            new = graft(step.source, new, step.source.ndim, restore=target.restores)
         elif all(module is not old for module in new.modules()):
             graft_hooks(old, new)
             new.train(old.training)

@@ -402,3 +402,17 @@ def test_compiled_running_statistics_equal_the_composed_ones(monkeypatch: pytest
                 composed(x)
         for a, b in zip(compiled.state_dict().values(), composed.state_dict().values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("shape", [(3, 4, 5, 5), (16, 8, 40, 40)])
+@pytest.mark.parametrize("norm", ["batch", "group", "unitized", "population"])
+def test_a_trace_holds_the_operations_and_not_the_numbers(norm: str, shape: tuple[int, ...]) -> None:
+    """torch.jit.trace records what torch does: a kernel of ours would leave its result in the trace as a constant."""
+    layer = flexnorm.nn.make_norm(norm, shape[1]).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(shape), check_trace=False)
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -253,10 +251,9 @@ def test_the_first_training_batch_does_not_overwrite_population_statistics() -> 
 SIZES = ((5, 2), (3,), ())
 
 
-def _worker(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     every = data(5, 2, 3)
     mine = [every[:2], every[2:], []][rank]
     out = {}
@@ -278,10 +275,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_with_unequal_data_equal_one_process(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (3, port, str(tmp_path)), nprocs=3)
+    torch.multiprocessing.spawn(_worker, (3, str(tmp_path)), nprocs=3)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(3)]
     for sequential in (False, True):
         single = recalibrate(deep(), data(5, 2, 3), sequential=sequential).state_dict()

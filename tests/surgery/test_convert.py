@@ -732,3 +732,13 @@ def test_parametrized_convolutions_beside_are_untouched() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4))
     new = convert(model, "unitized")
     assert same_state(convert(new, "torch"), model)
+
+
+@pytest.mark.filterwarnings("ignore:.*no running statistics yet")
+@pytest.mark.parametrize("norm", ["group", "none"])
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_layers_for_any_number_of_axes_remember_those_they_came_from(norm: str, layer: type[nn.Module]) -> None:
+    there = convert(nn.Sequential(layer(6)), norm)
+    there = copy.deepcopy(there)
+    assert type(convert(there, "torch.batch")[0]) is layer
+    assert type(convert(there, "batch")[0]).__name__ == layer.__name__
