@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -110,6 +110,7 @@ def select(
     *,
     kind: str = "layer",
     below: bool = False,
+    required: bool = False,
 ) -> dict[str, nn.Module]:
     r"""The candidates that a selection means.
 
@@ -129,12 +130,14 @@ def select(
         argument: The option's name, for messages.
         kind: What a candidate is called in messages.
         below: Whether a module stands for all candidates inside it even if it is one itself.
+        required: Whether at least one must be chosen.
 
     Returns:
         The chosen candidates, in their order.
 
     Raises:
-        ValueError: A name, a pattern, a module or ``"norm"`` fits nothing.
+        ValueError: A name, a pattern, a module or ``"norm"`` fits nothing, or anything does where ``required``; or a
+            regular expression is none.
         TypeError: The selection is of another kind.
 
     Examples:
@@ -158,7 +161,10 @@ def select(
         if found := text and named_like(lambda name: name == text):
             return set(found)
         if text.startswith("re:"):
-            return chosen(re.compile(text[3:]))
+            try:
+                return named_like(re.compile(text[3:]).fullmatch) or unknown(text)
+            except re.error as error:
+                raise ValueError(f"{argument}: {text!r} is not a regular expression: {error}") from None
         # A pattern of everything does not mean the model around its layers.
         found = named_like(
             lambda name: (
@@ -166,14 +172,15 @@ def select(
             )
         )
         if not (found := found or norms) and text == "norm":
+            wanted = f"{kind} of a normalization layer" if below else "normalization layer"
             raise ValueError(
-                f"{argument}: the model has no normalization layer among its {len(candidates)} modules; choose by a "
+                f"{argument}: there is no {wanted} among the {len(candidates)} {kind}s that can be chosen; choose by a "
                 f"pattern ({argument}='*conv*') or by a list of names"
             )
         return found or unknown(text)
 
-    def unknown(pattern: str) -> set[str]:
-        raise ValueError(f"{argument}: {unknown_name(f'{kind} or pattern', pattern, filter(None, candidates))}")
+    def unknown(meant: object) -> set[str]:
+        raise ValueError(f"{argument}: {unknown_name(f'{kind} or pattern', meant, filter(None, candidates))}")
 
     def chosen(part: object) -> set[str]:
         if isinstance(part, str):
@@ -201,6 +208,10 @@ def select(
         )
 
     found = chosen(selection)
+    if required and not found:
+        if isinstance(selection, Sized) and not len(selection):
+            raise ValueError(f"{argument} is an empty list; name at least one {kind}")
+        unknown(selection)
     return {name: module for name, module in candidates.items() if name in found}
 
 
@@ -227,16 +238,11 @@ def select_layers(model: nn.Module, layers: Selection) -> dict[str, nn.Module]:
         ValueError, TypeError: As of :func:`select`; and nothing matches.
     """
     candidates = {_plain(name): module for name, module in model.named_modules()}
-    if isinstance(layers, Iterable) and not isinstance(layers, (str, nn.Module)) and not (layers := list(layers)):
-        raise ValueError("layers is an empty list; name at least one layer")
-    found = select(candidates, layers)
-    if not found:
-        raise ValueError(f"layers: {unknown_name('layer or pattern', layers, filter(None, candidates))}")
-    return found
+    return select(candidates, layers, required=True)
 
 
 def select_parameters(
-    model: nn.Module, names: Iterable[str], selection: Selection, argument: str, kind: str = "parameter"
+    model: nn.Module, names: Iterable[str], selection: Selection, argument: str, **options: Any
 ) -> list[str]:
     """Those of some parameters of a model that a selection means, by their own names or by the modules that hold them.
 
@@ -246,7 +252,7 @@ def select_parameters(
         selection: As for :func:`select`; a module, or the name of one, stands for all parameters inside it, and a
             function gets a parameter's name and the module that holds it.
         argument: The option's name, for messages.
-        kind: What a parameter is called in messages.
+        **options: ``kind`` and ``required``, as for :func:`select`; a parameter is called one by default.
 
     Returns:
         Their names, in the order given.
@@ -255,7 +261,7 @@ def select_parameters(
         ValueError, TypeError: As of :func:`select`.
     """
     holders = {name: model.get_submodule(_holder(name)) for name in names}
-    return list(select(holders, selection, argument, kind=kind, below=True))
+    return list(select(holders, selection, argument, below=True, **{"kind": "parameter", **options}))
 
 
 def _holder(parameter: str) -> str:

@@ -230,7 +230,7 @@ class WeightMonitor(Monitor[WeightRecord]):
         weights: Names of the weights that are watched.
 
     Raises:
-        ValueError: A name matches no weight with two or more axes.
+        ValueError: A name, or all that is chosen, matches no weight with two or more axes.
 
     Examples:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -258,7 +258,7 @@ class WeightMonitor(Monitor[WeightRecord]):
         parameters = {name: p for name, p in self._model.named_parameters() if p.ndim >= 2}
         if weights is not None:
             chosen = getattr(weights, "selected", weights)
-            names = select_parameters(self._model, parameters, chosen, "weights", "weight")
+            names = select_parameters(self._model, parameters, chosen, "weights", kind="weight", required=True)
             parameters = {name: parameters[name] for name in names}
         self._parameters = parameters
         self.weights = tuple(parameters)

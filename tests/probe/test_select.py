@@ -174,7 +174,8 @@ def test_a_model_that_is_itself_a_layer() -> None:
     ("error", "message", "selection"),
     [
         (ValueError, "unknown layer or pattern '2.3'; did you mean", "2.3"),
-        (ValueError, "unknown layer or pattern 'x.'", "re:x."),
+        (ValueError, "unknown layer or pattern 're:x.'", "re:x."),
+        (ValueError, r"'re:\(' is not a regular expression: missing \), unterminated", "re:("),
         (ValueError, "unknown layer or pattern 'x.'", re.compile("x.")),
         (ValueError, "the Linear given is not part of the model", nn.Linear(1, 1)),
         (TypeError, "must be or hold names, patterns or modules.*got int", 3),
@@ -203,5 +204,10 @@ def test_what_may_fit_nothing() -> None:
         assert len(conversion_plan(model, "group", exclude=nothing).rows) == 3
         with pytest.raises(ValueError, match=r"unknown layer or pattern|empty list"):
             select_layers(model, nothing)
-    with pytest.raises(ValueError, match="no normalization layer among its 1 modules"):
+        with pytest.raises(ValueError, match=r"^weights(: unknown weight or pattern| is an empty list; .* one weight)"):
+            WeightMonitor(model, weights=nothing)
+        assert param_groups(model, 0.1, 0.1, 0.0, IMAGES, exclude=nothing, normalize=False)[0]["manifold"]
+    with pytest.raises(ValueError, match="no normalization layer among the 1 layers"):
         select_layers(nn.Linear(2, 2), "norm")
+    with pytest.raises(ValueError, match=r"^weights: there is no weight of a normalization layer among the 3 weights"):
+        WeightMonitor(model, weights="norm")
