@@ -239,9 +239,14 @@ def regularization_figure(
 
     Args:
         batch_sizes: The values of M, each at least 4.
-        samples: Samples per point.
+        samples: Samples per point, at least two batches of every size.
         seed: Of the simulation.
+
+    Raises:
+        ValueError: If there are too few samples.
     """
+    if samples < (least := 2 * max(batch_sizes)):
+        raise ValueError(f"samples must be at least {least}, two batches of the largest size; got {samples}")
 
     def gaussian(n: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(n, generator=generator, dtype=torch.float64)

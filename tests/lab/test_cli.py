@@ -228,6 +228,7 @@ def test_variants_of_a_recipe_are_experiments_in_folders_of_their_own(run, tmp_p
     [
         (["--norm", "bacth"], "unknown norm 'bacth'; did you mean 'batch'? Valid: batch, "),
         (["--optim", "sgdd"], "unknown optim 'sgdd'; did you mean"),
+        (["--model", "timm:resnet18"], "Models of timm and of modules are for `flexnorm profile`"),
         (["--model", "convnett"], "unknown model 'convnett'; did you mean 'convnet'"),
         (["--data", "digit"], "unknown data set 'digit'; did you mean 'digits'"),
         (["--data", "missing.npz"], "no data at missing.npz"),
@@ -281,7 +282,7 @@ def test_errors_that_are_bugs_are_not_hidden(run, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "stopped. The same command resumes"),
+        (KeyboardInterrupt(), 130, "stopped.\n"),
         (PermissionError(13, "Permission denied", "out/x"), 1, "error: out/x: Permission denied"),
         (OSError(28, "cannot write out/y: No space left on device"), 1, "error: cannot write out/y: No space left"),
         (ImportError("needs the datasets package"), 2, "error: needs the datasets package"),
@@ -293,6 +294,26 @@ def test_exit_codes(run, monkeypatch, error, code, message):
 
     monkeypatch.setattr("flexnorm.lab.data.load", failing)
     assert message in run("data", "digits", code=code).stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "resumes"),
+    [
+        (["compare"], "flexnorm.lab.run.load_config", True),
+        (["train"], "flexnorm.lab.run.load_config", True),
+        (["recipe", "run", "demo"], "flexnorm.lab.run.load_variants", True),
+        (["profile"], "flexnorm.lab.profile.profile", False),
+        (["theory", "regularization"], "flexnorm.lab.figures.regularization_figure", False),
+    ],
+)
+def test_only_a_command_that_resumes_says_so_when_it_is_stopped(run, monkeypatch, command, work, resumes):
+    def stopped(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, stopped)
+    more = ["--config", "c.yaml"] if work.endswith("load_config") else []
+    err = run(*command, *more, code=130).stderr
+    assert err == f"stopped.{' The same command resumes where this one ended.' * resumes}\n"
 
 
 LONG = [*FAST, *TINY, "--epochs", "100000", "--set", "shift_every=0"]

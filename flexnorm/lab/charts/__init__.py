@@ -7,7 +7,7 @@ the reader ask for values, or with others a file (`save`). `markup` makes elemen
 from flexnorm.lab.charts.chart import Chart, Series, legend_sample
 from flexnorm.lab.charts.palette import HUES, Hue, dash, hues, marker_shape, style
 from flexnorm.lab.charts.scale import Scale, Tick, accuracy, linear, log_or_linear, logarithmic, rows
-from flexnorm.lab.charts.sheet import save, sheet, write_text
+from flexnorm.lab.charts.sheet import check_format, save, sheet, write_text
 
 __all__ = [
     "HUES",
@@ -17,6 +17,7 @@ __all__ = [
     "Series",
     "Tick",
     "accuracy",
+    "check_format",
     "dash",
     "hues",
     "legend_sample",

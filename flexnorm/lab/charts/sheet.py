@@ -84,6 +84,13 @@ def _legend(legend: Sequence[Series], note: str, width: float) -> tuple[Markup, 
     return group(*parts), y + (26.0 if parts else -6.0)
 
 
+def check_format(path: Path) -> Any:
+    """Return the module that converts an SVG to the format of ``path``, ``None`` for SVG; errors as of :func:`save`."""
+    if path.suffix not in FORMATS:
+        raise ValueError(unknown_name("format of a picture", path.suffix, FORMATS))
+    return None if path.suffix == ".svg" else optional("vl_convert", f"a picture as {path.suffix}", "plot")
+
+
 def save(path: str | Path, charts: Sequence[Chart], *, title: str, **words: Any) -> Path:
     """Write charts as a picture, in one step; what was there before stays if that fails.
 
@@ -103,13 +110,11 @@ def save(path: str | Path, charts: Sequence[Chart], *, title: str, **words: Any)
         OSError: If it cannot be written.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(unknown_name("format of a picture", path.suffix, FORMATS))
-    plain = path.suffix != ".svg"
+    convert = check_format(path)
+    plain = convert is not None
     picture = sheet(charts, title=title, plain=plain, **words)
     if not plain:
         return write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{picture}\n')
-    convert = optional("vl_convert", f"a picture as {path.suffix}", "plot")
     return write(path, convert.svg_to_png(picture, scale=2.0) if path.suffix == ".png" else convert.svg_to_pdf(picture))
 
 

@@ -30,7 +30,7 @@ _HOW = ("batch_size", "lr", "schedule", "augment", "device", "precision", "threa
     norm="Normalizations, e.g. batch,group. (default: none,batch,group,unitized,population,normprop)",
     optim="Optimizers: sgd,sgdg,adamg,adamw,sgdp,adamp. (default: sgd,sgdg,adamg)",
 )
-@friendly()
+@friendly(resumes=True)
 def compare(given: dict[str, Any]) -> None:
     """Train one network under several normalizations, optimizers and seeds; report accuracy, shift and speed.
 
@@ -40,7 +40,7 @@ def compare(given: dict[str, Any]) -> None:
 
 
 @takes(*_WHAT, "seed", *_HOW)
-@friendly()
+@friendly(resumes=True)
 def train(given: dict[str, Any]) -> None:
     """Train one network once, with a line per epoch. Interrupted, the same command resumes."""
     seed = given.pop("seed")

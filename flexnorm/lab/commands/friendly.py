@@ -70,15 +70,16 @@ def takes(*names: str, **words: str) -> Callable[[Callable[..., None]], Callable
 
 
 @contextlib.contextmanager
-def friendly() -> Iterator[None]:
+def friendly(resumes: bool = False) -> Iterator[None]:
     """Turn errors into one message on standard error and an exit code; with FLEXNORM_TRACEBACK=1 they pass through.
 
     Exit codes: 2 for input that cannot be used, 1 for a disk that takes no more, 130 after Ctrl-C, 143 after SIGTERM.
+    After Ctrl-C, commands that go on where they ended (``resumes``) say so.
     """
     try:
         yield
     except KeyboardInterrupt:
-        _fail(130, "stopped. The same command resumes where this one ended.")
+        _fail(130, "stopped." + " The same command resumes where this one ended." * resumes)
     except Exception as error:
         if os.environ.get("FLEXNORM_TRACEBACK"):
             raise

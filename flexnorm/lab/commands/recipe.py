@@ -45,7 +45,7 @@ def recipe_show(name: Name) -> None:
     data="Where the data is. (default: the recipe's)",
     out="Folder of the experiment. (default: runs/NAME-SCALE)",
 )
-@friendly()
+@friendly(resumes=True)
 def recipe_run(
     name: Name,
     variant: Annotated[

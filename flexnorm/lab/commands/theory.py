@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="What theory says BatchNorm does: numbers, simulations, plots.", no_args_is_help=True)
 
-Plot = Annotated[Path | None, typer.Option(help="Write the figure here (.png, .svg, .pdf; needs flexnorm\\[plot]).")]
+
+@friendly()
+def _drawable(path: Path | None) -> Path | None:
+    """Refuse what cannot be drawn to before the minutes of a simulation."""
+    if path is not None:
+        from flexnorm.lab.charts import check_format
+
+        check_format(path)
+    return path
+
+
+_PLOT = "Write the figure here (.png, .svg, .pdf; needs flexnorm\\[plot])."
+Plot = Annotated[Path | None, typer.Option(help=_PLOT, callback=_drawable)]
 AsJson = Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")]
 Runs = Annotated[int, typer.Option(help="Simulated runs per point.")]
 Size = Annotated[int, typer.Option("--inputs", help="Inputs N of the simulated students.")]

@@ -117,7 +117,9 @@ class Config:
                 names, valid = [value] if isinstance(value, str) else list(value), tuple(rules["among"]())
                 for name in names:
                     if name not in valid:
-                        raise ValueError(unknown_name(key.removesuffix("s"), name, valid))
+                        other = key == "model" and ":" in name
+                        hint = ". Models of timm and of modules are for `flexnorm profile`" if other else ""
+                        raise ValueError(unknown_name(key.removesuffix("s"), name, valid) + hint)
                 if len(set(names)) < len(names):
                     raise ValueError(f"{key} lists a name twice: {', '.join(names)}")
         for key in ("norms", "optims", "seeds"):

@@ -49,9 +49,19 @@ def test_generalization_and_regularization(tmp_path: Path) -> None:
     [
         (["generalization", "--activation", "rleu"], "did you mean 'relu'"),
         (["dynamics", "--quantity", "gama"], "did you mean 'gamma'"),
+        (["regularization", "--samples", "0"], "samples must be at least 512"),
     ],
 )
 def test_errors(args: list[str], message: str) -> None:
-    result = CliRunner().invoke(app, ["theory", *args, *SMALL])
+    result = CliRunner().invoke(app, ["theory", *args, *(SMALL if args[0] != "regularization" else ())])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize("command", ["dynamics", "generalization", "regularization"])
+def test_what_cannot_be_drawn_is_refused_before_the_simulation(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for maker in ("dynamics_figure", "figure_1a", "regularization_figure"):
+        monkeypatch.delattr(f"flexnorm.lab.figures.{maker}")
+    result = CliRunner().invoke(app, ["theory", command, "--plot", "x.jpg"])
+    assert result.exit_code == 2
+    assert "unknown format of a picture '.jpg'" in result.output
