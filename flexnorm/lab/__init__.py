@@ -1,4 +1,4 @@
-"""The application on top of the library: experiments, report, profile, reference networks, data, the command line.
+"""The application on top of the library: experiments, report, profile, networks, data, the command line.
 
 Needs ``pip install 'flexnorm[lab]'``.
 """

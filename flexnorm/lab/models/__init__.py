@@ -1,4 +1,4 @@
-"""The reference networks of the papers, each built around any normalization."""
+"""The networks of the papers, each built around any normalization."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build(
     norm_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a reference network by name.
+    """Build a network of the papers by name.
 
     Args:
         name: One of :data:`MODELS`.

@@ -26,7 +26,7 @@ Stages: TypeAlias = Sequence[tuple[int, int]]
 
 
 def norm_names() -> tuple[str, ...]:
-    """Return the names that the reference networks accept as ``norm=``."""
+    """Return the names that the networks accept as ``norm=``."""
     return (*norms.NORMS, "normprop")
 
 
@@ -156,11 +156,11 @@ class _ResidualBlock(nn.Module):
 
 
 def watched_layers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers whose outputs the normalized linear maps of a reference network read.
+    """Names of the layers whose outputs the normalized linear maps of a network read.
 
     A BatchNorm stands before its activation, a layer of Normalization Propagation ends after it, and a network without
     normalization has neither: their outputs are no like quantities. What the next linear map reads is, so that is what
-    a comparison of normalizations watches. The reference networks have equally many such places under every
+    a comparison of normalizations watches. These networks have equally many such places under every
     normalization, in the same order.
 
     Args:

@@ -74,22 +74,23 @@ def _claim(study: Study, best: Cell, rival: Cell | None, difference: Replicates)
 
 
 def _accuracy(best: Cell, *, alone: bool) -> str:
-    sample = best.test_accuracy
-    if alone and sample.n < 2:
-        return "There is one seed, hence no spread, and nothing to compare with."
+    values = best.test_accuracy
+    if alone and values.n < 2:
+        return "There is one seed, hence no standard deviation, and nothing to compare with."
     if alone:
-        seeds = f"over {plural(sample.n, 'seed')}"
-        return f"Mean ± standard deviation {seeds}, which reach {percent(sample.low, 2)} to {percent(sample.high, 2)}."
-    if sample.n < 2:
-        return f"{_name(best)} has the highest test accuracy: {_percent(sample)}. One seed alone has no spread."
-    if sample.low == sample.high:
+        seeds = f"over {plural(values.n, 'seed')}"
+        return f"Mean ± standard deviation {seeds}, which reach {percent(values.low, 2)} to {percent(values.high, 2)}."
+    if values.n < 2:
+        found = f"{_name(best)} has the highest test accuracy: {_percent(values)}."
+        return f"{found} One seed alone has no standard deviation."
+    if values.low == values.high:
         return (
-            f"{_name(best)} has the highest mean test accuracy: {percent(sample.mean, 2)}, on each of {sample.n} seeds."
+            f"{_name(best)} has the highest mean test accuracy: {percent(values.mean, 2)}, on each of {values.n} seeds."
         )
     return (
-        f"{_name(best)} has the highest mean test accuracy: {_percent(sample)} "
-        f"(mean ± standard deviation over {plural(sample.n, 'seed')}; "
-        f"{percent(sample.low, 2)} to {percent(sample.high, 2)})."
+        f"{_name(best)} has the highest mean test accuracy: {_percent(values)} "
+        f"(mean ± standard deviation over {plural(values.n, 'seed')}; "
+        f"{percent(values.low, 2)} to {percent(values.high, 2)})."
     )
 
 
@@ -103,7 +104,7 @@ def _versus(rival: Cell | None, difference: Replicates) -> str:
     if difference.std == 0 and difference.mean == 0:
         return f"Seed by seed, that is exactly what {_name(rival)} has, too."
     if difference.std == 0:
-        return f"{text}, the same on every seed, so that the spread of this difference cannot be told."
+        return f"{text}, the same on every seed, so that the standard deviation of this difference cannot be told."
     low, high = (100 * (difference.mean + sign * difference.margin) for sign in (-1, 1))
     interval = f"the 95 % interval of the difference runs from {signed(low, 2)} to {signed(high, 2)}"
     if difference.separated:
@@ -182,10 +183,10 @@ _EXTREMES: tuple[tuple[Callable[[float], str], str, _Pick], ...] = (
 )
 
 
-def _percent(sample: Replicates) -> str:
-    places = decimals_for([100 * sample.std], least=1, most=3, default=2)
-    std = f" ± {fixed(100 * sample.std, places)}" if sample.n > 1 else ""
-    return f"{fixed(100 * sample.mean, places)}{std}\u202f%"
+def _percent(values: Replicates) -> str:
+    places = decimals_for([100 * values.std], least=1, most=3, default=2)
+    std = f" ± {fixed(100 * values.std, places)}" if values.n > 1 else ""
+    return f"{fixed(100 * values.mean, places)}{std}\u202f%"
 
 
 def _points(difference: Replicates) -> str:

@@ -94,33 +94,33 @@ def _row(study: Study, cell: Cell, axis: Scale, places: tuple[int, int]) -> dict
     }
 
 
-def _mean(sample: Replicates, places: int, factor: float = 1.0) -> str:
-    std = f" ± {fixed(factor * sample.std, places)}" if math.isfinite(sample.std) else ""
-    return f"{fixed(factor * sample.mean, places)}{std}"
+def _mean(values: Replicates, places: int, factor: float = 1.0) -> str:
+    std = f" ± {fixed(factor * values.std, places)}" if math.isfinite(values.std) else ""
+    return f"{fixed(factor * values.mean, places)}{std}"
 
 
-def _significant(sample: Replicates) -> str:
+def _significant(values: Replicates) -> str:
     """Return mean ± std, both with the decimals that give the mean three digits."""
-    size = max(abs(sample.mean), sample.std if math.isfinite(sample.std) else 0.0)
-    if not math.isfinite(size) or size == 0 or (not 1e-3 <= size < 1e6 and not math.isfinite(sample.std)):
-        return significant(sample.mean)
+    size = max(abs(values.mean), values.std if math.isfinite(values.std) else 0.0)
+    if not math.isfinite(size) or size == 0 or (not 1e-3 <= size < 1e6 and not math.isfinite(values.std)):
+        return significant(values.mean)
     exponent = math.floor(math.log10(size))
     if not 1e-3 <= size < 1e6:
-        return f"({_mean(sample, 2, 10.0**-exponent)})×{power_of_ten(exponent)}"
-    return _mean(sample, max(0, 2 - exponent))
+        return f"({_mean(values, 2, 10.0**-exponent)})×{power_of_ten(exponent)}"
+    return _mean(values, max(0, 2 - exponent))
 
 
-def _difference(sample: Replicates, places: int) -> Entry:
-    if not sample:
+def _difference(values: Replicates, places: int) -> Entry:
+    if not values:
         return Entry(math.nan, MISSING)
-    text = signed(100 * sample.mean, places)
-    if math.isfinite(sample.std):
-        text += f" ± {fixed(100 * sample.std, places)}"
+    text = signed(100 * values.mean, places)
+    if math.isfinite(values.std):
+        text += f" ± {fixed(100 * values.std, places)}"
     below = None
-    if math.isfinite(sample.margin):
-        low, high = (signed(100 * (sample.mean + s * sample.margin), places) for s in (-1, 1))
+    if math.isfinite(values.margin):
+        low, high = (signed(100 * (values.mean + s * values.margin), places) for s in (-1, 1))
         below = f"[{low}, {high}]"
-    return Entry(sample.mean, text, below, bold=sample.separated)
+    return Entry(values.mean, text, below, bold=values.separated)
 
 
 def _shift(cell: Cell) -> Entry:

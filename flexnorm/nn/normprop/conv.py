@@ -103,9 +103,16 @@ class NormPropConv(ConvLayer):
     input channels (of its group) and kernel positions. Input without a batch axis is accepted.
 
     Args:
-        in_channels, out_channels, kernel_size, stride: As of ``nn.Conv2d``.
-        padding, dilation, groups, padding_mode: As of ``nn.Conv2d``.
-        activation, constants: As of :class:`NormPropLinear`, like the options.
+        in_channels: As of ``nn.Conv2d``.
+        out_channels: As of ``nn.Conv2d``.
+        kernel_size: As of ``nn.Conv2d``.
+        stride: As of ``nn.Conv2d``.
+        padding: As of ``nn.Conv2d``.
+        dilation: As of ``nn.Conv2d``.
+        groups: As of ``nn.Conv2d``.
+        padding_mode: As of ``nn.Conv2d``.
+        activation: As of :class:`NormPropLinear`, like the options.
+        constants: As of :class:`NormPropLinear`, like the options.
         border: ``"paper"``: nothing is done about zero padding, which lowers the variance near the border.
             ``"exact"``: each filter's response is divided by the norm of the part of the filter that lies inside the
             image (costs one elementwise pass).
@@ -228,9 +235,16 @@ class NormPropConvTranspose(ConvLayer):
     position receives only that share of the filter's energy. Input without a batch axis is accepted.
 
     Args:
-        in_channels, out_channels, kernel_size, stride: As of ``nn.ConvTranspose2d``.
-        padding, output_padding, groups, dilation: As of ``nn.ConvTranspose2d``.
-        activation, constants: As of :class:`NormPropLinear`, like the options.
+        in_channels: As of ``nn.ConvTranspose2d``.
+        out_channels: As of ``nn.ConvTranspose2d``.
+        kernel_size: As of ``nn.ConvTranspose2d``.
+        stride: As of ``nn.ConvTranspose2d``.
+        padding: As of ``nn.ConvTranspose2d``.
+        output_padding: As of ``nn.ConvTranspose2d``.
+        groups: As of ``nn.ConvTranspose2d``.
+        dilation: As of ``nn.ConvTranspose2d``.
+        activation: As of :class:`NormPropLinear`, like the options.
+        constants: As of :class:`NormPropLinear`, like the options.
         border: ``"paper"``: nothing is done about borders and phases. ``"exact"``: unit variance at every position.
         **options: ``init``, ``unitize``, ``eps``, ``device`` and ``dtype``.
     """

@@ -25,7 +25,8 @@ class NormPropInput(nn.Module):
         momentum: Weight of the newest batch in the running estimates: ``running = (1 - momentum) * running + momentum
             * batch``.
         eps: Added to the variance.
-        device, dtype: Of the buffers; at least float32 is wise.
+        device: Of the buffers.
+        dtype: Of the buffers; at least float32 is wise.
 
     Attributes:
         mean: Buffer, shape ``shape`` (``(C,)`` per channel): mean that is subtracted in evaluation (and always in

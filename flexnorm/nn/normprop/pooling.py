@@ -163,7 +163,10 @@ class NormPropMaxPool(PoolLayer):
     """Maximum pooling of standardized units; used as ``NormPropMaxPool1d``, ``2d`` and ``3d``.
 
     Args:
-        kernel_size, stride, padding, ceil_mode: As of :class:`NormPropAvgPool`, with a window.
+        kernel_size: As of :class:`NormPropAvgPool`, with a window.
+        stride: As of :class:`NormPropAvgPool`, with a window.
+        padding: As of :class:`NormPropAvgPool`, with a window.
+        ceil_mode: As of :class:`NormPropAvgPool`, with a window.
         correlation: None: as in the paper, no correction. A number in [0, 1]: standardize by mean and standard
             deviation of the maximum of units with that pairwise correlation of their pre-activations
             (:func:`max_pool_moments`).

@@ -105,7 +105,8 @@ class NormPropAdd(nn.Module):
     Args:
         channels: Number of channels C.
         spatial: Number of axes after the channels.
-        device, dtype: Of the weights.
+        device: Of the weights.
+        dtype: Of the weights.
 
     Attributes:
         a: ``(C,)``, weights of the first branch, initially 1.
