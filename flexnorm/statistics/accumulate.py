@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flexnorm.engine import FlexNorm, Moments, Pool, recomputing
+from flexnorm.kernels.tables import track
 from flexnorm.probe import Selection, find_places, select_places
 from flexnorm.statistics.frozen import has_statistics
 from flexnorm.statistics.recalibrate import new_pool
@@ -179,15 +180,8 @@ class _Torchs:
 
     def update(self, pool: Pool) -> None:
         mean, var = (self.module.get_buffer(name) for name in self._names[:2])
-        tracked, momentum = self.module._buffers["num_batches_tracked"], self.module.__dict__["momentum"]
-        if not pool.between:
-            # torch's instance normalization does not count, and takes no momentum for no update.
-            rate = momentum or 0.0
-        else:
-            if tracked is not None:
-                tracked.add_(1)
-            rate = momentum if momentum is not None or tracked is None else 1.0 / tracked.to(mean.dtype)
-        new_mean, new_var = pool.mean.to(mean.dtype), pool.unbiased.to(var.dtype)
-        usable = torch.isfinite(new_mean) & torch.isfinite(new_var)
-        mean.copy_(torch.where(usable, mean + rate * (new_mean - mean), mean))
-        var.copy_(torch.where(usable, var + rate * (new_var - var), var))
+        counter, momentum = self.module._buffers["num_batches_tracked"], self.module.__dict__["momentum"]
+        if counter is None or not pool.between:
+            # torch's instance normalization does not count; what does not count takes no momentum for no update.
+            counter, momentum = torch.zeros((), dtype=torch.int64, device=mean.device), momentum or 0.0
+        track((pool.mean, pool.unbiased), (mean, var), counter, momentum, _MANY, "torch")

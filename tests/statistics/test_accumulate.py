@@ -139,6 +139,22 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(build) -> None:
     assert torch.isfinite(layer.running_mean).all()
     assert torch.isfinite(layer.running_var).all()
     assert layer.running_mean[1] == 0
+    # As without accumulation, all channels of a layer of this package go together, and it does not count: torch's, too.
+    assert torch.equal(layer.running_mean, torch.zeros(3).double())
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_a_layer_of_torch_that_does_not_count(momentum: float | None) -> None:
+    layer, large = (nn.BatchNorm2d(3, momentum=momentum).double() for _ in range(2))
+    layer.num_batches_tracked = large.num_batches_tracked = None
+    with accumulate(layer):
+        for x in micro(0):
+            layer(x)
+    large(torch.cat(micro(0)))
+    torch.testing.assert_close(layer.running_mean, large.running_mean)
+    torch.testing.assert_close(layer.running_var, large.running_var)
+    assert layer.num_batches_tracked is None
 
 
 def test_unbatched_instance_norm() -> None:
