@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -53,6 +54,28 @@ class ExactState(Optimizer):
     def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
         others = ("self", "params", "__class__")
         super().__init__(params, {key: value for key, value in arguments.items() if key not in others})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked in full; the caller's dict is not changed.
+
+        Raises:
+            ValueError: If a value is missing or out of range, or a parameter of a manifold group has no rows.
+            TypeError: If a parameter of a manifold group is complex.
+        """
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if lr is None:
+            raise ValueError(f"no learning rate: give {type(self).__name__} an lr, or every param group its own 'lr'")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"a tensor lr must have one element, this one has shape {tuple(lr.shape)}")
+        check_at_least_zero(group, "lr", "weight_decay")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the tensors are copied, and keep the dtype in which they were saved.
@@ -131,27 +154,9 @@ class SphereOptimizer(ExactState):
             for group in self.param_groups:
                 group.setdefault(key, parameter.default)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked in full; the caller's dict is not changed.
-
-        Raises:
-            ValueError: If a value is out of range, or a parameter of a manifold group has no rows.
-            TypeError: If a parameter of a manifold group is complex.
-        """
-        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
     def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if lr is None:
-            raise ValueError(f"no learning rate: give {type(self).__name__} an lr, or every param group its own 'lr'")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"a tensor lr must have one element, this one has shape {tuple(lr.shape)}")
-        check_at_least_zero(group, "lr", "weight_decay", "ortho")
+        super()._check_group(group)
+        check_at_least_zero(group, "ortho")
         if group["grad_clip"] is not None and not group["grad_clip"] > 0:
             raise ValueError(f"grad_clip must be positive, or None for no clipping; got {group['grad_clip']}")
         if not group["manifold"]:
@@ -223,8 +228,11 @@ def _tell(
 def check_at_least_zero(values: dict[str, Any], *names: str) -> None:
     """Raise ValueError if a value is below zero or no finite number."""
     for name in names:
-        if not values[name] >= 0 or math.isinf(values[name]):
-            raise ValueError(f"{name} must be a finite number of at least 0; got {float(values[name])}")
+        usable = False
+        with suppress(TypeError):  # of text, say
+            usable = values[name] >= 0 and not math.isinf(values[name])
+        if not usable:
+            raise ValueError(f"{name} must be a finite number of at least 0; got {values[name]!r}")
 
 
 def check_below_one(name: str, value: float) -> None:

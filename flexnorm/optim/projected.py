@@ -43,9 +43,9 @@ def projected_update(weight: Tensor, grad: Tensor, update: Tensor, delta: float)
 
 
 class _Projected(ExactState):
-    def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
-        check_at_least_zero(arguments, "lr", "weight_decay", "delta", "wd_ratio")
-        super().__init__(params, arguments)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_at_least_zero(group, "delta", "wd_ratio")
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -77,7 +77,7 @@ class SGDP(_Projected):
 
     Args:
         params: Parameters or param groups.
-        lr: Learning rate.
+        lr: Learning rate. May be omitted if every group has its own.
         momentum: Momentum.
         weight_decay: Decay rate; the weights shrink by ``lr * weight_decay / (1 - momentum)`` per step.
         delta: Threshold :math:`\delta` of the test for scale invariance.
@@ -93,7 +93,7 @@ class SGDP(_Projected):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
@@ -120,7 +120,7 @@ class AdamP(_Projected):
 
     Args:
         params: Parameters or param groups.
-        lr: Learning rate.
+        lr: Learning rate. May be omitted if every group has its own.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay rate.
@@ -133,7 +133,7 @@ class AdamP(_Projected):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

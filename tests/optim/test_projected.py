@@ -173,3 +173,17 @@ def test_transposed_and_low_precision():
 def test_wrong_arguments(make, text):
     with pytest.raises(ValueError, match=text):
         make(parameters([(2, 3)]))
+
+
+@pytest.mark.parametrize("cls", [SGDP, AdamP])
+def test_every_group_may_have_its_own_learning_rate(cls):
+    p, q = parameters([(4, 3), (2, 3)])
+    optimizer = cls([{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.2}])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    with pytest.raises(ValueError, match=f"no learning rate: give {cls.__name__} an lr"):
+        cls([p])
+    with pytest.raises(ValueError, match="lr must be a finite number of at least 0; got 'a'"):
+        cls([p], lr="a")
+    with pytest.raises(ValueError, match=r"delta must be a finite number of at least 0; got -0\.1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "delta": -0.1, "lr": 0.1})
+    assert len(optimizer.param_groups) == 2
