@@ -31,9 +31,9 @@ from flexnorm.nn.normprop.layer import (
     LayerOptions,
     NormPropLayer,
     NormPropLinear,
+    length_or_one,
     normalize_weights_,
     register_unit_norm,
-    safe_norm,
 )
 from flexnorm.nn.normprop.pooling import (
     NormPropAvgPool,
@@ -66,6 +66,6 @@ __all__ += ["NormPropConvTranspose1d", "NormPropConvTranspose2d", "NormPropConvT
 __all__ += ["NormPropLayer", "NormPropLinear", "NormPropMaxPool", "NormPropMaxPool1d", "NormPropMaxPool2d"]
 __all__ += ["NormPropMaxPool3d", "NormPropResidual", "NormPropUnits", "PropagationReport", "UnitOptions"]
 __all__ += ["UnitizeSamples", "activation_gains", "activation_moments", "average_pool_variance", "border_variance"]
-__all__ += ["canonical_error", "coherence_penalty", "max_pool_moments", "normalize_weights_", "normprop_add"]
-__all__ += ["propagate", "register_unit_norm", "resolve_activation", "safe_norm", "unitize_samples"]
+__all__ += ["canonical_error", "coherence_penalty", "length_or_one", "max_pool_moments", "normalize_weights_"]
+__all__ += ["normprop_add", "propagate", "register_unit_norm", "resolve_activation", "unitize_samples"]
 __all__ += ["window_correlation"]

@@ -25,19 +25,19 @@ from flexnorm.nn.normprop.checks import positive
 from flexnorm.nn.normprop.elementwise import ActivationLike, UnitizeSamples, unitize_samples
 
 
-def safe_norm(rows: Tensor) -> Tensor:
-    """Euclidean norm of each row, with 1 in place of a norm that is zero (or too small to be squared).
+def length_or_one(rows: Tensor) -> Tensor:
+    """Euclidean length of each row, with 1 in place of a length that is zero (or too small to be squared).
 
     A zero row then maps to zero, and its gradient is that of an unnormalized row: finite, so the row can leave zero.
-    Dividing by ``norm + eps`` instead would multiply that gradient by 1 / eps, and dividing by the norm itself yields
-    NaN forward and backward.
+    Dividing by ``length + eps`` instead would multiply that gradient by 1 / eps, and dividing by the length yields NaN
+    forward and backward.
 
     Args:
         rows: ``(C, K)``; half precision is accumulated in float32, and the result ``(C,)`` at least float32.
     """
     dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
-    norm = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return torch.where(norm > torch.finfo(dtype).tiny ** 0.5, norm, 1.0)
+    length = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return torch.where(length > torch.finfo(dtype).tiny ** 0.5, length, 1.0)
 
 
 class LayerOptions(UnitOptions, total=False):
@@ -124,13 +124,13 @@ class NormPropLayer(NormPropUnits):
         self.weight.copy_(self.scaled(self.weight, self.filter_norms().reciprocal()))
 
     def filter_norms(self) -> Tensor:
-        """Euclidean norm of each filter, ``(C,)``; 1 in place of a zero norm (see :func:`safe_norm`)."""
-        return safe_norm(self.filters(self.weight))
+        """Euclidean norm of each filter, ``(C,)``; 1 in place of a zero norm (see :func:`length_or_one`)."""
+        return length_or_one(self.filters(self.weight))
 
     def unit_rows(self) -> Tensor:
         """The filters divided by their norms, ``(C, fan_in)``, differentiable."""
         rows = self.filters(self.weight)
-        return rows / safe_norm(rows).unsqueeze(1)
+        return rows / length_or_one(rows).unsqueeze(1)
 
     # -- forward
 
@@ -164,7 +164,7 @@ class NormPropLayer(NormPropUnits):
     def _fold_into(self, linear: nn.Module) -> nn.Module:
         scale, bias, tail = self._folded_units()
         weight, target = self.weight.detach().double(), linear.get_parameter("weight")
-        factor = self.fan_gain / safe_norm(self.filters(weight))
+        factor = self.fan_gain / length_or_one(self.filters(weight))
         target.copy_(self.scaled(weight, factor if scale is None else factor * scale))
         if bias is not None:
             linear.get_parameter("bias").copy_(bias)

@@ -227,7 +227,7 @@ def linear_layer(
     """
     new = _blank(module, tail.activation, options)
     weight = linear.weight
-    norms = normprop.safe_norm(new.filters(weight)) / new.fan_gain
+    norms = normprop.length_or_one(new.filters(weight)) / new.fan_gain
     known = Moments(linear.bias, norms) if moments is None else moments.positive()
     center, spread = (known.mean - linear.bias) / norms, known.std / norms
     gamma, bias = tail.scale * known.std, tail.scale * known.mean + tail.shift

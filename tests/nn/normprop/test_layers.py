@@ -17,6 +17,7 @@ from flexnorm.nn.normprop import (
     NormPropConvTranspose2d,
     NormPropConvTranspose3d,
     NormPropLinear,
+    length_or_one,
     resolve_activation,
     unitize_samples,
 )
@@ -405,3 +406,13 @@ def test_repr_shows_the_arguments():
     text = repr(NormPropConvTranspose2d(4, 8, 3, 2, 1, 1, 2, 2, border="exact"))
     for part in ("output_padding=(1, 1)", "groups=2", "dilation=(2, 2)", "border='exact'"):
         assert part in text
+
+
+def test_length_or_one():
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0]], requires_grad=True)
+    lengths = length_or_one(rows)
+    assert lengths.tolist() == [5.0, 1.0, 1.0]
+    (rows / lengths.unsqueeze(1)).sum().backward()
+    assert torch.isfinite(rows.grad).all()
+    assert rows.grad[1].tolist() == [1.0, 1.0]
+    assert length_or_one(torch.full((1, 70000), 1.0, dtype=torch.float16)).dtype == torch.float32
