@@ -156,8 +156,9 @@ class SphereOptimizer(ExactState):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_at_least_zero(group, "ortho")
-        if group["grad_clip"] is not None and not group["grad_clip"] > 0:
-            raise ValueError(f"grad_clip must be positive, or None for no clipping; got {group['grad_clip']}")
+        clip = group["grad_clip"]
+        if clip is not None and (isinstance(clip, str) or not clip > 0):
+            raise ValueError(f"grad_clip must be positive, or None for no clipping; got {clip!r}")
         if not group["manifold"]:
             return
         if group["row_dim"] not in (0, 1):
@@ -233,8 +234,8 @@ def check_at_least_zero(values: dict[str, Any], *names: str) -> None:
 
 def check_below_one(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= ``value`` < 1."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} must be at least 0 and below 1; got {value}")
+    if not isinstance(value, SupportsFloat) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be at least 0 and below 1; got {value!r}")
 
 
 def fused_takes(*tensors: Sequence[Tensor | None]) -> bool:

@@ -28,6 +28,13 @@ def test_ranges(value):
         check_below_one("momentum", value)
 
 
+def test_text_is_no_number():
+    with pytest.raises(ValueError, match=r"eps must be a finite number of at least 0; got '0.1'"):
+        check_at_least_zero({"eps": "0.1"}, "eps")
+    with pytest.raises(ValueError, match=r"momentum must be at least 0 and below 1; got '0.1'"):
+        check_below_one("momentum", "0.1")
+
+
 @pytest.mark.parametrize("cls", [SGDG, AdamG])
 def test_groups_saved_without_a_key_get_the_default_of_the_class_not_of_the_call(cls):
     optimizer = cls([nn.Parameter(torch.eye(2))], lr=0.1, ortho=0.0, foreach=False)

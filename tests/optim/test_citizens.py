@@ -66,6 +66,7 @@ def test_groups_override_arguments_and_the_callers_dict_is_left_alone(cls):
         ({"lr": None}, "no learning rate"),
         ({"lr": "a"}, "lr must be a finite number of at least 0; got 'a'"),
         ({"lr": 1.0, "grad_clip": 0.0}, "grad_clip must be positive"),
+        ({"lr": 1.0, "grad_clip": "a"}, "grad_clip must be positive, or None for no clipping; got 'a'"),
         ({"lr": 1.0, "ortho": -0.1}, "ortho must be"),
         ({"lr": 1.0, "row_dim": 2}, "row_dim must be 0, or 1"),
         ({"lr": 1.0, "row_groups": 3}, "row_groups=3 does not divide"),
