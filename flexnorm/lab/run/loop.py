@@ -33,10 +33,10 @@ from flexnorm.lab.records import (
 from flexnorm.lab.replicates import mean
 from flexnorm.lab.run import draws, environment
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.draws import augment
 from flexnorm.lab.run.folder import load_checkpoint, result, save_checkpoint, step_ms, truncate
+from flexnorm.lab.run.optimizers import StepHooks, make_optimizer
+from flexnorm.lab.run.randomness import augment
 from flexnorm.lab.run.settings import schedule_factor
-from flexnorm.lab.run.updates import StepHooks, make_optimizer
 from flexnorm.nn import make_norm, needs_batch
 from flexnorm.shift import ShiftMonitor
 

@@ -11,9 +11,9 @@ import torch
 
 from flexnorm.lab import files, records
 from flexnorm.lab.run import BusyError, WriteError, draws, folder
-from flexnorm.lab.run.draws import augment
 from flexnorm.lab.run.environment import Interrupted, StopRequest, stop_on_signals
 from flexnorm.lab.run.folder import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run.randomness import augment
 from flexnorm.lab.run.settings import SCHEDULES, filled, schedule_factor
 
 METRICS, SHIFT = records.METRICS_HEADER, records.SHIFT_HEADER
