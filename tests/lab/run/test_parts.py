@@ -74,7 +74,7 @@ class TestSeeding:
         assert torch.equal(before, torch.get_rng_state())
 
     def test_purposes_are_unrelated(self):
-        assert len({draws.mixed(s, e, p) for s in range(9) for e in range(9) for p in "ab"}) == 162
+        assert len({randomness.mixed(s, e, p) for s in range(9) for e in range(9) for p in "ab"}) == 162
 
 
 class TestAugment:
