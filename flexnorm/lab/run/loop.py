@@ -184,7 +184,7 @@ class _Run:
         # Dropout and the like draw from the global generator: it, too, is a function of (seed, epoch).
         torch.manual_seed(randomness.mixed(self.seed, self.epoch, "network"))
         displacements = randomness.generator(self.seed, self.epoch, "augment")
-        order = draws.order(len(self.x_train), self.seed, self.epoch).to(device)
+        order = randomness.order(len(self.x_train), self.seed, self.epoch).to(device)
         arguments = config.schedule_settings()
         losses: list[float] = []
         self.model.train()
