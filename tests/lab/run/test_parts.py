@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexnorm.lab import files, records
-from flexnorm.lab.run import BusyError, WriteError, folder
+from flexnorm.lab.run import BusyError, WriteError, folder, randomness
 from flexnorm.lab.run.environment import Interrupted, StopRequest, stop_on_signals
 from flexnorm.lab.run.folder import load_checkpoint, save_checkpoint, truncate
 from flexnorm.lab.run.randomness import augment
