@@ -239,11 +239,8 @@ def regularization_figure(
 
     Args:
         batch_sizes: The values of M, each at least 4.
-        samples: Samples per point, at least two batches of every size.
+        samples: Samples per point, at least two batches of every size (ValueError otherwise).
         seed: Of the simulation.
-
-    Raises:
-        ValueError: If there are too few samples.
     """
     if samples < (least := 2 * max(batch_sizes)):
         raise ValueError(f"samples must be at least {least}, two batches of the largest size; got {samples}")
@@ -354,9 +351,7 @@ def plot(figure: Figure | Sequence[Figure], path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: If the suffix is that of no format.
-        ImportError: If the format needs what is not installed.
-        OSError: If the file cannot be written.
+        ValueError, ImportError, OSError: As of :func:`flexnorm.lab.charts.save`.
     """
     every = [figure] if isinstance(figure, Figure) else list(figure)
     return save(path, [chart(one, width=640.0 if len(every) == 1 else 480.0) for one in every], title=every[0].title)

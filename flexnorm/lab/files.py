@@ -28,6 +28,12 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_folder(path: Path) -> None:
+    """Raise FileNotFoundError if there is no folder for the file ``path``."""
+    if not (folder := path.expanduser().absolute().parent).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {path.name} to")
+
+
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file in one step: to a neighbour, to the disk, then rename; on a WriteError it is as it was before."""
     temporary = path.with_name(path.name + ".tmp")

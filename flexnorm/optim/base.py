@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 import torch
 from torch import Tensor
@@ -228,10 +227,7 @@ def _tell(
 def check_at_least_zero(values: dict[str, Any], *names: str) -> None:
     """Raise ValueError if a value is below zero or no finite number."""
     for name in names:
-        usable = False
-        with suppress(TypeError):  # of text, say
-            usable = values[name] >= 0 and not math.isinf(values[name])
-        if not usable:
+        if not isinstance(values[name], SupportsFloat) or not values[name] >= 0 or math.isinf(values[name]):
             raise ValueError(f"{name} must be a finite number of at least 0; got {values[name]!r}")
 
 

@@ -11,7 +11,7 @@ from flexnorm.lab.charts.chart import Chart, Series, legend_sample
 from flexnorm.lab.charts.markup import Markup, element, number
 from flexnorm.lab.charts.palette import HUES, Hue, plain_style, style
 from flexnorm.lab.charts.svg import drawing, fit, group, text, text_width
-from flexnorm.lab.files import atomic_write
+from flexnorm.lab.files import atomic_write, check_folder
 
 GAP, EDGE = 28.0, 24.0
 FORMATS = (".pdf", ".png", ".svg")
@@ -119,11 +119,7 @@ def save(path: str | Path, charts: Sequence[Chart], *, title: str, **words: Any)
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write a text file in UTF-8, in one step, so that a reader never finds half of it.
-
-    Args:
-        path: The file; its folder must exist.
-        content: What it shall contain.
+    """Write the text ``content`` as the file ``path`` in UTF-8, in one step, so that a reader never finds half of it.
 
     Returns:
         The path.
@@ -137,7 +133,6 @@ def write_text(path: Path, content: str) -> Path:
 
 def write(path: Path, content: bytes) -> Path:
     """Write a file as :func:`write_text` does."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    check_folder(path)
     atomic_write(path, content)
     return path

@@ -50,7 +50,7 @@ def show_profile(
         FileNotFoundError: There is no such folder to write to.
         OSError: The file cannot be written; what was there before stays.
     """
-    from flexnorm.lab.files import atomic_write
+    from flexnorm.lab.files import atomic_write, check_folder
     from flexnorm.lab.profile import print_profile
     from flexnorm.lab.profile import profile as measure
     from flexnorm.lab.run.terminal import console as screen
@@ -58,9 +58,7 @@ def show_profile(
     console = console or screen(150)
     if json_to is not None and str(json_to) != "-":
         # Worth knowing before the minutes that a profile may take.
-        folder = Path(json_to).expanduser().absolute().parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder} to write {Path(json_to).name} to")
+        check_folder(Path(json_to))
     result = measure(model, **options)
     text = json.dumps(result.asdict(), indent=1, allow_nan=False)
     if str(json_to) == "-":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexnorm.lab.commands.friendly import friendly
+from flexnorm.lab.files import check_folder
 
 if TYPE_CHECKING:
     from flexnorm.lab.figures import Figure
@@ -17,18 +18,20 @@ app = typer.Typer(help="What theory says BatchNorm does: numbers, simulations, p
 
 
 @friendly()
-def _drawable(path: Path | None) -> Path | None:
-    """Refuse what cannot be drawn to before the minutes of a simulation."""
+def _writable(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse what cannot be written to before the minutes of a simulation."""
     if path is not None:
         from flexnorm.lab.charts import check_format
 
-        check_format(path)
+        check_folder(path)
+        if option.name == "plot":
+            check_format(path)
     return path
 
 
 _PLOT = "Write the figure here (.png, .svg, .pdf; needs flexnorm\\[plot])."
-Plot = Annotated[Path | None, typer.Option(help=_PLOT, callback=_drawable)]
-AsJson = Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")]
+Plot = Annotated[Path | None, typer.Option(help=_PLOT, callback=_writable)]
+AsJson = Annotated[Path | None, typer.Option("--json", help="Write the numbers here.", callback=_writable)]
 Runs = Annotated[int, typer.Option(help="Simulated runs per point.")]
 Size = Annotated[int, typer.Option("--inputs", help="Inputs N of the simulated students.")]
 Seed = Annotated[int, typer.Option(help="Seed of the simulations.")]

@@ -59,9 +59,14 @@ def test_errors(args: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["dynamics", "generalization", "regularization"])
-def test_what_cannot_be_drawn_is_refused_before_the_simulation(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_refused_before_the_simulation(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for maker in ("dynamics_figure", "figure_1a", "regularization_figure"):
         monkeypatch.delattr(f"flexnorm.lab.figures.{maker}")
-    result = CliRunner().invoke(app, ["theory", command, "--plot", "x.jpg"])
-    assert result.exit_code == 2
-    assert "unknown format of a picture '.jpg'" in result.output
+    for option, path, message in (
+        ("--plot", "x.jpg", "unknown format of a picture '.jpg'"),
+        ("--plot", "/nowhere/x.svg", "there is no folder /nowhere to write x.svg to"),
+        ("--json", "/nowhere/x.json", "there is no folder /nowhere to write x.json to"),
+    ):
+        result = CliRunner().invoke(app, ["theory", command, option, path])
+        assert result.exit_code == 2
+        assert message in result.output
