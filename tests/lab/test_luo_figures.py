@@ -11,7 +11,7 @@ import torch
 
 from flexnorm.lab import models
 from flexnorm.lab.run import Config
-from flexnorm.lab.run.updates import StepHooks
+from flexnorm.lab.run.optimizers import StepHooks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ from flexnorm.lab.profile.layers import BoundWatch, bounded, channel_numbers, fi
 from flexnorm.lab.profile.load import load_model, load_weights
 from flexnorm.lab.profile.records import LIMITS, LayerProfile, Limits, Profile, judge
 from flexnorm.lab.run import environment
-from flexnorm.lab.run.updates import make_optimizer
+from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.nn import needs_batch
 from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights

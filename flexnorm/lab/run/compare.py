@@ -19,7 +19,7 @@ from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.environment import stop_on_signals
 from flexnorm.lab.run.folder import open_experiment, run_path
 from flexnorm.lab.run.loop import build_model, fabric_of, train_run
-from flexnorm.lab.run.updates import StepHooks
+from flexnorm.lab.run.optimizers import StepHooks
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from flexnorm.lab.records import (
     renamed,
 )
 from flexnorm.lab.replicates import mean
-from flexnorm.lab.run import draws, environment
+from flexnorm.lab.run import environment, randomness
 from flexnorm.lab.run.config import Config
-from flexnorm.lab.run.draws import augment
 from flexnorm.lab.run.folder import load_checkpoint, result, save_checkpoint, step_ms, truncate
+from flexnorm.lab.run.optimizers import StepHooks, make_optimizer
+from flexnorm.lab.run.randomness import augment
 from flexnorm.lab.run.settings import schedule_factor
-from flexnorm.lab.run.updates import StepHooks, make_optimizer
 from flexnorm.nn import make_norm, needs_batch
 from flexnorm.shift import ShiftMonitor
 
@@ -117,7 +117,7 @@ class _Run:
         self.notes: list[str] = []
         atomic_write(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
 
-        torch.manual_seed(draws.mixed(self.seed, 0, "weights"))
+        torch.manual_seed(randomness.mixed(self.seed, 0, "weights"))
         self.model = build_model(config, data, self.norm)
         device = fabric.device
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
@@ -143,7 +143,7 @@ class _Run:
         self.optimizer, self.notes = make_optimizer(self.model, self.optim, settings, self.probe[:2].cpu())
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
-        self.hooks = StepHooks(self.config, self.model, self.x_train, draws.mixed(self.seed, 0, "extras"))
+        self.hooks = StepHooks(self.config, self.model, self.x_train, randomness.mixed(self.seed, 0, "extras"))
         # Precisions like 64-true change the type of the weights; Fabric converts only what goes through its wrapper.
         self.probe = self.probe.to(next(self.model.parameters()).dtype)
         often: dict[str, Any] = {"every": self.shift_every, "lag": self.config.shift_lag}
@@ -182,9 +182,9 @@ class _Run:
         """Make the updates of one epoch; return their mean loss and the last learning rate."""
         config, device = self.config, self.fabric.device
         # Dropout and the like draw from the global generator: it, too, is a function of (seed, epoch).
-        torch.manual_seed(draws.mixed(self.seed, self.epoch, "network"))
-        displacements = draws.generator(self.seed, self.epoch, "augment")
-        order = draws.order(len(self.x_train), self.seed, self.epoch).to(device)
+        torch.manual_seed(randomness.mixed(self.seed, self.epoch, "network"))
+        displacements = randomness.generator(self.seed, self.epoch, "augment")
+        order = randomness.order(len(self.x_train), self.seed, self.epoch).to(device)
         arguments = config.schedule_settings()
         losses: list[float] = []
         self.model.train()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from flexnorm.lab import files, records
-from flexnorm.lab.run import BusyError, WriteError, draws, folder
-from flexnorm.lab.run.draws import augment
+from flexnorm.lab.run import BusyError, WriteError, folder, randomness
 from flexnorm.lab.run.environment import Interrupted, StopRequest, stop_on_signals
 from flexnorm.lab.run.folder import load_checkpoint, save_checkpoint, truncate
+from flexnorm.lab.run.randomness import augment
 from flexnorm.lab.run.settings import SCHEDULES, filled, schedule_factor
 
 METRICS, SHIFT = records.METRICS_HEADER, records.SHIFT_HEADER
@@ -61,20 +61,20 @@ class TestSchedule:
 class TestSeeding:
     def test_orders_are_permutations_that_depend_on_seed_and_epoch_alone(self):
         torch.manual_seed(1)
-        first = draws.order(50, seed=3, epoch=2)
+        first = randomness.order(50, seed=3, epoch=2)
         torch.manual_seed(2)
-        assert torch.equal(first, draws.order(50, seed=3, epoch=2))
+        assert torch.equal(first, randomness.order(50, seed=3, epoch=2))
         assert torch.equal(first.sort().values, torch.arange(50))
-        assert not torch.equal(first, draws.order(50, seed=3, epoch=3))
-        assert not torch.equal(first, draws.order(50, seed=4, epoch=2))
+        assert not torch.equal(first, randomness.order(50, seed=3, epoch=3))
+        assert not torch.equal(first, randomness.order(50, seed=4, epoch=2))
 
     def test_the_global_generator_is_left_alone(self):
         before = torch.get_rng_state()
-        draws.order(9, 0, 0)
+        randomness.order(9, 0, 0)
         assert torch.equal(before, torch.get_rng_state())
 
     def test_purposes_are_unrelated(self):
-        assert len({draws.mixed(s, e, p) for s in range(9) for e in range(9) for p in "ab"}) == 162
+        assert len({randomness.mixed(s, e, p) for s in range(9) for e in range(9) for p in "ab"}) == 162
 
 
 class TestAugment:

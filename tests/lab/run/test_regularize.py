@@ -5,7 +5,7 @@ import torch
 
 from flexnorm.lab.run import Config, compare, train_run
 from flexnorm.lab.run.loop import build_model
-from flexnorm.lab.run.updates import StepHooks
+from flexnorm.lab.run.optimizers import StepHooks
 from flexnorm.nn.normprop import coherence_penalty
 from flexnorm.optim import GammaDecay
 

@@ -111,10 +111,10 @@ def test_a_wrong_order_would_be_noticed(one, images, tmp_path, summaries, monkey
 
     with pytest.raises(Crash):
         train_run(one, images, tmp_path / "parts/runs/a/b/c", on_epoch=stop)
-    from flexnorm.lab.run import draws
+    from flexnorm.lab.run import randomness
 
-    order = draws.order
-    monkeypatch.setattr(draws, "order", lambda count, seed, _epoch: order(count, seed, 0))
+    order = randomness.order
+    monkeypatch.setattr(randomness, "order", lambda count, seed, _epoch: order(count, seed, 0))
     train_run(one, images, tmp_path / "parts/runs/a/b/c")
     assert summaries(tmp_path / "whole") != summaries(tmp_path / "parts")
 

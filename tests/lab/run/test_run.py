@@ -11,7 +11,7 @@ from flexnorm.lab import files
 from flexnorm.lab.models import build
 from flexnorm.lab.records import SHIFT_NUMBERS, Run
 from flexnorm.lab.run import Config, loop, train_run
-from flexnorm.lab.run.updates import make_optimizer
+from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.nn import NormPropLayer
 from flexnorm.optim import SGDG, SGDP, AdamG, AdamP
 
