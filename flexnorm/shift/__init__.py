@@ -3,7 +3,7 @@
 from flexnorm.shift.base import AtSteps, EverySeconds, EverySteps, Logarithmic, Schedule
 from flexnorm.shift.layer_bounds import batch_norm_radius, layer_bound, second_moment_excess, unitized_radius
 from flexnorm.shift.monitor import ShiftMonitor
-from flexnorm.shift.other_monitors import OptimizationMonitor, OptimizationRecord, WeightMonitor, WeightRecord
+from flexnorm.shift.optimization import OptimizationMonitor, OptimizationRecord
 from flexnorm.shift.records import (
     CSVSink,
     JSONLSink,
@@ -14,6 +14,7 @@ from flexnorm.shift.records import (
     TensorBoardSink,
     measure_shift,
 )
+from flexnorm.shift.weights import WeightMonitor, WeightRecord
 from flexnorm.transport import ShiftBounds, gaussian_wasserstein, moment_lower_bound, shift_bounds, wasserstein
 
 __all__ = [
