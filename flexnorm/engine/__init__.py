@@ -1,9 +1,20 @@
 """The engine: moments of an activation, a rule on two small tables, one affine pass; what a norm declares of itself."""
 
-from flexnorm.engine.declaration import NORMS, Norm, constructor_arguments
+from flexnorm.engine.declaration import NORMS, Checked, Norm, constructor_arguments
 from flexnorm.engine.functional import Rule, flex_norm
 from flexnorm.engine.module import FlexNorm, recomputing
 from flexnorm.engine.moments import Moments, Pool, active_group, pool_processes
 
-__all__ = ["NORMS", "FlexNorm", "Moments", "Norm", "Pool", "Rule", "active_group", "constructor_arguments", "flex_norm"]
-__all__ += ["pool_processes", "recomputing"]
+__all__ = [
+    "NORMS",
+    "Checked",
+    "FlexNorm",
+    "Moments",
+    "Norm",
+    "Pool",
+    "Rule",
+    "active_group",
+    "constructor_arguments",
+    "flex_norm",
+]
+__all__ += ["flex_norm", "pool_processes", "recomputing"]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
+
+from flexnorm._messages import unknown_name
 
 _CLASSES: dict[str, dict[int, type[Norm]]] = {}
 
@@ -19,7 +21,22 @@ NORMS: Mapping[str, Mapping[int, type[Norm]]] = MappingProxyType(_CLASSES)
 """Every declared norm: its layers by the number of spatial axes (1 also stands for none), by its name."""
 
 
-class Norm(nn.Module):
+class Checked(nn.Module):
+    """A module that refuses keyword arguments its constructor does not name, in the words of the class that was called.
+
+    Constructors of families of layers hand ``**kwargs`` upwards, where an error would name another class, or where an
+    argument that means nothing here would be accepted.
+    """
+
+    def __new__(cls, *_: Any, **kwargs: Any) -> Self:
+        """Check the names; copies and pickles come without arguments, constructors of users know their own."""
+        ours = next(base for base in cls.__mro__ if "__init__" in base.__dict__).__module__.startswith("flexnorm.")
+        if ours and kwargs and (unknown := kwargs.keys() - (valid := constructor_arguments(cls))):
+            raise TypeError(unknown_name(f"argument of {cls.__name__}", min(unknown), valid))
+        return super().__new__(cls)
+
+
+class Norm(Checked):
     """The declaration of a normalization layer. All of it is for others to read; the forward does not use it.
 
     A subclass that sets :attr:`norm_name` is known by that name at once, everywhere. Where a norm has a class for each

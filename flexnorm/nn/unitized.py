@@ -90,6 +90,8 @@ class _UnitizedBatchNorm(BatchStatistics):
         norm: str | None = None,
         **kwargs: Unpack[Shared],
     ) -> None:
+        if norm is not None and unit_norm not in ("paper", norm):
+            raise ValueError(f"norm is the old name of unit_norm: got norm={norm!r} and unit_norm={unit_norm!r}")
         unit_norm = unit_norm if norm is None else norm
         if unit_norm not in ("paper", "rms"):
             raise ValueError(unknown_name("unit_norm of UnitizedBatchNorm", unit_norm, ["paper", "rms"]))

@@ -117,7 +117,10 @@ def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     for name in kwargs:
         if name not in valid:
             known = valid - {"num_features", "num_channels"}
-            raise TypeError(unknown_name(f"argument for {target.label}", name, known))
+            hint = "; recalibrate() re-estimates statistics, convert_to_normprop() takes batches" * (
+                name == "calibrate"
+            )
+            raise TypeError(unknown_name(f"argument for {target.label}", name, known) + hint)
     return target
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexnorm.engine import Checked
 from flexnorm.kernels import shift_clamp
 from flexnorm.nn.normprop.checks import Spatial, one_of, positive
 from flexnorm.nn.normprop.elementwise import (
@@ -54,7 +55,7 @@ class UnitOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class NormPropUnits(Spatial, nn.Module, spatial=0):
+class NormPropUnits(Spatial, Checked, spatial=0):
     """Base class of everything that propagates: ``(act(gamma (z - center) / spread + bias) - mean) / std``.
 
     z is what the subclass computes. Propagation takes it to be N(0, 1); where it is known not to be, as in a network

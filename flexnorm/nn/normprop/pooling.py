@@ -10,8 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from flexnorm.engine import Checked
 from flexnorm.nn.normprop.checks import Spatial, positive, sizes
 from flexnorm.nn.normprop.conv import Size
 from flexnorm.nn.normprop.elementwise import ActivationLike, resolve_activation
@@ -102,7 +103,7 @@ def window_correlation(x: Tensor, kernel_size: Size) -> float:
     return float(((k * ratio - 1) / (k - 1)).mean())
 
 
-class PoolLayer(Spatial, nn.Module):
+class PoolLayer(Spatial, Checked):
     """What average and maximum pooling share; the arguments are those of :class:`NormPropAvgPool`."""
 
     def __init__(
