@@ -4,12 +4,13 @@
 from flexnorm.engine import NORMS
 from flexnorm.nn import normprop, reference, rules
 from flexnorm.nn.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from flexnorm.nn.batch import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
-from flexnorm.nn.batch import VarianceOnlyBatchNorm1d, VarianceOnlyBatchNorm2d, VarianceOnlyBatchNorm3d
+from flexnorm.nn.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from flexnorm.nn.variance_only import VarianceOnlyBatchNorm1d, VarianceOnlyBatchNorm2d, VarianceOnlyBatchNorm3d
 from flexnorm.nn.batch_instance import BatchInstanceNorm1d, BatchInstanceNorm2d, BatchInstanceNorm3d
 from flexnorm.nn.factory import TORCH_LAYERS, NoNorm, is_norm, make_norm, needs_batch, norm_class, norm_of, undecayed
 from flexnorm.nn.filter_response import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
-from flexnorm.nn.group import GroupNorm, LayerNorm1d, LayerNorm2d, LayerNorm3d
+from flexnorm.nn.group import GroupNorm
+from flexnorm.nn.layer import LayerNorm1d, LayerNorm2d, LayerNorm3d
 from flexnorm.nn.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from flexnorm.nn.normprop import NormPropActivation, NormPropAdd, NormPropConcat, NormPropInput, NormPropLayer
 from flexnorm.nn.normprop import NormPropAvgPool1d, NormPropAvgPool2d, NormPropAvgPool3d, NormPropLinear

@@ -1,9 +1,6 @@
-"""Batch normalization, with torch's arguments, parameters and buffers; and its halves (for Luo et al. 2019, fig. 2)."""
+"""Batch normalization, with torch's arguments, parameters and buffers."""
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from flexnorm.engine import Moments
 from flexnorm.nn._base import BatchStatistics, Pair, Param, standardize
@@ -44,79 +41,3 @@ class BatchNorm2d(_BatchNorm, ndims=(4,)):
 
 class BatchNorm3d(_BatchNorm, ndims=(5,)):
     """Batch normalization of (N, C, D, H, W) input."""
-
-
-def mean_only(mean: Tensor, weight: Param = None, bias: Param = None) -> Pair:
-    """Mean-only batch normalization (Salimans & Kingma 2016, sec. 4): ``weight * (x - mean) + bias``.
-
-    ``mean`` is that of the batch, or the running one, (1, C) or (C,).
-    """
-    scale = torch.ones_like(mean) if weight is None else weight.expand(mean.shape)
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
-
-
-class _MeanOnlyBatchNorm(BatchStatistics):
-    """Mean-only batch normalization (Salimans & Kingma 2016, sec. 4): ``weight * (x - mean) + bias``.
-
-    Meant for weights that are normalized by themselves. Arguments, parameters and buffers as of batch normalization.
-    """
-
-    norm_name = "mean_only"
-    options = ()
-    torch_layer = "batch"
-
-    def rule(self, moments: Moments) -> Pair:
-        """Subtract the mean of the batch in training, the running one in evaluation."""
-        mean, _ = self.batch_or_running(moments)
-        return mean_only(mean, self.weight, self.bias)
-
-
-class MeanOnlyBatchNorm1d(_MeanOnlyBatchNorm, ndims=(2, 3)):
-    """Mean-only batch normalization of (N, C) or (N, C, L) input."""
-
-
-class MeanOnlyBatchNorm2d(_MeanOnlyBatchNorm, ndims=(4,)):
-    """Mean-only batch normalization of (N, C, H, W) input."""
-
-
-class MeanOnlyBatchNorm3d(_MeanOnlyBatchNorm, ndims=(5,)):
-    """Mean-only batch normalization of (N, C, D, H, W) input."""
-
-
-def variance_only(var: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
-    """Variance-only batch normalization (Luo et al. 2019, sec. 5): ``weight * x / sqrt(var + eps) + bias``.
-
-    ``var`` is the variance about the mean of the batch, or the running one, (1, C) or (C,).
-    """
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    return scale, torch.zeros_like(scale) if bias is None else bias
-
-
-class _VarianceOnlyBatchNorm(BatchStatistics):
-    """Variance-only batch normalization (Luo et al. 2019, sec. 5): ``weight * x / sqrt(var + eps) + bias``.
-
-    The variance is taken about the mean, which is not subtracted. Arguments, parameters and buffers as of batch
-    normalization.
-    """
-
-    norm_name = "variance_only"
-    torch_layer = "batch"
-
-    def rule(self, moments: Moments) -> Pair:
-        """Divide by the standard deviation of the batch in training, by the running one in evaluation."""
-        _, var = self.batch_or_running(moments)
-        return variance_only(var, self.weight, self.bias, eps=self.eps)
-
-
-class VarianceOnlyBatchNorm1d(_VarianceOnlyBatchNorm, ndims=(2, 3)):
-    """Variance-only batch normalization of (N, C) or (N, C, L) input."""
-
-
-class VarianceOnlyBatchNorm2d(_VarianceOnlyBatchNorm, ndims=(4,)):
-    """Variance-only batch normalization of (N, C, H, W) input."""
-
-
-class VarianceOnlyBatchNorm3d(_VarianceOnlyBatchNorm, ndims=(5,)):
-    """Variance-only batch normalization of (N, C, D, H, W) input."""

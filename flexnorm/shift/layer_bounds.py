@@ -128,10 +128,13 @@ _STANDARD_FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.
 
 
 def _radius(layer: Any, noise: Noise | None, positions: int) -> float:
-    from flexnorm.nn import norm_of  # here, not above: the layers bring in the compiler
+    from flexnorm.engine import NORMS, Norm  # here, not above: the layers bring in the compiler
+    from flexnorm.nn import norm_of
 
     norm = norm_of(layer)
-    if norm is None or norm.norm_name not in ("batch", "population", "unitized"):
+    # A subclass with a rule of its own has the name of a norm, and not its bound.
+    own = isinstance(layer, Norm) and type(layer) not in NORMS.get(layer.norm_name, {}).values()
+    if norm is None or own or norm.norm_name not in ("batch", "population", "unitized"):
         raise TypeError(
             f"no bound is known for {type(layer).__name__} from its parameters alone; BatchNorm, population "
             "normalization and unitized BatchNorm have one"

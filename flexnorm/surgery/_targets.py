@@ -117,9 +117,7 @@ def resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
     for name in kwargs:
         if name not in valid:
             known = valid - {"num_features", "num_channels"}
-            hint = "; recalibrate() re-estimates statistics, convert_to_normprop() takes batches" * (
-                name == "calibrate"
-            )
+            hint = "; see recalibrate(), and batches= of convert_to_normprop()" if name == "calibrate" else ""
             raise TypeError(unknown_name(f"argument for {target.label}", name, known) + hint)
     return target
 

@@ -131,3 +131,16 @@ def test_a_batch_norm_with_a_forward_of_its_own_has_no_bound_from_its_parameters
 
     with pytest.raises(TypeError, match="no bound is known for Activated"):
         layer_bound(Activated(3), positions=4)
+
+
+def test_a_subclass_with_a_rule_of_its_own_has_no_bound():
+    from flexnorm.nn import BatchNorm2d
+
+    class Doubled(BatchNorm2d):
+        def rule(self, moments):
+            scale, shift = super().rule(moments)
+            return 2 * scale, 2 * shift
+
+    assert layer_bound(BatchNorm2d(4)) > 0
+    with pytest.raises(TypeError, match="no bound is known for Doubled"):
+        layer_bound(Doubled(4))
