@@ -53,6 +53,8 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
             loss.backward()
         out[norm] = [torch.cat(outputs), *(p.grad for p in net.parameters()), *net.buffers()]
     torch.save(out, f"{folder}/{rank}.pt")
+    del ddp
+    torch.distributed.barrier()  # gloo is done with all tensors: its end must not wait for one
     torch.distributed.destroy_process_group()
 
 

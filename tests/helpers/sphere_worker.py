@@ -78,6 +78,7 @@ def work(rank, folder):
         if rank == 0:
             (folder / "result.json").write_text(json.dumps(out))
     finally:
+        dist.barrier()  # gloo is done with all tensors: its end must not wait for one
         dist.destroy_process_group()
 
 

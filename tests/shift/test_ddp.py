@@ -54,6 +54,7 @@ same = all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(alone, one
 result = {"same": same, "none": none, "records": records, "both": more, "weight": alone[0].tolist()}
 open(f"{folder}/{rank}.json", "w").write(json.dumps(result))
 dist.barrier()
+dist.barrier()  # gloo is done with all tensors: its end must not wait for one
 dist.destroy_process_group()
 """
 

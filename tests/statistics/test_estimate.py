@@ -154,6 +154,7 @@ def _train(rank, path, pools, queue):
     values = {name: value.numpy() for name, value in model.state_dict().items()}
     queue.put((rank, values, estimator.renewals, decay.zeta()["1"].numpy()))
     torch.distributed.barrier()
+    torch.distributed.barrier()  # gloo is done with all tensors: its end must not wait for one
     torch.distributed.destroy_process_group()
 
 

@@ -270,6 +270,8 @@ def _worker(rank: int, world: int, folder: str) -> None:
     except ValueError as error:
         out["empty"] = str(error)
     torch.save(out, f"{folder}/{rank}.pt")
+    del ddp
+    torch.distributed.barrier()  # gloo is done with all tensors: its end must not wait for one
     torch.distributed.destroy_process_group()
 
 
