@@ -5,16 +5,5 @@ from flexnorm.engine.functional import Rule, flex_norm
 from flexnorm.engine.module import FlexNorm, recomputing
 from flexnorm.engine.moments import Moments, Pool, active_group, pool_processes
 
-__all__ = [
-    "NORMS",
-    "Checked",
-    "FlexNorm",
-    "Moments",
-    "Norm",
-    "Pool",
-    "Rule",
-    "active_group",
-    "constructor_arguments",
-    "flex_norm",
-]
-__all__ += ["flex_norm", "pool_processes", "recomputing"]
+__all__ = ["NORMS", "Checked", "FlexNorm", "Moments", "Norm", "Pool", "Rule", "active_group"]
+__all__ += ["constructor_arguments", "flex_norm", "pool_processes", "recomputing"]

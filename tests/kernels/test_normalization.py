@@ -29,6 +29,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     normalization.load.cache_clear()
 
 
+@pytest.mark.slow
 def test_compiles_once_and_loads_from_the_cache_afterwards(
     fresh: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

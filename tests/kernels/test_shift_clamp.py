@@ -148,6 +148,7 @@ def test_traced_programs_hold_operations_of_torch_only() -> None:
     torch.testing.assert_close(traced(2 * x), layer(2 * x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_gradients_per_sample_equal_eager_ones() -> None:
     layer, x = NormPropConv2d(3, 4, 3), torch.randn(5, 3, 6, 6)
     params = {name: p.detach() for name, p in layer.named_parameters()}

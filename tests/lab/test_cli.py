@@ -327,6 +327,7 @@ def start(*args, cwd, **options):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_with_exit_code_130(tmp_path):
     process = start("compare", *LONG, "--out", "out", cwd=tmp_path)
     deadline = time.monotonic() + 60

@@ -32,7 +32,7 @@ def result(tmp_path_factory):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [SGDG, AdamG])
 def test_ddp_equals_one_process(result, cls):
     model = network()

@@ -68,6 +68,7 @@ def test_the_function_that_is_compiled_equals_reference(name, option, untraced):
     assert worst < 1e-12
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_equals_reference():
     torch._dynamo.reset()
     worst, *_ = run("sgdg", "paper", torch.float32, steps=10, shapes=[(6, 36)], compile=True)

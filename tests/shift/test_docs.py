@@ -10,6 +10,7 @@ import pytest
 GUIDE = Path(__file__).parents[2] / "docs" / "shift.md"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GUIDE.exists(), reason="the guide is not part of this distribution")
 def test_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

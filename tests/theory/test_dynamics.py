@@ -56,7 +56,7 @@ def test_a_custom_function_equals_its_name():
     assert dynamics.averages(0.8, 0.4, torch.tanh) == dynamics.averages(0.8, 0.4, "tanh")
 
 
-@pytest.mark.quick(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["identity", "relu", "erf", "softplus"])
 @pytest.mark.parametrize(("method", "zeta"), STUDENTS)
 def test_ode_and_online_sgd_agree_within_three_standard_errors(method, zeta, activation):

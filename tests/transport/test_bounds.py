@@ -30,6 +30,7 @@ def sample(kind: str, n: int, d: int, generator: torch.Generator) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     kinds=st.tuples(*2 * [st.sampled_from(["normal", "heavy", "cauchy", "duplicates", "far", "wild"])]),

@@ -34,6 +34,7 @@ def test_dynamics_prints_fixed_points_and_writes_the_figure(tmp_path: Path) -> N
     assert curves["WN"]["y"][-1] == pytest.approx(float(path.error[-1]))
 
 
+@pytest.mark.slow
 def test_generalization_and_regularization(tmp_path: Path) -> None:
     out = run("generalization", *SMALL, "--noise", 0.3, "--batch-size", 4, "--json", tmp_path / "g.json")
     assert "samples" in out
