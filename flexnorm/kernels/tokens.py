@@ -104,7 +104,8 @@ def sums(
 ) -> tuple[list[Factor], list[Factor]]:
     """Gradients of the factors of ``scale`` and ``shift`` for that of :func:`affine`, each of its factor's shape.
 
-    ``sum g * x`` is taken about ``center`` (R, G), where it is given: ``sum g * (x - center) + center * sum g``.
+    ``sum g * x`` is taken about ``center``, (R, G) or (1, C), where it is given: ``sum g * (x - center) + center * sum
+    g``: summed directly, that of an activation with a large mean would lose its digits.
     """
     incoming, values = (_matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
     return _contract(incoming * values, scale), _contract(incoming, shift)
