@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flexnorm._messages import NothingDone
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
 from flexnorm.nn import undecayed
@@ -45,13 +47,20 @@ def make_optimizer(
         register_unit_norm(optimizer, model)
         return optimizer, []
     own = {key: s[key] for key in ("lr", "lr_manifold", "weight_decay", "grad_clip", "ortho")}
-    on_sphere = param_groups(model, example_input=example_input, **own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingDone)  # below it becomes a remark in the run's summary
+        on_sphere = param_groups(model, example_input=example_input, **own)
     notes = list(on_sphere.notes)
+    off = s.get("off_manifold", "sgd")
     if not any(group["manifold"] for group in on_sphere):
-        notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")
+        by = {"sgd": "SGD with momentum", "adamw": "AdamW"}[off]
+        notes = [f"no weight of this network is scale-invariant: all are updated by {by}"]
     if optim == "sgdg":
         return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"]), notes
-    return AdamG(on_sphere, betas=(s["momentum"], s["beta2"]), nesterov=s["nesterov"]), notes
+    for group in on_sphere:
+        if group["manifold"] or off == "sgd":
+            group["betas"] = (s["momentum"], s["beta2"])
+    return AdamG(on_sphere, off_manifold=off, nesterov=s.get("nesterov", False)), notes
 
 
 class StepHooks:
