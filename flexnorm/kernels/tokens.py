@@ -140,7 +140,9 @@ def combine(
             continue
         part = torch.zeros_like(values)
         if source.dvar is not None:
-            factors = [expanded((t, None), values.shape[1]) if source is rows else t for t in (source.mean, source.dvar)]
+            factors = [
+                expanded((t, None), values.shape[1]) if source is rows else t for t in (source.mean, source.dvar)
+            ]
             part = 2 * factors[1] * (values - factors[0])
         if source.dmean is not None:
             part = part + (expanded((source.dmean, None), values.shape[1]) if source is rows else source.dmean)
