@@ -33,8 +33,8 @@ class AdamG(SphereOptimizer):
         y &\leftarrow \exp_y(d), \qquad \tau \leftarrow \mathrm{pt}_y(m; d)
 
     Groups with ``manifold=False`` get AdamW, with torch's own defaults for ``betas`` and ``eps``; with
-    ``off_manifold="sgd"``, as in the paper, SGD with momentum :math:`\beta_1`. A state saved before there was the choice,
-    or when SGD was the default, goes on with SGD.
+    ``off_manifold="sgd"``, as in the paper, SGD with momentum :math:`\beta_1`. A state saved when SGD was the default
+    goes on with SGD.
 
     Args:
         params: Parameters, named parameters or param groups, as in :class:`~flexnorm.optim.SGDG`; so are all arguments
@@ -87,7 +87,7 @@ class AdamG(SphereOptimizer):
         _fill_betas(group)
         if group["nesterov"] and not group["manifold"] and group["off_manifold"] == "adamw":
             raise ValueError(
-                "nesterov=True belongs to SGD, but this group is moved by AdamW: add off_manifold='sgd', or leave it out"
+                "nesterov=True belongs to SGD, but AdamW moves this group: add off_manifold='sgd', or leave it out"
             )
         check_below_one("betas[0]", group["betas"][0])
         check_below_one("betas[1]", group["betas"][1])
