@@ -10,7 +10,7 @@ from typing import Any
 
 
 class NothingDone(UserWarning):
-    """A function that changes a model found nothing to change: it says how many candidates it saw and why none fitted.
+    """A function that changes a model found nothing to change: the text counts candidates and says why none fitted.
 
     Examples:
         >>> import warnings
@@ -38,11 +38,11 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} Valid: {', '.join(names)}"
 
 
-def nothing_done(call: str, what: str, candidates: Iterable[tuple[str, str]], advice: str, stacklevel: int = 3) -> str:
-    """Warn that a call changed nothing, and return the text: the number of candidates, and the reasons with names.
+def nothing_done(said: str, what: str, candidates: Iterable[tuple[str, str]], advice: str, stacklevel: int = 3) -> str:
+    """Warn that a call did nothing, and return the text: the number of candidates, and the reasons with names.
 
     Args:
-        call: What was called, as the user wrote it (``"fold(model)"``).
+        said: What was called and did nothing (``"fold(model) changed nothing"``).
         what: What it takes, in the plural (``"weights"``).
         candidates: Name and reason of each thing that was looked at and not taken; what stands in parentheses at the
             end of a reason (a number measured, say) does not tell reasons apart.
@@ -52,12 +52,24 @@ def nothing_done(call: str, what: str, candidates: Iterable[tuple[str, str]], ad
     Examples:
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore", NothingDone)
-        ...     nothing_done("f(model)", "norms", [("a", "too big (3)"), ("b", "too big (4)"), ("c", "old")], "Wait.")
-        'f(model) changed nothing: 0 of 3 norms (a, b: too big (3); c: old). Wait.'
+        ...     nothing_done("f(model) did nothing", "norms", [("a", "too big"), ("b", "old")], "Wait.")
+        'f(model) did nothing: 0 of 2 norms (a: too big; b: old). Wait.'
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore", NothingDone)
-        ...     nothing_done("f(model)", "norms", [], "Wait.")
-        'f(model) changed nothing: the model has no norms. Wait.'
+        ...     nothing_done("f(model) did nothing", "norms", [], "Wait.")
+        'f(model) did nothing: the model has no norms. Wait.'
+    """
+    text = f"{said}: {none_of(what, candidates)}. {advice}"
+    warnings.warn(text, NothingDone, stacklevel=stacklevel)
+    return text
+
+
+def none_of(what: str, candidates: Iterable[tuple[str, str]]) -> str:
+    """Return how many candidates there were, with names and reasons, as :func:`nothing_done` takes them.
+
+    Examples:
+        >>> none_of("norms", [("a", "too big (3)"), ("b", "too big (4)"), ("c", "old")])
+        '0 of 3 norms (a, b: too big (3); c: old)'
     """
     grouped: dict[str, list[tuple[str, str]]] = {}
     for name, reason in candidates:
@@ -65,10 +77,7 @@ def nothing_done(call: str, what: str, candidates: Iterable[tuple[str, str]], ad
         grouped.setdefault(kind or reason, []).append((name, reason))
     total = sum(map(len, grouped.values()))
     parts = [f"{listed(name for name, _ in group)}: {group[0][1]}" for group in grouped.values()]
-    seen = f"0 of {total} {what} ({'; '.join(parts)})" if parts else f"the model has no {what}"
-    text = f"{call} changed nothing: {seen}. {advice}"
-    warnings.warn(text, NothingDone, stacklevel=stacklevel)
-    return text
+    return f"0 of {total} {what} ({'; '.join(parts)})" if parts else f"the model has no {what}"
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

@@ -141,7 +141,7 @@ def _nothing_chosen(report: InvarianceReport, excluded: set[str]) -> str:
         return "excluded" if r.name in excluded else frozen
 
     return nothing_done(
-        "param_groups",
+        "param_groups puts nothing on the sphere",
         "weights",
         [(r.name, reason(r)) for r in report.values() if r.parameter.ndim >= 2],
         "All are in groups off the sphere: SGDG moves those by SGD, AdamG by AdamW. Rows are scale invariant where a "

@@ -43,8 +43,9 @@ def make_optimizer(
         parts = [[p for p in model.parameters() if (id(p) in free) == apart] for apart in (False, True)]
         groups = [{"params": parts[0]}, *([{"params": parts[1], "weight_decay": 0.0}] if free else [])]
         optimizer = _FLAT[optim](groups, **s)
-        normalize_weights_(model)
-        register_unit_norm(optimizer, model)
+        if any(isinstance(module, NormPropLayer) for module in model.modules()):
+            normalize_weights_(model)
+            register_unit_norm(optimizer, model)
         return optimizer, []
     own = {key: s[key] for key in ("lr", "lr_manifold", "weight_decay", "grad_clip", "ortho")}
     with warnings.catch_warnings():
