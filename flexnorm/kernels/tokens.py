@@ -34,14 +34,8 @@ class Source(NamedTuple):
     mean: Tensor
     dmean: Tensor | None
     dvar: Tensor | None
-    count: float | Tensor  # how many values stand behind each: what the gradients are divided by
+    size: float | Tensor  # how many values stand behind each: what the gradients are divided by
     weights: Tensor | None = None  # (R,) of the tokens, for moments over the batch
-
-
-def as_tokens(x: Tensor, channel_axis: int) -> Tensor:
-    """View (or copy, where strides forbid a view) an activation as (R, C)."""
-    x = x if channel_axis == -1 or x.dim() == 2 else x.movedim(1, -1)
-    return x.reshape(-1, x.shape[-1])
 
 
 def expanded(factor: Factor, channels: int) -> Tensor:
@@ -56,23 +50,25 @@ def expanded(factor: Factor, channels: int) -> Tensor:
     return row * column.reshape(1, -1)
 
 
-def _matrix(x: Tensor, layout: Layout) -> Tensor:
+def matrix(x: Tensor, layout: Layout) -> Tensor:
+    """An activation as (R, C): a view in "cols" order, else a copy."""
     samples, channels, positions = layout.size
     if layout.order == "cols":
         return x.reshape(samples * positions, channels)
     return x.reshape(samples, channels, positions).movedim(1, 2).reshape(samples * positions, channels)
 
 
-def _like(matrix: Tensor, x: Tensor, layout: Layout) -> Tensor:
+def like(tokens: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """A matrix (R, C) in the shape and type of ``x``."""
     samples, channels, positions = layout.size
     if layout.order == "cols":
-        return matrix.reshape(x.shape).to(x.dtype)
-    return matrix.reshape(samples, positions, channels).movedim(1, 2).reshape(x.shape).to(x.dtype)
+        return tokens.reshape(x.shape).to(x.dtype)
+    return tokens.reshape(samples, positions, channels).movedim(1, 2).reshape(x.shape).to(x.dtype)
 
 
 def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     """Mean and biased variance of each token over the channels of each of ``groups`` equal groups: (R, groups) each."""
-    values = _matrix(x, layout).to(table_dtype(x.dtype))
+    values = matrix(x, layout).to(table_dtype(x.dtype))
     var, mean = torch.var_mean(values.view(len(values), groups, -1), 2, correction=0)
     return mean, var
 
@@ -82,7 +78,7 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
     ``weights`` (R,), in the type of the tables, tell how much each token counts; a token of weight 0 is not read.
     """
-    values = _matrix(x, layout).to(table_dtype(x.dtype))
+    values = matrix(x, layout).to(table_dtype(x.dtype))
     if weights is None:
         var, mean = torch.var_mean(values, 0, correction=0, keepdim=True)
         return mean, var
@@ -94,9 +90,9 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the type and memory order of ``x``."""
-    values = _matrix(x, layout).to(table_dtype(x.dtype))
+    values = matrix(x, layout).to(table_dtype(x.dtype))
     y = values * sum(expanded(term, layout.size[1]) for term in scale)
-    return _like(y + sum(expanded(term, layout.size[1]) for term in shift), x, layout)
+    return like(y + sum(expanded(term, layout.size[1]) for term in shift), x, layout)
 
 
 def sums(
@@ -107,7 +103,10 @@ def sums(
     ``sum g * x`` is taken about ``center``, (R, G) or (1, C), where it is given: ``sum g * (x - center) + center * sum
     g``: summed directly, that of an activation with a large mean would lose its digits.
     """
-    incoming, values = (_matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
+    incoming, values = (matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
+    if center is not None:
+        about = _wide(center, center.shape[0] > 1, values)
+        return _contract(incoming * (values - about) + incoming * about, scale), _contract(incoming, shift)
     return _contract(incoming * values, scale), _contract(incoming, shift)
 
 
@@ -125,6 +124,10 @@ def _contract(g: Tensor, terms: Terms) -> list[Factor]:
     return found
 
 
+def _wide(table: Tensor, of_rows: bool, values: Tensor) -> Tensor:
+    return expanded((table, None), values.shape[1]) if of_rows else table
+
+
 def combine(
     g: Tensor, x: Tensor, scale: Terms | None, rows: Source | None, columns: Source | None, layout: Layout
 ) -> Tensor:
@@ -133,22 +136,20 @@ def combine(
     For moments of each token, tables (R, G), ``(dmean + 2 * dvar * (x - mean)) / count``; the same for moments of the
     batch, tables (1, C), times the weight of the token. ``scale=None`` stands for one.
     """
-    incoming, values = (_matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
+    incoming, values = (matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
     dx = incoming if scale is None else incoming * sum(expanded(term, layout.size[1]) for term in scale)
     for source in (rows, columns):
         if source is None:
             continue
         part = torch.zeros_like(values)
         if source.dvar is not None:
-            factors = [
-                expanded((t, None), values.shape[1]) if source is rows else t for t in (source.mean, source.dvar)
-            ]
-            part = 2 * factors[1] * (values - factors[0])
+            mean, dvar = (_wide(t, source is rows, values) for t in (source.mean, source.dvar))
+            part = 2 * dvar * (values - mean)
         if source.dmean is not None:
-            part = part + (expanded((source.dmean, None), values.shape[1]) if source is rows else source.dmean)
-        part = part / source.count
+            part = part + _wide(source.dmean, source is rows, values)
+        part = part / source.size
         if source.weights is not None:
             weights = source.weights.unsqueeze(1)
             part = (weights * part).where(weights > 0, 0)
         dx = dx + part
-    return _like(dx, x, layout)
+    return like(dx, x, layout)

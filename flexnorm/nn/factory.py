@@ -144,7 +144,9 @@ def called_norms(model: nn.Module) -> dict[str, nn.Module]:
 
     def called(module: nn.Module) -> bool:
         kind = type(module)  # weight normalization is of weights
-        return "norm" in kind.__name__.lower() and not any(module.children()) and "torch.nn.utils" not in kind.__module__
+        return (
+            "norm" in kind.__name__.lower() and not any(module.children()) and "torch.nn.utils" not in kind.__module__
+        )
 
     return {name: module for name, module in model.named_modules() if is_norm(module) or called(module)}
 

@@ -83,7 +83,10 @@ class GammaDecay:
         if not self._scales:
             from flexnorm.nn import called_norms  # here, not above: the layers bring in the compiler
 
-            others = [(name, f"{type(norm).__name__}, another kind, or without a scale") for name, norm in called_norms(model).items()]
+            others = [
+                (name, f"{type(norm).__name__}, another kind, or without a scale")
+                for name, norm in called_norms(model).items()
+            ]
             raise ValueError(
                 "no layer with a scale (weight) to decay: the model has no batch or population normalization with one; "
                 f"{none_of('norms', others)}"

@@ -82,7 +82,9 @@ def test_networks(name: str, to: str | None) -> None:
 
 class _maybe_warning:
     def __init__(self, expected: bool) -> None:
-        self.context = pytest.warns(UserWarning, match="were not folded|fold.model. changed nothing") if expected else None
+        self.context = (
+            pytest.warns(UserWarning, match="were not folded|fold.model. changed nothing") if expected else None
+        )
 
     def __enter__(self) -> None:
         if self.context is not None:
