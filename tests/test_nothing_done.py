@@ -65,7 +65,7 @@ CALLS = {
     "estimate_population": (lambda m: estimate_population(m, X), "renewed nothing: 0 of 3 norms by the population"),
     "fold": (flexnorm.fold, "fold.* 0 of 3 norms .first: TheirRMSNorm, .*LayerNorm, normalizes each sample"),
     "convert": (lambda m: flexnorm.convert(m, "group", num_groups=2, include="second"),
-                r"convert to GroupNorm changed nothing: 0 of 1 norms .second: LayerNorm, normalizes the last axis"),
+                r"convert to group changed nothing: 0 of 1 norms .second: LayerNorm, normalizes the last axis"),
     "convert by a function": (lambda m: flexnorm.convert(m, lambda _: None, include="second"), "leaves it"),
     "convert_to_normprop": (lambda m: flexnorm.convert_to_normprop(m, X),
                             "convert_to_normprop.* 0 of 3 layers .second, up, down: the model cannot be traced"),

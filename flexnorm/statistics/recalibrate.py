@@ -258,7 +258,7 @@ def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None 
     if not pools:
         others = [(name, f"{type(norm).__name__}, another kind") for name, norm in called_norms(model).items()]
         said, advice = "estimate_population(model) renewed nothing", 'convert(model, "population") makes such layers.'
-        nothing_done(said, "norms by the population", others, advice)
+        nothing_done(said, "norms by the population", others, advice, stacklevel=4)  # one is of no_grad
         return 0
     group = active_group()
 
