@@ -58,7 +58,7 @@ def sgdg(model):
 
 
 CALLS = {
-    "freeze": (flexnorm.freeze, "freeze.* 0 of 3 norms .first: TheirRMSNorm, keeps none; second: LayerNorm, keeps none; "
+    "freeze": (flexnorm.freeze, "freeze.* 0 of 3 norms .first: TheirRMSNorm, keeps none; second: LayerNorm, .*"
                "third: TheirFrozenNorm, has some, in a class"),
     "unfreeze": (flexnorm.unfreeze, "unfreeze.* 0 of 3 norms"),
     "accumulate": (flexnorm.accumulate, "accumulate.* 0 of 3 norms"),
