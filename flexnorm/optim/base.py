@@ -162,7 +162,9 @@ class SphereOptimizer(ExactState):
         if not group["manifold"]:
             return
         if group["row_dim"] not in (0, 1):
-            raise ValueError(f"row_dim must be 0, or 1 for a transposed convolution; got {group['row_dim']!r}")
+            raise ValueError(
+                f"row_dim must be 0, or 1 where outputs are axis 1, as of transposed convolutions; got {group['row_dim']!r}"
+            )
         if group["weight_decay"] != 0:
             raise ValueError(
                 f"weight_decay={group['weight_decay']} in a manifold group: rows of unit length have nothing to decay; "
