@@ -217,6 +217,9 @@ class Config:
                 del values[key]
             elif defaults is not None:
                 values[key] = {**defaults, **values[key]}
+        for settings in values["settings"].values():
+            if settings.get("ortho_every") == 1:
+                del settings["ortho_every"]
         # How often to save does not change what is saved; the path of the data does not change the data.
         for key in ("overrides", "lr", "checkpoint_every", "data"):
             del values[key]

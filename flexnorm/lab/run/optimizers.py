@@ -49,9 +49,10 @@ def make_optimizer(
     notes = list(on_sphere.notes)
     if not any(group["manifold"] for group in on_sphere):
         notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")
+    shared = {key: s[key] for key in ("nesterov", "ortho_every")}
     if optim == "sgdg":
-        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"]), notes
-    return AdamG(on_sphere, betas=(s["momentum"], s["beta2"]), nesterov=s["nesterov"]), notes
+        return SGDG(on_sphere, momentum=s["momentum"], **shared), notes
+    return AdamG(on_sphere, betas=(s["momentum"], s["beta2"]), **shared), notes
 
 
 class StepHooks:

@@ -10,7 +10,7 @@ from flexnorm._messages import unknown_name
 
 _SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 _ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05}
-_SPHERE = {"grad_clip": 0.1, "ortho": 0.1}
+_SPHERE = {"grad_clip": 0.1, "ortho": 0.1, "ortho_every": 1}
 _PROJECTION = {"delta": 0.1, "wd_ratio": 0.1}
 
 OPTIMS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,8 @@ OPTIMS: dict[str, dict[str, Any]] = {
 """Every optimizer with its settings and their defaults.
 
 ``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
-0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+0.05 for Adam-G, clip and orthogonality 0.1; ``ortho_every`` 1 as there, which is not the default of
+:class:`flexnorm.optim.SGDG`); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
 ``delta`` and ``wd_ratio`` are those of the projection of SGDP and AdamP (Heo et al., 2021).
 The learning rates are for batches of 64 images and more. For smaller batches these defaults, and only these, are scaled
 down: linearly with the batch size, Adam-G's ``lr_manifold`` and the ``lr`` of AdamW and AdamP with its root.
@@ -79,7 +80,13 @@ def _not_negative(value: Any) -> bool:
 _FLAG: _Takes = ("true or false", lambda v: isinstance(v, bool))
 _RATE: _Takes = ("a number above 0", lambda v: is_number(v) and v > 0)
 _TAKES: dict[str, dict[str, _Takes]] = {
-    "optims": {"lr": _RATE, "lr_manifold": _RATE, "nesterov": _FLAG, "": ("a number of at least 0", _not_negative)},
+    "optims": {
+        "lr": _RATE,
+        "lr_manifold": _RATE,
+        "nesterov": _FLAG,
+        "ortho_every": _count(1),
+        "": ("a number of at least 0", _not_negative),
+    },
     "gamma_decay": {
         "coefficient": (
             "adaptive or a number of at least 0",
