@@ -4,6 +4,7 @@ from flexnorm.engine.declaration import NORMS, Checked, Norm, constructor_argume
 from flexnorm.engine.functional import Rule, flex_norm
 from flexnorm.engine.module import FlexNorm, recomputing
 from flexnorm.engine.moments import Moments, Pool, active_group, pool_processes
+from flexnorm.engine.segments import Segments
 
-__all__ = ["NORMS", "Checked", "FlexNorm", "Moments", "Norm", "Pool", "Rule", "active_group"]
+__all__ = ["NORMS", "Checked", "FlexNorm", "Moments", "Norm", "Pool", "Rule", "Segments", "active_group"]
 __all__ += ["constructor_arguments", "flex_norm", "pool_processes", "recomputing"]

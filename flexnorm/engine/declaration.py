@@ -53,6 +53,8 @@ class Norm(Checked):
         defaults: Arguments that the factory gives where the layer's own defaults do not suit a network.
         torch_layer: The nearest layer of torch: ``"batch"``, ``"group"``, ``"layer"`` or ``"instance"``; ``""`` if
             there is none.
+        pools_positions: Whether it is made of the moments of each channel of each sample over its positions, so that a
+            position cannot be a sample of its own.
         learned: Parameters of its own beside weight and bias: size (``None`` for one per channel) and initial value.
         no_decay: Names of parameters that take no weight decay, whatever other vectors take.
 
@@ -66,6 +68,7 @@ class Norm(Checked):
     options: ClassVar[tuple[str, ...]] = ("eps",)
     defaults: ClassVar[Mapping[str, Any]] = {}
     torch_layer: ClassVar[str] = ""
+    pools_positions: ClassVar[bool] = False
     learned: ClassVar[Mapping[str, tuple[int | None, float]]] = {}
     no_decay: ClassVar[tuple[str, ...]] = ()
 
@@ -122,7 +125,9 @@ class Norm(Checked):
         name = self.same_as(training) or f"{type(self).__module__}.{type(self).__qualname__}"
         options = next(iter(NORMS[name].values())).options if name in NORMS else self.options
         running = not training and getattr(self, "running_mean", None) is not None
-        return (name, running, *(getattr(self, option) for option in options))
+        values = tuple(getattr(self, option) for option in options)
+        axes = getattr(self, "channel_axis", 1), getattr(self, "per_position", False)
+        return (name, running, *values, *(axes if axes != (1, False) else ()))
 
 
 def constructor_arguments(cls: type[nn.Module]) -> frozenset[str]:

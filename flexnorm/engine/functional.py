@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine.moments import Moments
+from flexnorm.engine.segments import Segments, weights_of
+from flexnorm.engine.tokens import TokenMoments, Tokens, pool_positions
 from flexnorm.kernels import passes
-from flexnorm.kernels.layout import Layout, layout_of, positions_of, table_dtype
+from flexnorm.kernels.layout import Layout, layout_of, positions_of, table_dtype, token_layout_of
 from flexnorm.kernels.passes import gradients, must_compose, transformed
 
 if TYPE_CHECKING:
@@ -104,15 +106,21 @@ def _left_to_torch(x: Tensor) -> bool:
     )
 
 
-def _apply_rule(rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a rule as tables of two axes that broadcast to (N, C), in the type of the tables."""
-    result = rule(moments, *params)
+def _apply_rule(
+    rule: Rule, moments: Moments, params: tuple[Any, ...], x: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a rule as tables of two axes that broadcast to ``size``, in the type of the tables."""
+    scale, shift = _pair(rule(moments, *params))
+    return _table(scale, "scale", x, size), _table(shift, "shift", x, size)
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"a rule returns the pair (scale, shift), got {type(result).__name__}")
-    return _table(result[0], "scale", x), _table(result[1], "shift", x)
+    return result
 
 
-def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
+def _table(table: Tensor | float, name: str, x: Tensor, size: tuple[int, int]) -> Tensor:
     if not isinstance(table, Tensor):
         if not isinstance(table, (int, float)):
             raise TypeError(f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)")
@@ -121,33 +129,58 @@ def _table(table: Tensor | float, name: str, x: Tensor) -> Tensor:
     flat = table if table.dtype == dtype else table.to(dtype)
     if flat.dim() < 2:
         flat = flat.reshape(1, -1)
-    if flat.dim() != 2 or flat.shape[0] not in (1, x.shape[0]) or flat.shape[1] not in (1, x.shape[1]):
+    if flat.dim() != 2 or flat.shape[0] not in (1, size[0]) or flat.shape[1] not in (1, size[1]):
         raise ValueError(
-            f"the rule returned a {name} of shape {tuple(table.shape)}, "
-            f"which does not broadcast to (N, C) = {tuple(x.shape[:2])}"
+            f"the rule returned a {name} of shape {tuple(table.shape)}, which does not broadcast to (N, C) = {size}"
         )
     return flat
 
 
-def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup | None = None) -> Tensor:
+def flex_norm(
+    x: Tensor,
+    rule: Rule,
+    *params: Any,
+    channel_axis: int = 1,
+    per_position: bool | None = None,
+    mask: Tensor | None = None,
+    segments: Segments | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
     """Normalize ``x`` by a rule: ``y[n, c, ...] = scale[n, c] * x[n, c, ...] + shift[n, c]``.
 
+    What n stands for: the samples, whose positions share their moments (images); or, with ``per_position``, every
+    position by itself (tokens, features, nodes of a graph).
+
     Args:
-        x: (N, C) or (N, C, *spatial) with one to three spatial axes; float64, float32, bfloat16 or float16;
+        x: (N, C) or (N, C, *spatial), or (..., C) with ``channel_axis=-1``; float64, float32, bfloat16 or float16;
             contiguous, channels last, or any strides.
         rule: Called as ``rule(moments, *params)`` with the :class:`Moments` of ``x``; returns ``(scale, shift)``, each
             broadcastable to (N, C). Plain PyTorch on small tables; it may have side effects (running statistics).
         *params: Handed to the rule, typically ``weight`` and ``bias``. Gradients also reach tensors that the rule
             captures by itself.
+        channel_axis: Where the channels are: 1, or -1 for the last axis: (B, T, C) tokens, (B, H, W, C) images,
+            (nodes, C).
+        per_position: Whether each position is a sample of its own, so that ``pool("channels")`` are the moments of one
+            token and ``pool("batch")`` those of all of them. Default: with ``channel_axis=-1`` it is, with 1 it is not.
+            ``channel_axis=1, per_position=True`` is ConvNeXt's normalization over channels at each position of an
+            image; ``channel_axis=-1, per_position=False`` normalizes a sequence or an image channels last as a whole.
+        mask: What counts, of the shape of ``x`` without the channel axis (or with 1 there): true for a value that
+            counts, false for padding, or weights of at least 0. Only what counts enters the moments (anything may stand
+            elsewhere, not-a-number too), and gradients through moments go only there; the result is computed
+            everywhere. Counts are then tensors.
+        segments: For ``x`` (R, C) whose rows are the positions of samples of various sizes, as the nodes of a batch of
+            graphs: the number of the sample of each row, int64 (R,), or :class:`Segments` of it. The moments of a rule
+            are then those of the S samples: (S, C), with counts (S, 1).
         process_group: Pool ``moments.pool("batch")`` over the processes of this group too, on any backend.
 
     Returns:
         A tensor of the shape, type and memory format of ``x`` (contiguous if ``x`` has holes or overlaps). Only ``x``
-        and (N, C) tables are kept for the backward.
+        and tables of the rule's own size are kept for the backward.
 
     Raises:
         TypeError: If ``x`` is no floating-point tensor, or the rule returns no pair.
-        ValueError: If ``x`` has fewer than 2 or more than 5 axes, or a table does not broadcast to (N, C).
+        ValueError: If ``x`` has too few or too many axes, a table does not broadcast to (N, C), ``channel_axis`` is
+            another axis, or ``mask`` or ``segments`` do not fit ``x``.
 
     Examples:
         >>> def rms(moments, weight):                       # root mean square normalization, in two lines
@@ -157,18 +190,86 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
         >>> y = flex_norm(x, rms, torch.ones(16))
         >>> y.square().mean((1, 2, 3)).allclose(torch.ones(8), atol=1e-4)
         True
+        >>> tokens = torch.randn(8, 10, 16)
+        >>> y = flex_norm(tokens, rms, torch.ones(16), channel_axis=-1)
+        >>> y.square().mean(-1).allclose(torch.ones(8, 10), atol=1e-4)
+        True
     """
+    _check(x, channel_axis)
+    flat = x.dim() == 2
+    last = flat or channel_axis == -1
+    weights = None if mask is None else weights_of(mask, x, 1 if not last else -1)
+    if segments is not None:
+        if per_position:
+            raise ValueError("segments make the rows of a sample its positions: they contradict per_position=True")
+        if not last or not flat:
+            raise ValueError(f"segments go with x (R, C), one row a position, got shape {tuple(x.shape)}; flatten it")
+        return _in_segments(x, rule, params, Segments.of(segments, x), weights, process_group)
+    if (channel_axis == -1 and per_position is None) or per_position or flat:
+        return _per_position(x, rule, params, channel_axis, weights, process_group)
+    if channel_axis == -1:
+        y = flex_norm(x.movedim(-1, 1), rule, *params, per_position=False, mask=mask, process_group=process_group)
+        return y.movedim(1, -1)
+    if weights is not None:
+        values = x.flatten(2).movedim(1, 2).to(table_dtype(x.dtype))
+        mean, var, count = pool_positions(values, weights.view(x.shape[0], -1, 1))
+        moments = Moments(mean, var, count, process_group=process_group)
+        return passes.composed_affine(x, *_apply_rule(rule, moments, params, x, (x.shape[0], x.shape[1])))
+    return _per_sample(x, rule, params, process_group)
+
+
+def _check(x: Tensor, channel_axis: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"flex_norm needs a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"flex_norm needs a real floating-point tensor, got {x.dtype}; convert it with x.float()")
-    if not 2 <= x.dim() <= 5:
-        shape = tuple(x.shape)
-        raise ValueError(f"flex_norm needs (N, C) or (N, C, *spatial) with 1 to 3 spatial axes, got shape {shape}")
-    count = positions_of(x)
+    if channel_axis not in (1, -1):
+        raise ValueError(
+            f"channel_axis must be 1 or -1 (the last axis), got {channel_axis}; move the axis with movedim"
+        )
+    if x.dim() < 2 or (channel_axis == 1 and x.dim() > 5):
+        form = "(N, C) or (N, C, *spatial) with 1 to 3 spatial axes" if channel_axis == 1 else "(..., C)"
+        raise ValueError(f"flex_norm needs {form}, got shape {tuple(x.shape)}")
+
+
+def _in_segments(
+    x: Tensor,
+    rule: Rule,
+    params: tuple[Any, ...],
+    segments: Segments,
+    weights: Tensor | None,
+    process_group: ProcessGroup | None,
+) -> Tensor:
+    """Rows (R, C) that are the positions of samples of various sizes."""
+    moments = Moments(*segments.moments(x, weights), process_group=process_group)
+    scale, shift = _apply_rule(rule, moments, params, x, (segments.count, x.shape[1]))
+    return segments.affine(x, scale, shift)
+
+
+def _per_position(
+    x: Tensor,
+    rule: Rule,
+    params: tuple[Any, ...],
+    channel_axis: int,
+    weights: Tensor | None,
+    process_group: ProcessGroup | None,
+) -> Tensor:
+    """Each position by itself: R rows of C channels."""
+    layout = None if _left_to_torch(x) else token_layout_of(x, channel_axis)
+    if layout is not None and layout.order == "none":
+        x = x.contiguous()
+        layout = token_layout_of(x, channel_axis)
+    source = Tokens(x, channel_axis, layout, None if weights is None else weights.reshape(-1))
+    scale, shift = _pair(rule(TokenMoments(source, process_group), *params))
+    return source.affine(source.terms(scale, "scale"), source.terms(shift, "shift"))
+
+
+def _per_sample(x: Tensor, rule: Rule, params: tuple[Any, ...], process_group: ProcessGroup | None) -> Tensor:
+    """Samples whose positions share their moments: (N, C, *spatial)."""
+    count, size = positions_of(x), (x.shape[0], x.shape[1])
     if _left_to_torch(x):
         moments = Moments(count=count, process_group=process_group, _compute=lambda _: passes.composed_moments(x))
-        scale, shift = _apply_rule(rule, moments, params, x)
+        scale, shift = _apply_rule(rule, moments, params, x, size)
         return passes.composed_affine(x, scale, shift)
     layout = layout_of(x)
     if layout.order == "none":
@@ -188,7 +289,7 @@ def flex_norm(x: Tensor, rule: Rule, *params: Any, process_group: ProcessGroup |
         return mean, var
 
     moments = Moments(count=count, process_group=process_group, _compute=compute, _backend=layout.backend)
-    scale, shift = _apply_rule(rule, moments, params, x)
+    scale, shift = _apply_rule(rule, moments, params, x, size)
     if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad or shift.requires_grad):
         return passes.affine(x, scale, shift, layout)
     origin, link = (x, None) if through is None else (through, pending)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flexnorm.engine.declaration import Norm, constructor_arguments
 from flexnorm.engine.functional import flex_norm
 from flexnorm.engine.moments import Moments, active_group
+from flexnorm.engine.segments import Segments
 from flexnorm.kernels.tables import track
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class FlexNorm(Norm):
         track_running_stats: Whether to keep ``running_mean``, ``running_var`` (of unbiased variances, as torch does)
             and ``num_batches_tracked`` for evaluation.
         bias: ``False`` leaves out the bias only.
+        channel_axis: Where the channels of the input are: 1, or -1 for (..., C).
+        per_position: Whether each position (token) is a sample of its own, as of :func:`flexnorm.flex_norm`. Default:
+            with ``channel_axis=-1`` it is, unless the norm is made of the moments of each sample's positions.
         process_group: Pool the batch statistics over the processes of this group (any backend, gloo on CPU included);
             ``"world"`` for the default group, resolved at the first forward; ``None`` for this process only.
         device: Device of parameters and buffers.
@@ -83,6 +87,8 @@ class FlexNorm(Norm):
         track_running_stats: bool = True,
         *,
         bias: bool = True,
+        channel_axis: int = 1,
+        per_position: bool | None = None,
         process_group: ProcessGroup | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -94,7 +100,15 @@ class FlexNorm(Norm):
             raise ValueError(f"eps must not be negative, got {eps}")
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must lie in [0, 1] or be None (cumulative average), got {momentum}")
+        if channel_axis not in (1, -1):
+            raise ValueError(f"channel_axis must be 1 or -1 (the last axis), got {channel_axis!r}")
+        if per_position and self.pools_positions:
+            raise ValueError(
+                f"{type(self).__name__} is made of moments over positions: per_position=True leaves it none"
+            )
         active_group(process_group)  # refuses what is none
+        self.channel_axis = channel_axis
+        self.per_position = channel_axis == -1 and not self.pools_positions if per_position is None else per_position
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -200,17 +214,35 @@ class FlexNorm(Norm):
         """Raise ValueError if ``x`` has the wrong number of axes or channels for this layer."""
         if x.dim() not in self.ndims:
             wanted = " or ".join(f"{ndim}-D" for ndim in self.ndims)
-            raise ValueError(f"{type(self).__name__} expects {wanted} input (N, C, ...), got shape {tuple(x.shape)}")
-        if x.shape[1] != self.num_features:
+            form = "(N, C, ...)" if self.channel_axis == 1 else "(N, ..., C)"
+            raise ValueError(f"{type(self).__name__} expects {wanted} input {form}, got shape {tuple(x.shape)}")
+        if x.shape[self.channel_axis] != self.num_features:
             raise ValueError(
-                f"{type(self).__name__} was built for {self.num_features} channels, got {x.shape[1]} "
-                f"in shape {tuple(x.shape)}"
+                f"{type(self).__name__} was built for {self.num_features} channels, got {x.shape[self.channel_axis]} "
+                f"at axis {self.channel_axis} of shape {tuple(x.shape)}"
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` of shape (N, C) or (N, C, *spatial); same shape, type and memory format out."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, segments: Segments | Tensor | None = None) -> Tensor:
+        """Normalize ``x``.
+
+        Args:
+            x: (N, C) or (N, C, *spatial), or (N, ..., C) with ``channel_axis=-1``.
+            mask: What counts, of the shape of ``x`` without the channel axis: booleans, or weights of at least 0.
+            segments: The sample of each row of ``x`` (R, C), as of :func:`flexnorm.flex_norm`.
+
+        Returns:
+            A tensor of the shape, type and memory format of ``x``.
+        """
         self.check_input(x)
-        return flex_norm(x, self.rule, process_group=self.group())
+        return flex_norm(
+            x,
+            self.rule,
+            channel_axis=self.channel_axis,
+            per_position=self.per_position and segments is None,
+            mask=mask,
+            segments=segments,
+            process_group=self.group(),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlexNorm:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -237,4 +269,6 @@ class FlexNorm(Norm):
         common = [name for name in ("eps", "momentum", "affine", "track_running_stats") if name in arguments]
         own = [name for name in self.options if name not in common]
         shown = [str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*common, *own))]
+        if self.channel_axis != 1 or self.per_position:
+            shown += [f"channel_axis={self.channel_axis}", f"per_position={self.per_position}"]
         return ", ".join(shown + ["frozen=True"] * self.frozen)

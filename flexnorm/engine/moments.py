@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexnorm._messages import unknown_name
-from flexnorm.kernels.tables import Pair, pool
+from flexnorm.kernels.tables import Pair, pool, pool_unequal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,8 +30,9 @@ class Moments:
     Args:
         mean: (N, C) or any shape that broadcasts to it.
         var: Biased variance (divided by the number of values), same shape as ``mean``.
-        count: Number of values behind each entry: an int, or a scalar tensor when it is known only after
-            communication with other processes.
+        count: Number of values behind each entry: an int, or a tensor: a scalar when it is known only after
+            communication with other processes, (N, 1) where a mask or segments give each sample its own (with weights
+            their sum).
         process_group: Group over which ``pool("batch")`` and ``pool("all")`` also pool; ``None`` for this process only.
 
     Attributes:
@@ -95,7 +96,9 @@ class Moments:
             over: ``"batch"`` pools over the samples (and over the processes of the group): tables of shape (1, C), as
                 BatchNorm uses. ``"channels"`` pools over the channels of each sample, in ``groups`` equal groups of
                 neighbours: tables (N, 1) for one group, else (N, C) with equal entries inside a group, as LayerNorm
-                and GroupNorm use. ``"all"`` pools over everything: (1, 1).
+                and GroupNorm use. ``"positions"`` pools over the positions of each sample, which the moments that a
+                rule receives already are, unless each position is a sample of its own. ``"all"`` pools over
+                everything: (1, 1).
             groups: Number of channel groups; must divide C. Only for ``"channels"``.
 
         Returns:
@@ -104,21 +107,29 @@ class Moments:
         Raises:
             ValueError: For an unknown ``over``, or ``groups`` that does not divide the number of channels.
         """
-        if over not in ("batch", "channels", "all"):
-            raise ValueError(unknown_name("pooling", over, ["batch", "channels", "all"]))
+        if over not in ("batch", "channels", "positions", "all"):
+            raise ValueError(unknown_name("pooling", over, ["batch", "channels", "positions", "all"]))
         if groups != 1 and over != "channels":
             raise ValueError(f"groups={groups} only makes sense with pool('channels'), not pool({over!r})")
-        pooled = self if over == "batch" else self._pool_channels(groups)
-        return pooled if over == "channels" else pooled._pool_batch()
+        if over == "channels":
+            return self._pool_channels(groups)
+        if over == "positions":
+            return self._pool_positions()
+        return self._pool_batch() if over == "batch" else self._pool_all()
 
     def _with(self, mean: Tensor, var: Tensor, count: int | Tensor, backend: str = "composed") -> Moments:
         return Moments(mean, var, count, process_group=self.process_group, _backend=backend)
 
+    def _pool_positions(self) -> Moments:
+        return self
+
+    def _pool_all(self) -> Moments:
+        return self._pool_channels(1)._pool_batch()
+
     def _pool_channels(self, groups: int) -> Moments:
         mean, var = self.tables
         samples, channels = mean.shape
-        if groups < 1 or channels % groups:
-            raise ValueError(f"groups={groups} does not divide the {channels} channels")
+        check_groups(groups, channels)
         if groups == channels:
             return self
         count = self.count * (channels // groups)
@@ -131,10 +142,16 @@ class Moments:
 
     def _pool_batch(self) -> Moments:
         samples = self.mean.shape[0]
-        if samples == 1:
+        if isinstance(self.count, Tensor) and self.count.dim() == 2:  # each sample has its own number of values
+            local = Moments(*pool_unequal(*self.tables, self.count), self.count.sum())
+        elif samples == 1:
             local = Moments(*self.tables, self.count)
         else:
             local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, _backend=self.backend)
+        return self._over_processes(local)
+
+    def _over_processes(self, local: Moments) -> Moments:
+        """Pool moments of shape (1, C) of this process with those of the others, if there are any."""
         if self.process_group is None:
             return local
         mean, channels = local.mean, local.mean.shape[1]
@@ -145,7 +162,7 @@ class Moments:
         means, variances, counts = gathered.tensor_split([channels, 2 * channels], 1)
         means, variances, counts = means.to(mean.dtype), variances.to(mean.dtype), counts[:, 0].detach()
         total = counts.sum()
-        share = (counts / total.clamp_min(1)).to(means.dtype).view(-1, 1)
+        share = (counts / torch.where(total > 0, total, 1)).to(means.dtype).view(-1, 1)
         pooled = (share * means).sum(0, keepdim=True)
         pooled_var = (share * (variances + (means - pooled).square())).sum(0, keepdim=True)
         return self._with(pooled, pooled_var, total)
@@ -153,6 +170,12 @@ class Moments:
     def __repr__(self) -> str:
         known = "not computed yet" if self._mean is None else f"shape={tuple(self._mean.shape)}"
         return f"Moments({known}, count={self.count})"
+
+
+def check_groups(groups: int, channels: int) -> None:
+    """Raise ValueError unless ``groups`` divides the number of channels."""
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups={groups} does not divide the {channels} channels")
 
 
 class _Gather(torch.autograd.Function):

@@ -44,6 +44,24 @@ def layout_of(x: Tensor) -> Layout:
     return Layout("composed", order, size)
 
 
+def token_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
+    """Choose the backend for ``x`` seen as tokens: (N, C, *spatial) if ``channel_axis`` is 1, (..., C) if it is -1.
+
+    ``None`` where the composition of torch's operations serves best. An order of "none" asks for a contiguous copy.
+    """
+    if x.device.type != "cpu" or x.numel() < _SMALL or x.dtype not in normalization.DTYPES:
+        return None
+    if normalization.load() is None:
+        return None
+    if channel_axis == -1 or x.dim() == 2:
+        samples, channels = x.shape[0], x.shape[-1]
+        order = "cols" if x.is_contiguous() else "rows" if x.movedim(-1, 1).is_contiguous() else "none"
+    else:
+        samples, channels, order = x.shape[0], x.shape[1], memory_order(x)
+    positions = x.numel() // (samples * channels)
+    return Layout("c", "cols" if order == "rows" and positions == 1 else order, (samples, channels, positions))
+
+
 def positions_of(x: Tensor) -> int:
     """Number of positions per channel: the product of the spatial axes (1 for (N, C))."""
     count = 1

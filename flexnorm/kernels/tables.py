@@ -39,6 +39,18 @@ def pool(mean: Tensor, var: Tensor, dim: int, backend: str) -> Pair:
     return pooled, var.mean(dim, keepdim=True) + between
 
 
+def pool_unequal(mean: Tensor, var: Tensor, count: Tensor) -> Pair:
+    """Moments (N, C) of samples of unlike sizes pooled over the samples, (1, C); ``count`` (N, 1) is how many values.
+
+    What stands in the row of a sample without values does not matter; zeros where there is nothing to pool.
+    """
+    total = count.sum()
+    share = (count / torch.where(total > 0, total, 1)).to(mean.dtype)
+    mean, var = torch.where(share > 0, mean, 0), torch.where(share > 0, var, 0)
+    pooled = (share * mean).sum(0, keepdim=True)
+    return pooled, (share * (var + (mean - pooled).square())).sum(0, keepdim=True)
+
+
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> Pair:
@@ -71,10 +83,12 @@ def _in_c(backend: str, batch: Pair, kept: Pair) -> bool:
     return backend == "c" and alike and mean.is_contiguous() and var.is_contiguous()
 
 
-def _entering(batch: Pair, kept: Pair, batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _entering(batch: Pair, kept: Pair, batches: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The batch's moments as the kept ones are stored, and whether they may enter; if so, the batch counts."""
     mean, var = (new.detach().reshape(-1).to(old.dtype) for new, old in zip(batch, kept, strict=True))
     usable = torch.isfinite(mean).all() & torch.isfinite(var).all()
+    if isinstance(count, Tensor):
+        usable = usable & (count > 0).all()
     batches.add_(usable.to(batches.dtype))
     return mean, var, usable
 
@@ -91,7 +105,7 @@ def track(batch: Pair, kept: Pair, batches: Tensor, momentum: float | None, coun
         torch.autograd.graph.increment_version(kept)
         return
     unbiased = count / max(count - 1, 1) if isinstance(count, int) else (count / (count - 1).clamp_min(1)).float()
-    new_mean, new_var, usable = _entering(batch, kept, batches)
+    new_mean, new_var, usable = _entering(batch, kept, batches, count)
     rate_now = momentum if momentum is not None else 1.0 / batches.clamp_min(1).to(mean.dtype)
     mean.copy_(torch.where(usable, mean + rate_now * (new_mean - mean), mean))
     var.copy_(torch.where(usable, var + rate_now * (new_var * unbiased - var), var))
@@ -102,16 +116,18 @@ def _bias_corrected(momentum: float, batches: Any) -> Any:
     return momentum / (1.0 - (1.0 - momentum) ** batches + 1e-30)
 
 
-def follow(batch: Pair, kept: Pair, batches: Tensor, momentum: float | None, backend: str) -> None:
+def follow(
+    batch: Pair, kept: Pair, batches: Tensor, momentum: float | None, backend: str, count: int | Tensor = 1
+) -> None:
     """As :func:`track`, by a bias-corrected average of biased moments that keeps the variance between batches."""
     mean, var = kept
-    if _in_c(backend, batch, kept):
+    if isinstance(count, int) and _in_c(backend, batch, kept):
         seen = int(batches) + 1
         rate = 1.0 / seen if seen == 1 or momentum is None else _bias_corrected(momentum, seen)
         batches.add_(call("follow", mean.dtype, *batch, *kept, rate, int(seen == 1), mean.numel()))
         torch.autograd.graph.increment_version(kept)
         return
-    new_mean, new_var, usable = _entering(batch, kept, batches)
+    new_mean, new_var, usable = _entering(batch, kept, batches, count)
     counted = batches.clamp_min(1).to(mean.dtype)
     first = (counted <= 1).to(mean.dtype)  # the first batch replaces the initial values
     rate_now = torch.maximum(1.0 / counted if momentum is None else _bias_corrected(momentum, counted), first)

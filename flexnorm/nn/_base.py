@@ -20,6 +20,8 @@ class Placed(TypedDict, total=False):
 
     device: torch.device | str | None
     dtype: torch.dtype | None
+    channel_axis: int
+    per_position: bool | None
 
 
 class Shared(Placed, total=False):
@@ -36,7 +38,7 @@ class BatchStatistics(FlexNorm):
         """Refuse wrong shapes, and batches that have no statistics."""
         super().check_input(x)
         from_batch = (self.training or not self.track_running_stats) and not self.frozen
-        if from_batch and self.group() is None and x.shape[0] == 1 and x.numel() == x.shape[1]:
+        if from_batch and self.group() is None and x.numel() == self.num_features:
             raise ValueError(
                 f"{type(self).__name__} needs more than 1 value per channel in training, got shape {tuple(x.shape)}. "
                 "Use a larger batch, freeze() the layer, or a normalization without batch statistics "

@@ -44,6 +44,7 @@ class _BatchInstanceNorm(BatchStatistics):
     """
 
     norm_name = "batch_instance"
+    pools_positions = True
     torch_layer = "batch"
     learned: ClassVar = {"gate": (None, 1.0)}
     gate: nn.Parameter

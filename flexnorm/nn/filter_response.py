@@ -7,7 +7,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from flexnorm.engine import Moments
+from flexnorm.engine import Moments, Segments
 from flexnorm.nn._base import Pair, Param, Placed, SampleStatistics
 
 
@@ -34,6 +34,7 @@ class _FilterResponseNorm(SampleStatistics):
     """
 
     norm_name = "frn"
+    pools_positions = True
     options = ("eps", "threshold", "learn_eps")
     defaults: ClassVar = {"threshold": False}
     tau: nn.Parameter | None
@@ -52,8 +53,9 @@ class _FilterResponseNorm(SampleStatistics):
     ) -> None:
         super().__init__(num_features, eps, affine, bias=bias, **kwargs)
         self.threshold, self.learn_eps = threshold, learn_eps
-        self.tau = nn.Parameter(torch.zeros(num_features, **kwargs)) if threshold else None
-        self.learned_eps = nn.Parameter(torch.full((1,), eps, **kwargs)) if learn_eps else None
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        self.tau = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype)) if threshold else None
+        self.learned_eps = nn.Parameter(torch.full((1,), eps, device=device, dtype=dtype)) if learn_eps else None
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias and tau to 0, and the learned eps to its initial value."""
@@ -67,12 +69,13 @@ class _FilterResponseNorm(SampleStatistics):
         eps = self.eps if self.learned_eps is None else self.learned_eps
         return filter_response(moments, self.weight, self.bias, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` and apply the thresholded linear unit."""
-        y = super().forward(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None, segments: Segments | Tensor | None = None) -> Tensor:
+        """Normalize ``x`` and apply the thresholded linear unit; arguments as of :meth:`flexnorm.FlexNorm.forward`."""
+        y = super().forward(x, mask, segments)
         if self.tau is None:
             return y
-        return torch.maximum(y, self.tau.to(y.dtype).view((1, -1) + (1,) * (x.dim() - 2)))
+        after = 0 if self.channel_axis == -1 else x.dim() - 2
+        return torch.maximum(y, self.tau.to(y.dtype).view((-1,) + (1,) * after))
 
 
 class FilterResponseNorm1d(_FilterResponseNorm, ndims=(2, 3)):

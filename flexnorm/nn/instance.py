@@ -31,6 +31,7 @@ class _InstanceNorm(FlexNorm):
     """
 
     norm_name = torch_layer = "instance"
+    pools_positions = True
     statistics_from = "sample"
     defaults: ClassVar = {"affine": True}
 
@@ -65,7 +66,7 @@ class _InstanceNorm(FlexNorm):
     def check_input(self, x: Tensor) -> None:
         """Refuse wrong shapes, and inputs whose instances have no statistics."""
         super().check_input(x)
-        if self.training and not self.frozen and x.numel() and x.numel() == x.shape[0] * x.shape[1]:
+        if self.training and not self.frozen and x.numel() == x.shape[0] * self.num_features > 0:
             raise ValueError(
                 f"{type(self).__name__} needs more than 1 position per channel in training, got shape {tuple(x.shape)}"
             )

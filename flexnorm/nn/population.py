@@ -110,7 +110,7 @@ class _PopulationNorm(FlexNorm):
         self.statistics = statistics
         self.gradient = gradient
         self.max_ratio = max_ratio
-        self._samples = 0
+        self._values = 0
         self.register_buffer("clipped", torch.zeros((), device=kwargs.get("device")), persistent=False)
 
     def same_as(self, training: bool) -> str:
@@ -123,7 +123,7 @@ class _PopulationNorm(FlexNorm):
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
         # With a process group the choice must not depend on the local batch: all processes communicate alike.
         alone = moments.process_group is None and isinstance(moments.count, int)
-        few = alone and moments.count * self._samples < _FEW_VALUES
+        few = alone and self._values < _FEW_VALUES
         through = self.gradient == "batch" and not few
         if not through and self.statistics == "estimated":
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
@@ -142,9 +142,9 @@ class _PopulationNorm(FlexNorm):
             self.clipped.zero_()
 
     def check_input(self, x: Tensor) -> None:
-        """Refuse wrong shapes; remember the number of samples, which decides how the gradient is taken."""
+        """Refuse wrong shapes; remember the number of values per channel, which decides how the gradient is taken."""
         super().check_input(x)
-        self._samples = x.shape[0]
+        self._values = x.numel() // max(self.num_features, 1)
 
     @torch.no_grad()
     def _bounded(self, pooled: Moments) -> Pair:
@@ -163,7 +163,7 @@ class _PopulationNorm(FlexNorm):
         if self.frozen or recomputing() or (isinstance(pooled.count, int) and pooled.count == 0):
             return
         kept = self.running_mean, self.running_var
-        follow(pooled.tables, kept, self.num_batches_tracked, self.momentum, pooled.backend)
+        follow(pooled.tables, kept, self.num_batches_tracked, self.momentum, pooled.backend, pooled.count)
 
 
 class PopulationNorm1d(_PopulationNorm, ndims=(2, 3)):

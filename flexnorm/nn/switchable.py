@@ -44,6 +44,7 @@ class _SwitchableNorm(BatchStatistics):
     """
 
     norm_name = "switchable"
+    pools_positions = True
     learned: ClassVar = dict.fromkeys(("mean_weight", "var_weight"), (3, 1.0))
     mean_weight: nn.Parameter
     var_weight: nn.Parameter

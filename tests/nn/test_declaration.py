@@ -13,7 +13,7 @@ import flexnorm.nn as fx
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
 
 COMMON = {"num_features", "num_channels", "eps", "momentum", "affine", "track_running_stats"}
-COMMON |= {"bias", "process_group", "device", "dtype"}
+COMMON |= {"bias", "process_group", "device", "dtype", "channel_axis", "per_position"}
 FORMER = {"norm"}  # the former name of unit_norm
 
 

@@ -66,8 +66,8 @@ def test_frozen_through_train_and_back(name: str) -> None:
     assert type(layer) is kind
     assert not is_frozen(layer)
     assert layer.training, "what train() has set meanwhile is restored"
-    assert {k: v for k, v in vars(layer).items() if k in attributes and k != "_samples"} == {
-        k: v for k, v in attributes.items() if k != "_samples"
+    assert {k: v for k, v in vars(layer).items() if k in attributes and k != "_values"} == {
+        k: v for k, v in attributes.items() if k != "_values"
     }
     assert vars(layer).keys() == attributes.keys()
     if name != "torch sync":

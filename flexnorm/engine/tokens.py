@@ -1,0 +1,331 @@
+"""Tokens: each position of an activation by itself, R of them, as in transformers, perceptrons and graph networks.
+
+The graph of one call is ``x -> _Reduce -> ... -> rule -> _Affine -> y``: one node for each kind of moments that the
+rule asks for (of each token, of the batch), in a chain along which ``x`` passes, so that the gradient of the output
+comes back along it and every node adds its part. Moments and tables are (R, 1) or (1, C), never (R, C), unless the rule
+itself makes them so: then the whole is composed of torch's operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from flexnorm.engine.factored import Factored
+from flexnorm.engine.moments import Moments, check_groups
+from flexnorm.kernels import tokens
+from flexnorm.kernels.layout import Layout, table_dtype
+from flexnorm.kernels.passes import gradients, must_compose
+from flexnorm.kernels.tables import Pair
+from flexnorm.kernels.tokens import Source, Terms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_Pending: TypeAlias = "list[Terms] | None"
+_Table: TypeAlias = "Terms | Tensor"
+
+
+def _composed_rows(values: Tensor, groups: int) -> Pair:
+    """Moments (R, groups) of a matrix (R, C) by differentiable operations."""
+    split = values.reshape(values.shape[0], groups, values.shape[1] // groups)
+    if values.numel() == 0:
+        return split.sum(2), split.sum(2)
+    var, mean = torch.var_mean(split, 2, correction=0)
+    return mean, var
+
+
+def _composed_columns(values: Tensor, weights: Tensor | None) -> Pair:
+    """Moments (1, C) of a matrix (R, C) by differentiable operations; zeros where nothing counts."""
+    if weights is None:
+        if values.shape[0] == 0:
+            zeros = values.sum(0, keepdim=True)
+            return zeros, zeros
+        var, mean = torch.var_mean(values, 0, correction=0, keepdim=True)
+        return mean, var
+    total = weights.sum()
+    share = (weights / torch.where(total > 0, total, 1)).unsqueeze(1)
+    values = torch.where(share > 0, values, 0)
+    mean = (share * values).sum(0, keepdim=True)
+    return mean, (share * (values - mean).square()).sum(0, keepdim=True)
+
+
+class _Reduce(torch.autograd.Function):
+    """Moments of the tokens or of the batch, and x itself for whatever comes after."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, groups: int, weights: Tensor | None, layout: Layout, pending: list[Terms]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x, groups, weights, layout)
+        ctx.save_for_backward(x, mean, weights)
+        ctx.set_materialize_grads(False)
+        ctx.groups, ctx.layout, ctx.pending = groups, layout, pending
+        return mean, var, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mean, weights = ctx.saved_tensors
+        layout, groups = ctx.layout, ctx.groups
+        scale = ctx.pending.pop() if ctx.pending else None
+        if must_compose(dmean, dvar, g):
+
+            def compose(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                values = tokens.matrix(v, layout).to(mean.dtype)
+                return (*(_composed_rows(values, groups) if groups else _composed_columns(values, weights)), v)
+
+            (dx,) = gradients(compose, [x], [True], (dmean, dvar, g))
+            return dx, None, None, None, None
+        if dmean is None and dvar is None:
+            return (g if g is None or scale is None else tokens.affine(g, scale, (), layout)), None, None, None, None
+        samples, channels, positions = layout.size
+        count: float | Tensor = channels / groups if groups else samples * positions
+        if weights is not None and not groups:
+            count = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        source = Source(mean, dmean, dvar, count, None if groups else weights)
+        g = torch.zeros_like(x) if g is None else g
+        dx = tokens.combine(g, x, scale, source if groups else None, None if groups else source, layout)
+        return dx, None, None, None, None
+
+
+def _moments(x: Tensor, groups: int, weights: Tensor | None, layout: Layout) -> Pair:
+    """Of each token in so many groups of its channels, or of the batch, which 0 groups stand for."""
+    return tokens.row_moments(x, layout, groups) if groups else tokens.column_moments(x, layout, weights)
+
+
+class _Affine(torch.autograd.Function):
+    """``y = scale * x + shift``; ``pending`` takes the scale still to be applied to the gradient of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, center: Tensor | None, layout: Layout, pending: _Pending, shape: str, *factors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, center, *factors)
+        ctx.layout, ctx.pending, ctx.shape = layout, pending, shape
+        return tokens.affine(x, *_unflatten(shape, factors), layout)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, center, *factors = ctx.saved_tensors
+        layout, needed, shape = ctx.layout, ctx.needs_input_grad, ctx.shape
+        if ctx.pending is not None:
+            ctx.pending.clear()
+        if must_compose(g):
+
+            def compose(v: Tensor, *parts: Tensor) -> Tensor:
+                scale, shift = (_sum(terms, layout.size[1]) for terms in _unflatten(shape, parts))
+                values = tokens.matrix(v, layout)
+                return tokens.like(values.to(table_dtype(v.dtype)) * scale + shift, v, layout)
+
+            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[5:]], (g,))
+            return of_x, None, None, None, None, *found
+        if g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
+        scale, shift = _unflatten(shape, factors)
+        grads: list[Tensor | None] = [None] * len(factors)
+        if any(needed[5:]):
+            of_scale, of_shift = tokens.sums(g, x, center, scale, shift, layout)
+            grads = [t for term in (*of_scale, *of_shift) for t in term if t is not None]
+            grads = [t if need else None for t, need in zip(grads, needed[5:], strict=True)]
+        dx: Tensor | None = None
+        if needed[0] and ctx.pending is None:
+            dx = tokens.affine(g, scale, (), layout)
+        elif needed[0]:
+            ctx.pending.append(scale)
+            dx = g
+        return dx, None, None, None, None, *grads
+
+
+def _sum(terms: Terms, channels: int) -> Tensor | float:
+    return sum(tokens.expanded(term, channels) for term in terms)
+
+
+def _flatten(scale: Terms, shift: Terms) -> tuple[str, list[Tensor]]:
+    """The factors there are, and where they stand: a letter for each term, a bar between scale and shift."""
+    kinds = ["".join("c" if r is None else "r" if c is None else "b" for r, c in terms) for terms in (scale, shift)]
+    return "|".join(kinds), [t for term in (*scale, *shift) for t in term if t is not None]
+
+
+def _unflatten(shape: str, factors: Sequence[Tensor]) -> tuple[Terms, Terms]:
+    rest = iter(factors)
+    scale, shift = (
+        tuple((next(rest) if kind in "br" else None, next(rest) if kind in "bc" else None) for kind in part)
+        for part in shape.split("|")
+    )
+    return scale, shift
+
+
+class Tokens:
+    """The activation of one call, and what its moments need.
+
+    Args:
+        x: The activation.
+        channel_axis: 1 or -1.
+        layout: Its layout; with the backend "composed" everything is composed of torch's operations.
+        weights: (R,), how much each token counts in the moments of the batch.
+    """
+
+    def __init__(self, x: Tensor, channel_axis: int, layout: Layout | None, weights: Tensor | None) -> None:
+        self.layout = layout
+        self.weights = weights
+        self._origin = self._x = x  # the second passes through the nodes of the moments, on its way to the affine map
+        self._pending: list[Terms] = []
+        self._center: Tensor | None = None
+        self._last = channel_axis == -1 or x.dim() == 2
+        self._shape = x.shape if self._last else x.movedim(1, -1).shape
+        self.samples, self.channels = x.shape[0], self._shape[-1]
+        self.positions = 1
+        for length in self._shape[1:-1]:
+            self.positions *= length
+        self._found: dict[tuple[int, bool], Pair] = {}
+        self._matrix: Tensor | None = None
+
+    @property
+    def backend(self) -> str:
+        """Where its moments come from."""
+        return "composed" if self.layout is None else self.layout.backend
+
+    @property
+    def matrix(self) -> Tensor:
+        """(R, C), in the type of the tables; gradients flow."""
+        if self._matrix is None:
+            moved = self._origin if self._last else self._origin.movedim(1, -1)
+            self._matrix = moved.reshape(-1, self.channels).to(table_dtype(moved.dtype))
+        return self._matrix
+
+    def _restored(self, matrix: Tensor) -> Tensor:
+        y = matrix.to(self._origin.dtype).reshape(self._shape)
+        return y if self._last else y.movedim(-1, 1)
+
+    def reduce(self, groups: int, differentiable: bool) -> Pair:
+        """Moments of each token in so many groups of its channels, or of the batch, which 0 groups stand for."""
+        differentiable = differentiable and torch.is_grad_enabled() and self._x.requires_grad
+        found = self._found.get((groups, True)) or self._found.get((groups, differentiable))
+        if found is None:
+            found = self._found[groups, differentiable] = self._reduce(groups, differentiable)
+            if self._center is None or groups:
+                self._center = found[0].detach()
+        return found if differentiable else (found[0].detach(), found[1].detach())
+
+    def _reduce(self, groups: int, differentiable: bool) -> Pair:
+        if self.layout is None:
+            values = self.matrix if differentiable else self.matrix.detach()
+            return _composed_rows(values, groups) if groups else _composed_columns(values, self.weights)
+        if not differentiable:
+            return _moments(self._x, groups, self.weights, self.layout)
+        mean, var, self._x = _Reduce.apply(self._x, groups, self.weights, self.layout, self._pending)  # type: ignore[no-untyped-call]
+        return mean, var
+
+    def affine(self, scale: _Table, shift: _Table) -> Tensor:
+        """``scale * x + shift``."""
+        if self.layout is None or isinstance(scale, Tensor) or isinstance(shift, Tensor):
+            whole = [t if isinstance(t, Tensor) else _sum(t, self.channels) for t in (scale, shift)]
+            if isinstance(whole[0], Tensor) and isinstance(whole[1], Tensor):
+                return self._restored(torch.addcmul(whole[1], self.matrix, whole[0]))
+            return self._restored(self.matrix * whole[0] + whole[1])
+        shape, factors = _flatten(scale, shift)
+        if not torch.is_grad_enabled() or not (self._x.requires_grad or any(t.requires_grad for t in factors)):
+            return tokens.affine(self._x, scale, shift, self.layout)
+        link = self._pending if any(key[1] for key in self._found) else None
+        made = _Affine.apply(self._x, self._center, self.layout, link, shape, *factors)  # type: ignore[no-untyped-call]
+        return cast("Tensor", made)
+
+    def terms(self, table: Any, name: str) -> _Table:
+        """What a rule has returned, as terms, or as a tensor if it is one that no outer product makes.
+
+        Raises:
+            TypeError: If it is neither a tensor nor a number.
+            ValueError: If it does not broadcast to (R, C).
+        """
+        dtype, rows = table_dtype(self._x.dtype), self.samples * self.positions
+        if isinstance(table, Factored):
+            return tuple((_cast(r, dtype), _cast(c, dtype)) for r, c in table.terms)
+        if not isinstance(table, Tensor):
+            if not isinstance(table, (int, float)):
+                raise TypeError(
+                    f"the rule returned {table!r} as {name}; it must be a tensor or a number (0.0 for none)"
+                )
+            if table == 0 and self.layout is not None:
+                return ()
+            table = torch.full((1,), float(table), device=self._x.device)
+        flat: Tensor = table if table.dtype == dtype else table.to(dtype)
+        flat = flat.reshape(1, -1) if flat.dim() < 2 else flat
+        if flat.dim() != 2 or flat.shape[0] not in (1, rows) or flat.shape[1] not in (1, self.channels):
+            raise ValueError(
+                f"the rule returned a {name} of shape {tuple(table.shape)}, "
+                f"which does not broadcast to (R, C) = {(rows, self.channels)}"
+            )
+        if self.layout is None:
+            return flat
+        if flat.shape[0] == 1:
+            return ((None, flat.reshape(-1).expand(self.channels)),)
+        return ((flat, None),) if flat.shape[1] == 1 else flat
+
+
+def _cast(factor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return factor if factor is None or factor.dtype == dtype else factor.to(dtype)
+
+
+class TokenMoments(Moments):
+    """The moments that a rule for tokens receives: those of each token and channel are the values themselves."""
+
+    def __init__(self, source: Tokens, process_group: ProcessGroup | None, differentiable: bool = True) -> None:
+        super().__init__(process_group=process_group, _compute=self._values)
+        self._source = source
+        self._differentiable = differentiable
+
+    def _values(self, differentiable: bool) -> Pair:
+        values = self._source.matrix
+        values = values if differentiable and self._differentiable else values.detach()
+        return values, torch.zeros_like(values)
+
+    def detach(self) -> Moments:
+        """Return the same moments outside the graph: for running statistics, at the price of one forward pass only."""
+        return TokenMoments(self._source, self.process_group, False)
+
+    def _pool_channels(self, groups: int) -> Moments:
+        source = self._source
+        check_groups(groups, source.channels)
+        if groups == source.channels:
+            return self
+        tables: Any = source.reduce(groups, self._differentiable)
+        size = source.channels // groups
+        if source.layout is not None:
+            tables = tuple(Factored(((t, None),), len(t), source.channels, t) for t in tables)
+        elif groups > 1:
+            tables = tuple(t.repeat_interleave(size, 1) for t in tables)
+        count = size if source.weights is None else size * source.weights.unsqueeze(1)
+        return self._with(tables[0], tables[1], count)
+
+    def _pool_batch(self) -> Moments:
+        source = self._source
+        count = source.samples * source.positions if source.weights is None else source.weights.sum()
+        return self._over_processes(Moments(*source.reduce(0, self._differentiable), count, _backend=source.backend))
+
+    def _pool_positions(self) -> Moments:
+        source = self._source
+        values = self.mean.view(source.samples, source.positions, source.channels)
+        weights = None if source.weights is None else source.weights.view(source.samples, source.positions, 1)
+        mean, var, count = pool_positions(values, weights)
+        if weights is not None:
+            count = count.repeat_interleave(source.positions, 0)
+        mean, var = (t.repeat_interleave(source.positions, 0) for t in (mean, var))
+        return self._with(mean, var, count)
+
+
+def pool_positions(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+    """Moments (N, C) of values (N, P, C) weighted (N, P, 1), and how many stand behind each; weight 0 is no value."""
+    if weights is None:
+        if values.numel() == 0:
+            zeros = values.sum(1)
+            return zeros, zeros, values.shape[1]
+        var, mean = torch.var_mean(values, 1, correction=0)
+        return mean, var, values.shape[1]
+    count = weights.sum(1)
+    share = weights / torch.where(count > 0, count, 1).unsqueeze(1)
+    values = torch.where(weights > 0, values, 0)
+    mean = (share * values).sum(1)
+    return mean, (share * (values - mean.unsqueeze(1)).square()).sum(1), count
