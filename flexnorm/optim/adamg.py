@@ -53,7 +53,8 @@ class AdamG(SphereOptimizer):
     All arguments but ``params`` are keys of the param groups.
 
     State, per parameter of the manifold: ``step``, ``exp_avg`` (of the shape of the parameter), ``exp_avg_sq``
-    (``(rows,)``), float32 or float64. Outside: ``momentum_buffer``, or ``step``, ``exp_avg`` and ``exp_avg_sq``.
+    (``(rows,)``), float32 or float64, and ``ortho_wait`` as there. Outside: ``momentum_buffer``, or ``step``,
+    ``exp_avg`` and ``exp_avg_sq``.
 
     Raises:
         ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
@@ -77,6 +78,7 @@ class AdamG(SphereOptimizer):
         row_groups: int = 1,
         foreach: bool | None = None,
         compile: bool = False,
+        ortho_every: int = 4,
     ) -> None:
         super().__init__(params, locals())
 

@@ -213,10 +213,10 @@ class Config:
         for key in ("norms", "optims", "seeds"):
             values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
         values["schedule_args"] = plain(self.schedule_settings(), finite=False)
-        for settings in values["settings"].values():
-            if settings.get("off_manifold") == "sgd":
-                del settings["off_manifold"]
         # What is off is left out: an experiment without it is the one that it was before there was such a setting.
+        for settings, (key, before) in itertools.product(values["settings"].values(), _BEFORE.items()):
+            if settings.get(key) == before:
+                del settings[key]
         optional = {"test_limit": None, "gamma_decay": GAMMA_DECAY, "coherence": None, "estimate": ESTIMATE}
         for key, defaults in optional.items():
             if not values[key]:
@@ -229,6 +229,7 @@ class Config:
         return values
 
 
+_BEFORE = {"off_manifold": "sgd", "ortho_every": 1}
 _ALIASES = {"norm": "norms", "optim": "optims", "seed": "seeds"}
 
 

@@ -57,11 +57,12 @@ def make_optimizer(
         by = {"sgd": "SGD with momentum", "adamw": "AdamW"}[off]
         notes = [f"no weight of this network is scale-invariant: all are updated by {by}"]
     if optim == "sgdg":
-        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"]), notes
+        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"], ortho_every=s["ortho_every"]), notes
     for group in on_sphere:
         if group["manifold"] or off == "sgd":
             group["betas"] = (s["momentum"], s["beta2"])
-    return AdamG(on_sphere, off_manifold=off, nesterov=s.get("nesterov", False)), notes
+    nesterov = s.get("nesterov", False)
+    return AdamG(on_sphere, off_manifold=off, nesterov=nesterov, ortho_every=s["ortho_every"]), notes
 
 
 class StepHooks:

@@ -10,7 +10,7 @@ from flexnorm._messages import unknown_name
 
 _SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 _ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05}
-_SPHERE = {"grad_clip": 0.1, "ortho": 0.1}
+_SPHERE = {"grad_clip": 0.1, "ortho": 0.1, "ortho_every": 1}
 _PROJECTION = {"delta": 0.1, "wd_ratio": 0.1}
 _ADAMG_SPHERE = {"momentum": 0.9, "beta2": 0.99, "lr_manifold": 0.05, **_SPHERE}
 _ADAMG: dict[str, dict[str, Any]] = {
@@ -29,7 +29,8 @@ OPTIMS: dict[str, dict[str, Any]] = {
 """Every optimizer with its settings and their defaults.
 
 ``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
-0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+0.05 for Adam-G, clip and orthogonality 0.1; ``ortho_every`` 1 as there, which is not the default of
+:class:`flexnorm.optim.SGDG`); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
 Adam-G moves those others by AdamW, whose betas are torch's (``momentum`` and ``beta2`` are those of the sphere); with
 ``off_manifold: sgd`` by SGD, as in the paper, with the settings of ``sgd`` and their defaults: :func:`optim_defaults`.
 ``delta`` and ``wd_ratio`` are those of the projection of SGDP and AdamP (Heo et al., 2021).
@@ -102,6 +103,7 @@ _TAKES: dict[str, dict[str, _Takes]] = {
         "lr": _RATE,
         "lr_manifold": _RATE,
         "nesterov": _FLAG,
+        "ortho_every": _count(1),
         "off_manifold": ("adamw or sgd", lambda v: v in ("adamw", "sgd")),
         "": ("a number of at least 0", _not_negative),
     },

@@ -80,6 +80,8 @@ def test_the_fingerprint_sees_what_matters_and_nothing_else():
     )
     assert same.fingerprint("x") == base.fingerprint("x")
     assert base.fingerprint("x") != base.fingerprint("y")
+    turns = [dataclasses.replace(base, overrides={"batch/sgdg": {"ortho_every": k}}).fingerprint("x") for k in (1, 4)]
+    assert turns[0] == base.fingerprint("x") != turns[1]
     for change in ({"epochs": 11}, {"lr": 0.2}, {"seeds": (0,)}, {"overrides": {"none": {"lr": 0.1234}}}, {"limit": 9}):
         assert dataclasses.replace(base, **change).fingerprint("x") != base.fingerprint("x")
 

@@ -227,8 +227,10 @@ class TestOptimizers:
 
     @pytest.mark.parametrize(("optim", "kind", "rate"), [("sgdg", SGDG, 0.2), ("adamg", AdamG, 0.05)])
     def test_convolutions_before_a_norm_go_on_the_sphere(self, optim, kind, rate):
-        model, optimizer, notes = self.make(optim, ortho=0.3, grad_clip=0.7)
+        model, optimizer, notes = self.make(optim, ortho=0.3, grad_clip=0.7, ortho_every=3)
         assert type(optimizer) is kind
+        assert {group["ortho_every"] for group in optimizer.param_groups} == {3}
+        assert {group["ortho_every"] for group in self.make(optim)[1].param_groups} == {1}
         on = [group for group in optimizer.param_groups if group["manifold"]]
         weights = {id(p) for group in on for p in group["params"]}
         assert weights == {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
