@@ -5,6 +5,7 @@ On a machine that others use too, times wander together, so only ratios within a
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -63,6 +64,7 @@ def allocations(call: Callable[[], object], device: str = "cpu") -> tuple[int, i
 
     On the CPU they are added up from what torch's profiler records of every allocation and release, exactly.
     """
+    gc.collect()  # graphs of earlier calls, which would be released in this one
     if torch.device(device).type == "cuda":
         _synchronize()
         torch.cuda.reset_peak_memory_stats()
