@@ -527,6 +527,7 @@ def main() -> None:
     if options.dry_run:
         run = Run(options.dry_run, rounds=2, least=0.0, split=options.split)
         NETWORKS.update(SMALL_NETWORKS)
+    torch.backends.cudnn.benchmark = True
     for name in options.parts.split(",") if options.parts else parts:
         measure, cases = parts[name]
         chosen = [case for case in cases if available(case) and options.layer in (None, case.layer)]
@@ -540,7 +541,7 @@ def main() -> None:
         print(f"{len(rows)} rows, {missed} goals missed, {seconds:.0f} s")
         if not options.dry_run and not options.layer:
             where = options.out or Path(f"results/bench_norms{'_cuda' if options.device == 'cuda' else ''}.json")
-            save_part(where, "norms", name, rows, seconds=round(seconds))
+            save_part(where, "norms", name, rows, options.device, seconds=round(seconds))
 
 
 if __name__ == "__main__":
