@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -53,23 +52,23 @@ class _BatchNorm(BatchStatistics):
             return None
         if self.frozen or not self.training:
             return functional.batch_norm(x, *self.kept_statistics(), weight, self.bias, False, 0.0, self.eps)
-        before = mean.clone(), var.clone()
+        new_mean, new_var = mean.clone(), var.clone()
         if recomputing():  # activation checkpointing: the batch has been counted
-            return functional.batch_norm(x, *before, weight, self.bias, True, 0.0, self.eps)
+            return functional.batch_norm(x, new_mean, new_var, weight, self.bias, True, 0.0, self.eps)
         if "track" in vars(self) or type(self).track is not BatchStatistics.track:  # somebody else keeps them
-            own = torch.zeros_like(mean), torch.zeros_like(var)
-            y = functional.batch_norm(x, *own, weight, self.bias, True, 1.0, self.eps)
+            y = functional.batch_norm(x, new_mean.zero_(), new_var.zero_(), weight, self.bias, True, 1.0, self.eps)
             count = x.numel() // self.num_features
-            self.track(Moments(own[0][None], own[1][None] * ((count - 1) / count), count))
+            self.track(Moments(new_mean[None], new_var[None] * ((count - 1) / count), count))
             return y
         rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
-        y = functional.batch_norm(x, mean, var, weight, self.bias, True, rate, self.eps)
-        if math.isfinite(float(mean.sum() + var.sum())) or bool(mean.isfinite().all() & var.isfinite().all()):
+        y = functional.batch_norm(x, new_mean, new_var, weight, self.bias, True, rate, self.eps)
+        # A batch with a channel that is not finite is left out whole.
+        if math.isfinite(float(new_mean.sum() + new_var.sum())) or bool(
+            new_mean.isfinite().all() & new_var.isfinite().all()
+        ):
+            mean.copy_(new_mean)
+            var.copy_(new_var)
             tracked.add_(1)
-            torch.autograd.graph.increment_version((mean, var))
-        else:  # a batch with a channel that is not finite is left out whole
-            mean.copy_(before[0])
-            var.copy_(before[1])
         return y
 
 
