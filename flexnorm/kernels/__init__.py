@@ -2,6 +2,7 @@
 
 The modules: :mod:`~flexnorm.kernels.build`, :mod:`~flexnorm.kernels.layout`, :mod:`~flexnorm.kernels.passes` over
 activations (and gradients where no kernel can run), :mod:`~flexnorm.kernels.tables` between them,
+:mod:`~flexnorm.kernels.gpu` for the Triton kernels and when they run,
 :mod:`~flexnorm.kernels.shift_clamp` of Normalization Propagation, :mod:`~flexnorm.kernels.sphere` of the optimizers.
 """
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from flexnorm.kernels import triton_passes
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.tables import Pair
 
@@ -68,6 +69,8 @@ def like(tokens: Tensor, x: Tensor, layout: Layout) -> Tensor:
 
 def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     """Mean and biased variance of each token over the channels of each of ``groups`` equal groups: (R, groups) each."""
+    if layout.backend == "triton":
+        return triton_passes.row_moments(x, layout, groups)
     values = matrix(x, layout).to(table_dtype(x.dtype))
     var, mean = torch.var_mean(values.view(len(values), groups, -1), 2, correction=0)
     return mean, var
@@ -78,6 +81,8 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
     ``weights`` (R,), in the type of the tables, tell how much each token counts; a token of weight 0 is not read.
     """
+    if layout.backend == "triton":
+        return triton_passes.column_moments(x, layout, weights)
     values = matrix(x, layout).to(table_dtype(x.dtype))
     if weights is None:
         var, mean = torch.var_mean(values, 0, correction=0, keepdim=True)
@@ -90,6 +95,8 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the type and memory order of ``x``."""
+    if layout.backend == "triton":
+        return triton_passes.token_affine(x, scale, shift, layout)
     values = matrix(x, layout).to(table_dtype(x.dtype))
     y = values * sum(expanded(term, layout.size[1]) for term in scale)
     return like(y + sum(expanded(term, layout.size[1]) for term in shift), x, layout)
@@ -103,6 +110,8 @@ def sums(
     ``sum g * x`` is taken about ``center``, (R, G) or (1, C), where it is given: ``sum g * (x - center) + center * sum
     g``: summed directly, that of an activation with a large mean would lose its digits.
     """
+    if layout.backend == "triton":
+        return triton_passes.token_sums(g, x, center, scale, shift, layout)
     incoming, values = (matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
     if center is not None:
         about = _wide(center, center.shape[0] > 1, values)
@@ -136,6 +145,8 @@ def combine(
     For moments of each token, tables (R, G), ``(dmean + 2 * dvar * (x - mean)) / count``; the same for moments of the
     batch, tables (1, C), times the weight of the token. ``scale=None`` stands for one.
     """
+    if layout.backend == "triton":
+        return triton_passes.token_combine(g, x, scale, rows, columns, layout)
     incoming, values = (matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
     dx = incoming if scale is None else incoming * sum(expanded(term, layout.size[1]) for term in scale)
     for source in (rows, columns):
