@@ -17,31 +17,22 @@ if TYPE_CHECKING:
     from flexnorm import probe, shift, statistics, surgery, theory, transport
 
     # isort: on
+    from flexnorm._messages import NothingDone
     from flexnorm.engine import FlexNorm, Moments, Segments, flex_norm
     from flexnorm.statistics import accumulate, freeze, recalibrate, unfreeze
     from flexnorm.surgery import conversion_plan, convert, convert_to_normprop, fold
 
 # Loaded when first used: the command line answers before torch is there, and packages cost what they are used for.
 _PLACES = {
+    "NothingDone": "_messages",
     **dict.fromkeys(("FlexNorm", "Moments", "Segments", "flex_norm"), "engine"),
     **dict.fromkeys(("accumulate", "freeze", "recalibrate", "unfreeze"), "statistics"),
     **dict.fromkeys(("conversion_plan", "convert", "convert_to_normprop", "fold"), "surgery"),
 }
 
-__all__ = ["FlexNorm", "Moments", "Segments", "__version__", "accumulate", "conversion_plan", "convert"]
-__all__ += [
-    "convert_to_normprop",
-    "engine",
-    "flex_norm",
-    "fold",
-    "freeze",
-    "integrations",
-    "kernels",
-    "lab",
-    "nn",
-    "optim",
-]
-__all__ += ["probe", "recalibrate", "shift", "statistics", "surgery", "theory", "transport", "unfreeze"]
+__all__ = ["FlexNorm", "Moments", "NothingDone", "Segments", "__version__", "accumulate", "conversion_plan", "convert"]
+__all__ += ["convert_to_normprop", "engine", "flex_norm", "fold", "freeze", "integrations", "kernels", "lab", "nn"]
+__all__ += ["optim", "probe", "recalibrate", "shift", "statistics", "surgery", "theory", "transport", "unfreeze"]
 
 
 def __getattr__(name: str) -> Any:

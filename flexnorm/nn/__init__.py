@@ -7,7 +7,8 @@ from flexnorm.nn.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from flexnorm.nn.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from flexnorm.nn.variance_only import VarianceOnlyBatchNorm1d, VarianceOnlyBatchNorm2d, VarianceOnlyBatchNorm3d
 from flexnorm.nn.batch_instance import BatchInstanceNorm1d, BatchInstanceNorm2d, BatchInstanceNorm3d
-from flexnorm.nn.factory import TORCH_LAYERS, NoNorm, is_norm, make_norm, needs_batch, norm_class, norm_of, undecayed
+from flexnorm.nn.factory import TORCH_LAYERS, NoNorm, called_norms, is_norm, make_norm, needs_batch, norm_class
+from flexnorm.nn.factory import norm_of, undecayed
 from flexnorm.nn.filter_response import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
 from flexnorm.nn.group import GroupNorm
 from flexnorm.nn.layer import LayerNorm1d, LayerNorm2d, LayerNorm3d
@@ -23,7 +24,17 @@ from flexnorm.nn.rms import RMSNorm1d, RMSNorm2d, RMSNorm3d
 from flexnorm.nn.switchable import SwitchableNorm1d, SwitchableNorm2d, SwitchableNorm3d
 from flexnorm.nn.unitized import UnitizedBatchNorm1d, UnitizedBatchNorm2d, UnitizedBatchNorm3d
 
-__all__ = ["NORMS", "TORCH_LAYERS", "NoNorm", "is_norm", "make_norm", "needs_batch", "norm_class", "norm_of"]
+__all__ = [
+    "NORMS",
+    "TORCH_LAYERS",
+    "NoNorm",
+    "called_norms",
+    "is_norm",
+    "make_norm",
+    "needs_batch",
+    "norm_class",
+    "norm_of",
+]
 __all__ += ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm"]
 __all__ += ["BatchInstanceNorm1d", "BatchInstanceNorm2d", "BatchInstanceNorm3d"]
 __all__ += ["FilterResponseNorm1d", "FilterResponseNorm2d", "FilterResponseNorm3d"]

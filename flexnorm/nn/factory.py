@@ -130,6 +130,27 @@ def is_norm(module: nn.Module) -> bool:
     return norm_of(module) is not None or isinstance(module, (NormPropUnits, nn.LocalResponseNorm))
 
 
+def called_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the norms of a model by name, and modules of unknown classes that are called norms; each once.
+
+    Args:
+        model: Any model.
+
+    Examples:
+        >>> class MyNorm(nn.Module): ...
+        >>> list(called_norms(nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1), MyNorm())))
+        ['1', '2']
+    """
+
+    def called(module: nn.Module) -> bool:
+        kind = type(module)  # weight normalization is of weights
+        return (
+            "norm" in kind.__name__.lower() and not any(module.children()) and "torch.nn.utils" not in kind.__module__
+        )
+
+    return {name: module for name, module in model.named_modules() if is_norm(module) or called(module)}
+
+
 def needs_batch(module: nn.Module) -> bool:
     """Whether ``module`` mixes the samples of a training batch, so that it cannot learn from one sample at a time."""
     norm = norm_of(module)

@@ -32,23 +32,29 @@ class AdamG(SphereOptimizer):
         d &= -\eta\, \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}\, \frac{m}{\sqrt{v + \epsilon}} \\
         y &\leftarrow \exp_y(d), \qquad \tau \leftarrow \mathrm{pt}_y(m; d)
 
-    Groups with ``manifold=False`` get SGD with momentum :math:`\beta_1` (as in the paper) or AdamW.
+    Groups with ``manifold=False`` get AdamW, with torch's own defaults for ``betas`` and ``eps``; with
+    ``off_manifold="sgd"``, as in the paper, SGD with momentum :math:`\beta_1`. A state saved when SGD was the default
+    goes on with SGD.
 
     Args:
         params: Parameters, named parameters or param groups, as in :class:`~flexnorm.optim.SGDG`; so are all arguments
             not listed here.
         lr: Learning rate :math:`\eta`, a number or a tensor of one element. May be omitted if every group has its own.
-            The paper uses 0.05 on the manifold and 0.01 elsewhere (with SGD there) for CIFAR.
-        betas: Decay rates of the first and the second moment.
+            The paper uses 0.05 on the manifold and 0.01 elsewhere for CIFAR, with SGD there; for AdamW that is much,
+            0.001 is usual.
+        betas: Decay rates of the first and the second moment. None: (0.9, 0.99) on the manifold, as in the paper, and
+            for SGD, (0.9, 0.999) for AdamW; a group shows what it was given.
         eps: Added to the second moment under the root (outside the manifold, AdamW adds it to the root).
-        off_manifold: ``"sgd"`` or ``"adamw"``: what moves the parameters outside the manifold.
-        nesterov: Nesterov momentum for ``off_manifold="sgd"``.
-        weight_decay: Outside the manifold only: an L2 penalty for ``"sgd"``, decoupled for ``"adamw"``.
+        off_manifold: ``"adamw"`` or ``"sgd"``: what moves the parameters outside the manifold.
+        nesterov: Nesterov momentum, for ``off_manifold="sgd"`` only.
+        weight_decay: Outside the manifold only: an L2 penalty for ``"sgd"``, decoupled for ``"adamw"``; none by
+            default, unlike torch's AdamW, for this group may hold biases and gains.
 
     All arguments but ``params`` are keys of the param groups.
 
     State, per parameter of the manifold: ``step``, ``exp_avg`` (of the shape of the parameter), ``exp_avg_sq``
-    (``(rows,)``), float32 or float64. Outside: ``momentum_buffer``, or ``step``, ``exp_avg`` and ``exp_avg_sq``.
+    (``(rows,)``), float32 or float64, and ``ortho_wait`` as there. Outside: ``momentum_buffer``, or ``step``,
+    ``exp_avg`` and ``exp_avg_sq``.
 
     Raises:
         ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
@@ -58,12 +64,12 @@ class AdamG(SphereOptimizer):
         self,
         params: Params,
         lr: float | Tensor | None = None,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         grad_clip: float | None = 0.1,
         ortho: float = 0.1,
         *,
-        off_manifold: str = "sgd",
+        off_manifold: str = "adamw",
         nesterov: bool = False,
         weight_decay: float = 0.0,
         manifold: bool = True,
@@ -72,16 +78,30 @@ class AdamG(SphereOptimizer):
         row_groups: int = 1,
         foreach: bool | None = None,
         compile: bool = False,
+        ortho_every: int = 4,
     ) -> None:
         super().__init__(params, locals())
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if group["off_manifold"] not in ("sgd", "adamw"):
+            raise ValueError(unknown_name("off_manifold optimizer", group["off_manifold"], ["sgd", "adamw"]))
+        _fill_betas(group)
+        if group["nesterov"] and not group["manifold"] and group["off_manifold"] == "adamw":
+            raise ValueError(
+                "nesterov=True belongs to SGD, but AdamW moves this group: add off_manifold='sgd', or leave it out"
+            )
         check_below_one("betas[0]", group["betas"][0])
         check_below_one("betas[1]", group["betas"][1])
         check_at_least_zero(group, "eps")
-        if group["off_manifold"] not in ("sgd", "adamw"):
-            raise ValueError(unknown_name("off_manifold optimizer", group["off_manifold"], ["sgd", "adamw"]))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; groups of a state without ``off_manifold`` are older than the choice, and keep SGD."""
+        for group in state["param_groups"]:
+            group.setdefault("off_manifold", "sgd")
+        super().__setstate__(state)
+        for group in self.param_groups:
+            _fill_betas(group)
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
         for p in params:
@@ -127,6 +147,12 @@ class AdamG(SphereOptimizer):
         for p, w in zip(params, wide, strict=True):
             if w is not p:
                 p.copy_(w)
+
+
+def _fill_betas(group: dict[str, Any]) -> None:
+    """Give a group the ``betas`` of what moves it, unless it has its own."""
+    if group["betas"] is None:
+        group["betas"] = (0.9, 0.999 if group["off_manifold"] == "adamw" and not group["manifold"] else 0.99)
 
 
 def adam_rotation(lr: float | Tensor, betas: tuple[float, float], eps: float) -> Rotation:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, SupportsFloat, cast
+from typing import Any, ClassVar, SupportsFloat, cast
 
 import torch
 from torch import Tensor
@@ -139,23 +139,28 @@ class SphereOptimizer(ExactState):
     """
 
     observer: Observer | None = None
+    # What groups saved before a key existed were stepped with, where that is not the default of now.
+    _before: ClassVar[dict[str, object]] = {"ortho_every": 1}
 
     def __init__(self, params: Params, arguments: dict[str, Any]) -> None:
         self._workspace = Workspace()
         super().__init__(params, arguments)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, giving keys that an older version did not know their default."""
+        """Restore, giving keys that an older version did not know what it did."""
         super().__setstate__(state)
         self._workspace = Workspace()  # plans hold on to the state as it was
         named = next(cls for cls in type(self).__mro__ if SphereOptimizer in cls.__bases__)
         for key, parameter in inspect.signature(named).parameters.items():
             for group in self.param_groups:
-                group.setdefault(key, parameter.default)
+                group.setdefault(key, self._before.get(key, parameter.default))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_at_least_zero(group, "ortho")
+        every = group["ortho_every"]
+        if type(every) is not int or every < 1:
+            raise ValueError(f"ortho_every must be a whole number of at least 1; got {every!r}")
         clip = group["grad_clip"]
         if clip is not None and (isinstance(clip, str) or not clip > 0):
             raise ValueError(f"grad_clip must be positive, or None for no clipping; got {clip!r}")
@@ -180,9 +185,40 @@ class SphereOptimizer(ExactState):
             self._step_flat(group, params)
             return
         options, observer = StepOptions.of(group), self.observer
-        state, rotation = self._prepare(group, params, options)
-        observe = None if observer is None else partial(_tell, observer, params, options)
-        take_step(params, [cast(Tensor, p.grad) for p in params], state, rotation, options, self._workspace, observe)
+        due, rest = self._turns(group, params)
+        strength = options.ortho * group["ortho_every"]
+        for params, now in ((due, replace(options, ortho=strength)), (rest, replace(options, ortho=0.0))):
+            if params:
+                state, rotation = self._prepare(group, params, options)
+                observe = None if observer is None else partial(_tell, observer, params, options)
+                grads = [cast(Tensor, p.grad) for p in params]
+                take_step(params, grads, state, rotation, now, self._workspace, observe)
+
+    def _turns(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Tell weights that the regularizer acts on in this step from the others.
+
+        Its turn comes every ``ortho_every`` steps of a weight. Weights begin at different steps, so that all steps of
+        a group cost about the same; how many are still to go is in the state.
+        """
+        every, key = group["ortho_every"], "ortho_wait"
+        if every == 1 or not group["ortho"]:
+            return (params, []) if group["ortho"] else ([], params)
+        new = [p for p in params if key not in self.state[p]]
+        if new:
+            loads = [0] * every
+            for p in group["params"]:
+                if key in self.state.get(p, {}):
+                    loads[self.state[p][key] % every] += _products(p, group)
+            for p in sorted(new, key=lambda p: _products(p, group), reverse=True):
+                turn = self.state[p][key] = loads.index(min(loads))
+                loads[turn] += _products(p, group)
+        due: list[Tensor] = []
+        rest: list[Tensor] = []
+        for p in params:
+            wait = min(self.state[p][key], every - 1)  # of a smaller number since the last step, if it was changed
+            (rest if wait else due).append(p)
+            self.state[p][key] = (wait or every) - 1
+        return due, rest
 
     def _prepare(self, group: dict[str, Any], params: list[Tensor], options: StepOptions) -> tuple[State, Rotation]:
         """Bring weights that are new to the sphere; return the state of all and the numbers of the step."""
@@ -190,7 +226,7 @@ class SphereOptimizer(ExactState):
 
     def _put_on_sphere(self, p: Tensor, options: StepOptions) -> int:
         """Bring the rows of a weight to unit length, whatever their length is; return their number."""
-        p = local_part(p, options.row_dim, needs_whole=False)
+        p = local_part(p, options.row_dim, needs_whole=options.ortho != 0)
         layout = RowLayout.of(p, options.row_dim, options.row_groups)
         if p.numel():
             from_rows(unit(to_rows(p, layout).to(compute_dtype(p))), p, layout)
@@ -223,6 +259,12 @@ def _tell(
     observer: Observer, params: list[Tensor], options: StepOptions, index: int, angle: Tensor, norm: Tensor
 ) -> None:
     observer(StepView(params[index], angle, norm, options))
+
+
+def _products(p: Tensor, group: dict[str, Any]) -> int:
+    """Return what the products of the regularizer cost for a weight, up to a factor."""
+    layout = RowLayout.of(p, group["row_dim"], group["row_groups"])
+    return layout.rows * layout.n * min(layout.rows // layout.blocks, layout.n)
 
 
 def check_at_least_zero(values: dict[str, Any], *names: str) -> None:

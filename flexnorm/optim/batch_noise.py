@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm._messages import unknown_name
+from flexnorm._messages import none_of, unknown_name
 from flexnorm.probe import Selection, batch_norm_layers
 from flexnorm.theory.regularization import (
     DISTRIBUTIONS,
@@ -64,7 +64,12 @@ class BatchNoise:
         statistics_noise(batch_size)
         found = batch_norm_layers(model, layers)
         if not found:
-            raise ValueError("the model has no layer that normalizes by batch or population statistics")
+            from flexnorm.nn import called_norms  # here, not above: the layers bring in the compiler
+
+            others = [(name, f"{type(norm).__name__}, another kind") for name, norm in called_norms(model).items()]
+            raise ValueError(
+                f"the model has no layer that normalizes by batch or population statistics; {none_of('norms', others)}"
+            )
         self.batch_size = batch_size
         self._options: dict[str, Any] = {"distribution": distribution, "compensate": compensate}
         self._mean, self._variance, self._per = mean, variance, per

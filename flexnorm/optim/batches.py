@@ -50,7 +50,7 @@ class Workspace:
         key cannot come to mean other memory as long as the plan exists.
         """
         if key not in self._plans:
-            if len(self._plans) >= 32:  # parameters that get gradients by turns; more is not worth remembering
+            if len(self._plans) >= 128:  # the turns of the regularizer, or of gradients; more is not worth remembering
                 self._plans.clear()
             self._plans[key] = make()
         return self._plans[key]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from flexnorm._messages import nothing_done
 from flexnorm.optim.base import SphereOptimizer, StepView
 from flexnorm.optim.manifold import coherence
 from flexnorm.optim.rows import RowLayout, local_part, to_rows
@@ -51,6 +52,9 @@ class SphereMonitor:
         TypeError: If the optimizer is none of the manifold optimizers.
         RuntimeError: On entering, if another monitor is listening already.
 
+    Warns:
+        flexnorm.NothingDone: If no group of the optimizer is on the manifold, so that there is nothing to see.
+
     Examples:
         >>> import torch
         >>> from flexnorm.optim import SGDG
@@ -75,6 +79,9 @@ class SphereMonitor:
             named_parameters = ((str(i), p) for i, p in enumerate(all_parameters))
         self._names = {p: name for name, p in named_parameters}
         self._last: dict[str, StepView] = {}
+        if not any(group["manifold"] for group in optimizer.param_groups):
+            off = [(self._name(p), "off the sphere") for group in optimizer.param_groups for p in group["params"]]
+            nothing_done("SphereMonitor sees nothing", "parameters", off, "It watches groups with manifold=True.")
 
     def __enter__(self) -> SphereMonitor:
         if self.optimizer.observer is not None:
@@ -86,7 +93,10 @@ class SphereMonitor:
         self.optimizer.observer = None
 
     def _listen(self, view: StepView) -> None:
-        self._last[self._names.get(view.param, f"unnamed {tuple(view.param.shape)}")] = view
+        self._last[self._name(view.param)] = view
+
+    def _name(self, p: Tensor) -> str:
+        return self._names.get(p, f"unnamed {tuple(p.shape)}")
 
     def stats(self) -> dict[str, StepStats]:
         """Return the numbers of the last step that each parameter took part in, by name."""

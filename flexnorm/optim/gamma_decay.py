@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm._messages import none_of
 from flexnorm.engine import active_group
 from flexnorm.probe import Loss, Selection, batch_norm_layers, capture
 from flexnorm.theory.regularization import (
@@ -80,8 +81,15 @@ class GammaDecay:
         weights = {name: module.weight for name, module in batch_norm_layers(model, layers).items()}
         self._scales = {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
         if not self._scales:
+            from flexnorm.nn import called_norms  # here, not above: the layers bring in the compiler
+
+            others = [
+                (name, f"{type(norm).__name__}, another kind, or without a scale")
+                for name, norm in called_norms(model).items()
+            ]
             raise ValueError(
-                "no layer with a scale (weight) to decay: the model has no batch or population normalization"
+                "no layer with a scale (weight) to decay: the model has no batch or population normalization with one; "
+                f"{none_of('norms', others)}"
             )
         self.model, self.batch_size, self.coefficient = model, batch_size, coefficient
         self.loss, self.momentum, self.seed = loss, momentum, seed

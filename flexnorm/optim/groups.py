@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm._messages import nothing_done
 from flexnorm.optim.invariance import InvarianceReport, WeightReport, probing, scale_invariant_weights
 from flexnorm.optim.manifold import row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
@@ -85,6 +86,9 @@ def param_groups(
     Returns:
         The groups, with their report. Parameters that do not require gradients are left out.
 
+    Warns:
+        flexnorm.NothingDone: If no weight goes on the manifold; it says why not, and stands in ``notes`` too.
+
     Raises:
         ValueError: As :func:`scale_invariant_weights`, or if a name or pattern of ``exclude`` matches nothing.
 
@@ -102,6 +106,8 @@ def param_groups(
     excluded = set(select_parameters(model, report, exclude, "exclude"))
     chosen = [r for r in report.values() if r.selected and r.parameter.requires_grad and r.name not in excluded]
     notes = _normalize(model, chosen, example_input, exact=select == "probe") if normalize else []
+    if not chosen:
+        notes.append(_nothing_chosen(report, excluded))
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in chosen:
         alpha = ortho if r.rows // r.row_groups <= r.n else 0.0
@@ -125,6 +131,24 @@ def param_groups(
     if verbose:
         sys.stdout.write(f"{result}\n")
     return result
+
+
+def _nothing_chosen(report: InvarianceReport, excluded: set[str]) -> str:
+    """Warn that no weight goes on the manifold."""
+
+    def reason(r: WeightReport) -> str:
+        frozen = "does not require a gradient" if r.selected and not r.parameter.requires_grad else r.reason
+        return "excluded" if r.name in excluded else frozen
+
+    return nothing_done(
+        "param_groups puts nothing on the sphere",
+        "weights",
+        [(r.name, reason(r)) for r in report.values() if r.parameter.ndim >= 2],
+        "All are in groups off the sphere: SGDG moves those by SGD, AdamG by AdamW. Rows are scale invariant where a "
+        "norm per output, such as BatchNorm, reads what they give; a LayerNorm, RMSNorm or GroupNorm behind them mixes "
+        "outputs, and one in front of them (pre-norm transformers) does not see them.",
+        stacklevel=4,
+    )
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ Paper: Cho and Lee, "Riemannian approach to batch normalization", NeurIPS 2017, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -24,15 +24,22 @@ class _Reference:
     _: KW_ONLY
     grad_clip: float = 0.1
     ortho: float = 0.1
+    ortho_every: int = 1
+    ortho_first: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Put every row on the sphere, at rest."""
         self.weights = [(w / w.norm(dim=1, keepdim=True)) for w in (w.detach().double() for w in self.weights)]
         self.tau = [torch.zeros_like(w) for w in self.weights]
+        self.steps = 0
 
-    def _descent(self, y: Tensor, gradient: Tensor) -> Tensor:
-        """Add the gradient of (alpha / 2) |Y Y^T - I|^2 to that of the loss; project (Eq. 6) and clip each row."""
-        return norm_clip(project(y, gradient.double() + 2 * self.ortho * (y @ y.T @ y - y)), self.grad_clip)
+    def _descents(self, gradients: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Add the gradient of (alpha / 2) |Y Y^T - I|^2 to those of the loss; project (Eq. 6) and clip each row."""
+        for i, (y, gradient) in enumerate(zip(self.weights, gradients, strict=True)):
+            first = self.ortho_first[i] if self.ortho_first else 0
+            alpha = self.ortho * self.ortho_every if self.steps % self.ortho_every == first else 0.0
+            yield norm_clip(project(y, gradient.double() + 2 * alpha * (y @ y.T @ y - y)), self.grad_clip)
+        self.steps += 1
 
 
 @dataclass
@@ -45,6 +52,10 @@ class ReferenceSGDG(_Reference):
         momentum: Momentum, gamma.
         grad_clip: Bound nu on the Riemannian gradient of a row; ``inf`` for none.
         ortho: Weight alpha of the orthogonality regularizer.
+        ortho_every: The regularizer acts on a weight in every step of that number, as strongly as that number of times;
+            1 is the paper.
+        ortho_first: For each weight the first step in which it does, from 0 on; empty for 0 everywhere.
+        steps: Steps taken.
         tau: The momenta (of Adam-G: first moments), matrices ``(rows, n)``.
     """
 
@@ -52,8 +63,8 @@ class ReferenceSGDG(_Reference):
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Take one step against ``gradients``, matrices of the shapes of the weights."""
-        for y, tau, gradient in zip(self.weights, self.tau, gradients, strict=True):
-            d = self.momentum * tau - self.lr * self._descent(y, gradient)
+        for y, tau, h in zip(self.weights, self.tau, self._descents(gradients), strict=True):
+            d = self.momentum * tau - self.lr * h
             tau.copy_(transport_along(y, d))
             y.copy_(exp_map(y, d))
 
@@ -66,12 +77,10 @@ class ReferenceAdamG(_Reference):
         betas: Decay rates of the first moment (a vector per row) and of the second (a number per row).
         eps: Added to the second moment under the root.
         second: The second moments, ``(rows,)`` each.
-        steps: Steps taken.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
-    steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         """Put every row on the sphere, at rest."""
@@ -80,11 +89,10 @@ class ReferenceAdamG(_Reference):
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Take one step against ``gradients``, matrices of the shapes of the weights."""
-        self.steps += 1
         b1, b2 = self.betas
-        correction = (1 - b2**self.steps) ** 0.5 / (1 - b1**self.steps)
-        for y, tau, v, gradient in zip(self.weights, self.tau, self.second, gradients, strict=True):
-            h = self._descent(y, gradient)
+        age = self.steps + 1
+        correction = (1 - b2**age) ** 0.5 / (1 - b1**age)
+        for y, tau, v, h in zip(self.weights, self.tau, self.second, self._descents(gradients), strict=True):
             m = b1 * tau + (1 - b1) * h
             v.copy_(b2 * v + (1 - b2) * h.square().sum(1))
             d = -self.lr * correction * m / (v + self.eps).sqrt().unsqueeze(1)

@@ -48,11 +48,16 @@ class SGDG(SphereOptimizer):
         foreach: Work on many parameters at once (None and True), on the CPU in a compiled kernel where there is a C
             compiler; or on one after the other (False, slow).
         compile: Compile the arithmetic of the manifold step with TorchInductor.
+        ortho_every: The regularizer's gradient is added every so many steps of a weight, as many times as strong,
+            before the clip, and at other steps for other weights, so that all steps cost about the same. 1 is the
+            paper's form; groups saved before there was a choice go on with it.
 
     All arguments but ``params`` are keys of the param groups. On the manifold ``nesterov`` has no effect, and a
     ``weight_decay`` is an error.
 
     State, per parameter: ``momentum_buffer``, of the shape of the parameter, float32 (float64 for float64 parameters).
+    On the manifold also ``on_sphere``, and with ``ortho_every`` above 1 ``ortho_wait``, the steps until the
+    regularizer's turn.
 
     Raises:
         ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
@@ -82,6 +87,7 @@ class SGDG(SphereOptimizer):
         row_groups: int = 1,
         foreach: bool | None = None,
         compile: bool = False,
+        ortho_every: int = 4,
     ) -> None:
         super().__init__(params, locals())
 
@@ -131,7 +137,8 @@ def sgdg(
 
     ``params`` are weights whose rows have unit length (or any: they are taken as directions), ``grads`` their
     gradients, not written to, ``momentum_buffers`` tangent vectors of the shapes of the weights, or None where
-    ``momentum`` is 0. ``lr``, ``momentum``, ``grad_clip``, ``ortho``, ``maximize``, ``row_dim``, ``row_groups``,
+    ``momentum`` is 0. The regularizer is added in every call, at strength ``ortho``: by turns is with 0 between.
+    ``lr``, ``momentum``, ``grad_clip``, ``ortho``, ``maximize``, ``row_dim``, ``row_groups``,
     ``foreach`` and ``compile`` are those of the class; ``workspace`` holds buffers from step to step; ``observe`` is
     called per parameter with its index, the angle walked and the tangent norm of its rows.
     """

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from flexnorm.engine import FlexNorm, Moments, Pool, recomputing
 from flexnorm.kernels.tables import track
-from flexnorm.probe import Selection, find_places, select_places
-from flexnorm.statistics.frozen import has_statistics
+from flexnorm.probe import Selection
+from flexnorm.statistics.frozen import places_with_statistics
 from flexnorm.statistics.recalibrate import new_pool
 
 # The unbiased and the biased variance of that many values are the same number.
@@ -93,6 +93,9 @@ def accumulate(
         The handle. It is active at once, with or without a ``with`` block. Leaving the block by an exception drops
         what was collected.
 
+    Warns:
+        flexnorm.NothingDone: If no layer keeps running statistics that are not frozen.
+
     Examples:
         >>> model = nn.BatchNorm1d(1, momentum=1.0)
         >>> with accumulate(model):
@@ -101,7 +104,7 @@ def accumulate(
         >>> model.running_mean, model.num_batches_tracked
         (tensor([3.]), tensor(1))
     """
-    places = select_places(find_places(model, has_statistics), include, exclude)
+    places = places_with_statistics("accumulate(model) holds back nothing", model, include, exclude, frozen=False)
     return Accumulation([place.module for place in places], optimizer)
 
 

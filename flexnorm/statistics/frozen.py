@@ -6,14 +6,47 @@ from typing import Any
 
 from torch import nn
 
+from flexnorm._messages import nothing_done
 from flexnorm.engine import FlexNorm
-from flexnorm.probe import Selection, find_places, select_places
+from flexnorm.nn import called_norms
+from flexnorm.probe import Place, Selection, find_places, select_places
 
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether the layer ``module`` keeps running statistics."""
     normalizes = isinstance(module, (FlexNorm, nn.modules.batchnorm._NormBase))
     return normalizes and module._buffers.get("running_mean") is not None
+
+
+def places_with_statistics(
+    said: str, model: nn.Module, include: Selection | None, exclude: Selection | None, *, frozen: bool = True
+) -> list[Place]:
+    """The chosen layers of a model that keep running statistics; ``frozen`` tells whether frozen ones count.
+
+    If there is none, what was ``said`` is a :class:`flexnorm.NothingDone`, with the norms and why each is none.
+    """
+    places = select_places(find_places(model, has_statistics), include, exclude)
+    if not any(frozen or not is_frozen(place.module) for place in places):
+        advice = "It is for norms that keep running statistics, as batch normalization does."
+        nothing_done(said, "norms", without_statistics(model, places), advice, stacklevel=4)
+    return places
+
+
+def without_statistics(model: nn.Module, places: list[Place]) -> list[tuple[str, str]]:
+    """Name of every norm of a model, and why no running statistics of it can be changed, but for those of ``places``.
+
+    Of those in ``places`` the reason is that they are frozen.
+    """
+    chosen = {place.module for place in places}
+
+    def reason(module: nn.Module) -> str:
+        if has_statistics(module):
+            return "is frozen" if module in chosen else "left out by include or exclude"
+        kept = "has some, in a class that is not known here" if "running_mean" in module._buffers else "keeps none"
+        kept = "track_running_stats=False" if getattr(module, "track_running_stats", None) is False else kept
+        return f"{type(module).__name__}, {kept}"
+
+    return [(name, reason(module)) for name, module in called_norms(model).items()]
 
 
 class Frozen:
@@ -100,12 +133,15 @@ def freeze(
     Raises:
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
 
+    Warns:
+        flexnorm.NothingDone: If there is no layer with running statistics; :func:`unfreeze` says so too.
+
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> freeze(model).train()[1].training
         False
     """
-    for place in select_places(find_places(model, has_statistics), include, exclude):
+    for place in places_with_statistics("freeze(model) changed nothing", model, include, exclude):
         module = place.module
         if not is_frozen(module):
             freeze_layer(module)
@@ -131,7 +167,7 @@ def unfreeze(model: nn.Module, *, include: Selection | None = None, exclude: Sel
     Raises:
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
     """
-    for place in select_places(find_places(model, has_statistics), include, exclude):
+    for place in places_with_statistics("unfreeze(model) changed nothing", model, include, exclude):
         module = place.module
         if isinstance(module, FlexNorm):
             module.freeze(False)

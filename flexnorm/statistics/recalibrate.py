@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm._messages import none_of, nothing_done
 from flexnorm.engine import Pool, active_group, pool_processes
-from flexnorm.nn import norm_of
+from flexnorm.nn import called_norms, norm_of
 from flexnorm.probe import Selection, batch_inputs, find_places, hooked, isolated, map_tensors, select_places, unwrap
-from flexnorm.statistics.frozen import has_statistics, is_frozen
+from flexnorm.statistics.frozen import has_statistics, is_frozen, without_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,7 +128,10 @@ def recalibrate(
     places = select_places(find_places(inner, has_statistics), include, exclude)
     layers = {place.module: place.name for place in places if not is_frozen(place.module)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no normalization layer with running statistics to recalibrate")
+        none = none_of("norms", without_statistics(inner, places))
+        raise ValueError(
+            f"{type(model).__name__} has no normalization layer with running statistics to recalibrate: {none}"
+        )
     if sequential and iter(batches) is batches:
         raise ValueError(
             "sequential=True goes over the data once per layer, but batches can be iterated only once; "
@@ -244,10 +248,18 @@ def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None 
 
     Raises:
         ValueError: If ``chunk`` is below 2.
+
+    Warns:
+        flexnorm.NothingDone: If there is no such layer.
     """
     if chunk is not None and chunk < 2:
         raise ValueError(f"chunk must be at least 2 samples, whose statistics stand for the pool's, got {chunk}")
     pools = {module: new_pool(module) for module in model.modules() if of_population(module)}
+    if not pools:
+        others = [(name, f"{type(norm).__name__}, another kind") for name, norm in called_norms(model).items()]
+        said, advice = "estimate_population(model) renewed nothing", 'convert(model, "population") makes such layers.'
+        nothing_done(said, "norms by the population", others, advice, stacklevel=4)  # one is of no_grad
+        return 0
     group = active_group()
 
     def renew(module: nn.Module, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexnorm._messages import nothing_done
 from flexnorm.engine import Norm
 from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places
@@ -26,6 +27,7 @@ class _Step:
     row: ConversionRow
     source: Source | None = None
     new: nn.Module | None = None
+    fits: bool = False  # as it is: it is what was asked for, or a user's function has returned it
 
 
 def conversion_plan(
@@ -127,6 +129,10 @@ def convert(
             normalizations: see :func:`flexnorm.surgery.convert_to_normprop`.
         TypeError: For ``to`` of another kind, unknown constructor arguments, or a scripted model.
 
+    Warns:
+        flexnorm.NothingDone: No layer was exchanged and none is what was asked for, with the reasons.
+        UserWarning: Some were not, with the reasons; or they have no running statistics yet.
+
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> unitized = convert(model, "unitized", unit_norm="rms")
@@ -140,6 +146,12 @@ constrain_alpha=False)
     chosen = _chosen(model, include, exclude)
     model = model if inplace else copy.deepcopy(model)
     steps = _steps(model, target, chosen, example_input)
+    if not any(step.new is not None or step.fits for step in steps):
+        stay = [(step.row.name, f"{step.row.source}, {step.row.reason}") for step in steps]
+        nothing_done(
+            f"convert to {target.label} changed nothing", "norms", stay, "conversion_plan says the same beforehand."
+        )
+        return model
     refused = [step.row for step in steps if step.row.status == "refuse"]
     if refused:
         shown = first_three([f"{row.name} ({row.source}): {row.reason}" for row in refused], "conversion_plan")
@@ -187,19 +199,20 @@ def _step(
     if target.function is not None:
         new = target.function(copy.deepcopy(module) if dry else module)
         if new is None or (new is module and not dry):
-            return _Step(place, replace(row, status="keep", reason=f"{target.label} leaves it"))
+            row = replace(row, status="keep", reason=f"{target.label} leaves it")
+            return _Step(place, row, fits=new is not None)
         if not isinstance(new, nn.Module):
             raise TypeError(f"{target.label} must return a module or None, got {type(new).__name__} for {row.name!r}")
         if dry and type(new) is type(module) and new.__dict__.keys() == module.__dict__.keys():
             row = replace(row, notes=("same class",))
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
     if target.restores and not isinstance(module, (Norm, NormPropUnits)):
-        return _Step(place, replace(row, status="keep", reason="not a layer of this package"))
+        return _Step(place, replace(row, status="keep", reason="not a layer of this package"), fits=True)
     source = read(module)
     ndim = _spatial_axes(source, target, seen, neighbours)
     cls = target.class_for(source, ndim)
     if not target.kwargs and cls in type(module).__mro__ and not source.origin:
-        return _Step(place, replace(row, status="keep", reason=f"already {cls.__name__}"))
+        return _Step(place, replace(row, status="keep", reason=f"already {cls.__name__}"), fits=True)
     tensor = next((t for t in (*module.parameters(False), *module.buffers(False)) if t.is_floating_point()), like)
     new = target.build(source, ndim, tensor.device, tensor.dtype)
     move_tensors(source, new)

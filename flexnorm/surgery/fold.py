@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from flexnorm._messages import nothing_done
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn import NoNorm, NormPropUnits
+from flexnorm.nn import NoNorm, NormPropUnits, called_norms
 from flexnorm.nn.rules import standardize
 from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
 from flexnorm.surgery._producers import LINEAR, Producers, executed, traced
@@ -145,6 +146,7 @@ def fold(
         ValueError: If ``include`` or ``exclude`` names a layer that does not exist.
 
     Warns:
+        flexnorm.NothingDone: No layer was folded, with the reasons.
         UserWarning: Layers with a fixed scale and shift are left, with the reasons; :func:`fold_plan` lists all.
 
     Examples:
@@ -160,7 +162,12 @@ def fold(
     chosen = _chosen(model, include, exclude)
     folded, rows = _fold(model if inplace else copy.deepcopy(model), example_input, chosen)
     left = [row for row in rows if row.fixed and not row.folded]
-    if left:
+    if not (strict and left) and not any(row.folded for row in rows):
+        reasons = {row.name: f"{row.layer}, {row.reason}" for row in rows}
+        unknown = {name: f"{type(norm).__name__}, not known" for name, norm in called_norms(unwrap(model)).items()}
+        advice = "Only a fixed scale and shift behind a linear map can be folded; fold_plan says the same beforehand."
+        nothing_done("fold(model) changed nothing", "norms", {**unknown, **reasons}.items(), advice)
+    elif left:
         shown = first_three([f"{row.name} ({row.layer}): {row.reason}" for row in left], "fold_plan")
         text = f"{len(left)} of {len(rows)} normalization layers were not folded: {shown}"
         if strict:

@@ -90,7 +90,7 @@ def test_what_it_does_not_take_is_left_to_torch(cls):
     compare(cls, [(4, 9), (4, 9)], prepare=outer, change=outer)
     params = [*parameters([(4, 9), (4, 9)]), *parameters([(4, 9)], torch.bfloat16), nn.Parameter(torch.zeros(0, 3))]
     params[1] = nn.Parameter(outer(params[1].detach()))
-    optimizer, seen = cls(params, lr=0.1), []
+    optimizer, seen = cls(params, lr=0.1, ortho_every=1), []
     optimizer.observer = seen.append
     drive(optimizer, params, 2)
     assert {id(view.param) for view in seen} == {id(p) for p in params[:3]}

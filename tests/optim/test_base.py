@@ -36,22 +36,23 @@ def test_text_is_no_number():
 
 
 @pytest.mark.parametrize("cls", [SGDG, AdamG])
-def test_groups_saved_without_a_key_get_the_default_of_the_class_not_of_the_call(cls):
-    optimizer = cls([nn.Parameter(torch.eye(2))], lr=0.1, ortho=0.0, foreach=False)
+def test_groups_saved_without_a_key_get_what_classes_did_then_not_what_the_call_says(cls):
+    optimizer = cls([nn.Parameter(torch.eye(2))], lr=0.1, ortho=0.0, foreach=False, ortho_every=3)
     saved = optimizer.state_dict()
-    for key in ("ortho", "foreach", "maximize"):
+    for key in ("ortho", "foreach", "maximize", "ortho_every"):
         del saved["param_groups"][0][key]
     optimizer.load_state_dict(saved)
     group = optimizer.param_groups[0]
     assert (group["ortho"], group["foreach"], group["maximize"]) == (0.1, None, False)
+    assert group["ortho_every"] == 1
 
 
 def test_functional_forms_are_the_step_of_the_classes(foreach):
     start, grad = torch.eye(3, 4), torch.linspace(-1, 1, 12).view(3, 4)
-    common = {"lr": 0.1, "grad_clip": 0.3, "ortho": 0.2, "maximize": True, "foreach": foreach}
+    common = {"lr": 0.1, "grad_clip": 0.3, "ortho": 0.2, "maximize": True, "foreach": foreach}  # the paper's form
     for cls, keys in ((SGDG, {"momentum": 0.5}), (AdamG, {"betas": (0.5, 0.9), "eps": 1e-3})):
         p, q = nn.Parameter(start.clone()), start.clone()
-        optimizer, seen = cls([p], **common, **keys), []
+        optimizer, seen = cls([p], **common, **keys, ortho_every=1), []
         moment, second, step = torch.zeros(3, 4), torch.zeros(3), torch.tensor(0.0)
         for _ in range(3):
             p.grad = grad

@@ -1,10 +1,13 @@
 """Param groups: what goes where, and that the network stays the function it was."""
 
+import copy
+
 import pytest
 import torch
 from sphere_networks import IMAGES, zoo
 from torch import nn
 
+from flexnorm import NothingDone
 from flexnorm.nn import UnitizedBatchNorm2d
 from flexnorm.optim import SGDG, AdamG, param_groups, row_axis
 from flexnorm.optim.groups import _followers, _has_history, _scale_statistics
@@ -88,6 +91,55 @@ def test_paper_rule_says_that_lengths_mattered():
     model = zoo()
     groups = param_groups(model, 0.01, 0.2, 0.0, select="paper")
     assert any(note.startswith("block.conv2.weight: rows had lengths") for note in groups.notes)
+
+
+class PreNormBlock(nn.Module):
+    """A block of a transformer without attention: the norm stands in front of the linear maps, none reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize("cls", [SGDG, AdamG])
+def test_nothing_on_the_sphere_is_said_with_the_reasons(cls):
+    model = PreNormBlock()
+    with pytest.warns(NothingDone, match=r"0 of 2 weights \(up.weight, down.weight: rescaling rows changes") as caught:
+        groups = param_groups(model, 0.1, 0.2, 0.1, torch.zeros(4, 4))
+    assert [w.filename for w in caught] == [__file__]
+    text = str(caught[0].message)
+    assert "SGDG moves those by SGD, AdamG by AdamW" in text
+    assert groups.notes == [text]
+    assert f"note: {text}" in str(groups)
+    twin = copy.deepcopy(model)
+    theirs = {SGDG: torch.optim.SGD, AdamG: torch.optim.AdamW}[cls]
+    rest = {SGDG: {"momentum": 0.9}, AdamG: {}}[cls]
+    vectors = [p for p in twin.parameters() if p.ndim == 1]
+    matrices = [p for p in twin.parameters() if p.ndim == 2]
+    pairs = [
+        (model, cls(groups)),
+        (twin, theirs([{"params": matrices, "weight_decay": 0.1}, {"params": vectors}], 0.1, weight_decay=0.0, **rest)),
+    ]
+    x = torch.randn(6, 4)
+    for net, optimizer in pairs:
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_weights_that_only_options_keep_off_the_sphere_are_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 5), nn.BatchNorm1d(5))
+    model[2].weight.requires_grad_(False)
+    with pytest.warns(NothingDone, match=r"0\.weight: excluded; 2\.weight: does not require a gradient"):
+        param_groups(model, 0.1, 0.2, 0.0, torch.zeros(4, 3), exclude="0")
+    with pytest.warns(NothingDone, match=r"the model has no weights"):
+        param_groups(nn.LayerNorm(4), 0.1, 0.2, 0.0, torch.zeros(4, 4))
 
 
 def test_zero_rows_stay_and_are_named():

@@ -9,6 +9,7 @@ from sphere_cases import PAIRS, SHAPES, SMALL, drive, gradients, parameters
 OPTIONS = {
     "sgdg": {
         "paper": {},
+        "every third step": {"ortho_every": 3},
         "no momentum": {"momentum": 0.0},
         "no clip": {"grad_clip": None},
         "no regularizer": {"ortho": 0.0},
@@ -18,6 +19,7 @@ OPTIONS = {
     },
     "adamg": {
         "paper": {},
+        "every third step": {"ortho_every": 3},
         "no first moment": {"betas": (0.0, 0.99)},
         "no second moment": {"betas": (0.9, 0.0)},
         "no clip": {"grad_clip": None},
@@ -30,7 +32,7 @@ ALL = [(name, option) for name, options in OPTIONS.items() for option in options
 
 def run(name, option, dtype, steps=100, shapes=SMALL, **path):
     optimizer_class, reference_class = PAIRS[name]
-    kwargs = {"lr": 0.2 if name == "sgdg" else 0.01, **OPTIONS[name][option]}
+    kwargs = {"lr": 0.2 if name == "sgdg" else 0.01, "ortho_every": 1, **OPTIONS[name][option]}
     params = parameters(shapes, dtype)
     optimizer = optimizer_class(params, **kwargs, **path)
     clip = kwargs.pop("grad_clip", 0.1)
@@ -41,6 +43,9 @@ def run(name, option, dtype, steps=100, shapes=SMALL, **path):
         for p, g in zip(params, grads, strict=True):
             p.grad = g
         optimizer.step()
+        if step == 0:  # each weight begins where the optimizer finds that the work is spread most evenly
+            waits = [optimizer.state[p].get("ortho_wait", 0) for p in params]
+            reference.ortho_first = [(wait + 1) % kwargs["ortho_every"] for wait in waits]
         reference.step([g.flatten(1) for g in grads])
         for p, w in zip(params, reference.weights, strict=True):
             worst = max(worst, float((p.detach().flatten(1).double() - w).abs().max()))

@@ -17,7 +17,7 @@ from flexnorm.lab.files import dump_json, read_json
 from flexnorm.lab.records import EpochRow, Run, Study, renamed_command, with_step_ratios
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.environment import stop_on_signals
-from flexnorm.lab.run.folder import open_experiment, run_path
+from flexnorm.lab.run.folder import as_begun, open_experiment, run_path
 from flexnorm.lab.run.loop import build_model, fabric_of, train_run
 from flexnorm.lab.run.optimizers import StepHooks
 
@@ -91,6 +91,7 @@ def compare(
     """
     out = Path(out)
     started = time.perf_counter()
+    config = as_begun(out, config)
     data = data or datasets.load(config.data, limit=config.limit)
     check(config, data)
     runs = list(runs_of(config))

@@ -15,7 +15,7 @@ from typing import Any
 from flexnorm._messages import optional, unknown_name
 from flexnorm.lab.files import plain
 from flexnorm.lab.models import MODELS, norm_names
-from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES, filled, is_number
+from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY, OPTIMS, SCHEDULES, filled, is_number, optim_defaults
 
 REFERENCE_BATCH = 64
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -131,13 +131,14 @@ class Config:
             if name not in norm_names():
                 raise ValueError(f"norm_args: {unknown_name('norm', name, norm_names())}")
         for name, settings in self.optims.items():
-            filled("optims", f"optims: {name}", OPTIMS[name], settings)
+            filled("optims", f"optims: {name}", optim_defaults(name, settings), settings)
         for cell, settings in self.overrides.items():
             norm, _, optim = cell.partition("/")
             if norm not in norm_names() or (optim and optim not in OPTIMS):
                 raise ValueError(f"overrides: {cell!r} is neither NORM nor NORM/OPTIM, e.g. none or none/sgd")
             for name in [optim] if optim else self.optims:
-                filled("optims", f"overrides: {cell}", OPTIMS[name], settings)
+                own = {**self.optims.get(name, {}), **settings}
+                filled("optims", f"overrides: {cell}", optim_defaults(name, own), settings)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be a positive number, not {self.lr}")
         if not 0 <= self.label_smoothing < 1:
@@ -150,16 +151,18 @@ class Config:
 
     def optim_settings(self, norm: str, optim: str) -> dict[str, Any]:
         """Return the complete settings of one cell: defaults, then ``lr``, then ``optims``, then ``overrides``."""
-        settings = dict(OPTIMS[optim])
+        own, overrides = self.optims.get(optim, {}), self.overrides
+        own = {**own, **overrides.get(norm, {}), **overrides.get(f"{norm}/{optim}", {})}
+        settings = dict(optim_defaults(optim, own))
         share = min(1.0, self.batch_size / REFERENCE_BATCH)
         for key in ("lr", "lr_manifold"):
             if key in settings:
                 adaptive = (optim, key) in (("adamw", "lr"), ("adamp", "lr"), ("adamg", "lr_manifold"))
+                adaptive |= key == "lr" and settings.get("off_manifold") == "adamw"
                 settings[key] *= share**0.5 if adaptive else share
         if self.lr is not None:
             settings["lr"] = self.lr
-        own, overrides = self.optims.get(optim, {}), self.overrides
-        return {**settings, **own, **overrides.get(norm, {}), **overrides.get(f"{norm}/{optim}", {})}
+        return {**settings, **own}
 
     def schedule_settings(self) -> dict[str, Any]:
         """Return the arguments of the schedule with the defaults filled in."""
@@ -211,6 +214,9 @@ class Config:
             values[key] = sorted(values[key])  # their order decides that of the table, not what is in it
         values["schedule_args"] = plain(self.schedule_settings(), finite=False)
         # What is off is left out: an experiment without it is the one that it was before there was such a setting.
+        for settings, (key, before) in itertools.product(values["settings"].values(), _BEFORE.items()):
+            if settings.get(key) == before:
+                del settings[key]
         optional = {"test_limit": None, "gamma_decay": GAMMA_DECAY, "coherence": None, "estimate": ESTIMATE}
         for key, defaults in optional.items():
             if not values[key]:
@@ -223,6 +229,7 @@ class Config:
         return values
 
 
+_BEFORE = {"off_manifold": "sgd", "ortho_every": 1}
 _ALIASES = {"norm": "norms", "optim": "optims", "seed": "seeds"}
 
 

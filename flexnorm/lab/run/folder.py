@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import pickle
@@ -24,6 +25,25 @@ from flexnorm.lab.run.config import Config
 def run_path(norm: str, optim: str, seed: int) -> str:
     """Return where a run lies inside the folder of its experiment."""
     return f"runs/{norm}/{optim}/seed{seed}"
+
+
+def as_begun(out: Path, config: Config) -> Config:
+    """Return an experiment as its folder has it: Adam-G of a folder older than its choice goes on with SGD beside it.
+
+    Only where neither the folder nor ``config`` says which; there, SGD was the only one.
+    """
+    marker = out / "experiment.json"
+    found = read_json(marker) if marker.is_file() else {}
+    cells = {cell: given for cell, given in found.get("resolved", {}).get("settings", {}).items() if "/adamg" in cell}
+    says = any("off_manifold" in given for given in cells.values())
+    for source in (found.get("config", {}), config.as_dict()):
+        says |= any(
+            "off_manifold" in given for key in ("optims", "overrides") for given in source.get(key, {}).values()
+        )
+    if says or not cells or "adamg" not in config.optims:
+        return config
+    adamg = {**config.optims["adamg"], "off_manifold": "sgd"}
+    return dataclasses.replace(config, optims={**config.optims, "adamg": adamg})
 
 
 @contextmanager

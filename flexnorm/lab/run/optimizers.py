@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flexnorm._messages import NothingDone
 from flexnorm.lab.run.config import Config
 from flexnorm.lab.run.settings import ESTIMATE, GAMMA_DECAY
 from flexnorm.nn import undecayed
@@ -41,17 +43,26 @@ def make_optimizer(
         parts = [[p for p in model.parameters() if (id(p) in free) == apart] for apart in (False, True)]
         groups = [{"params": parts[0]}, *([{"params": parts[1], "weight_decay": 0.0}] if free else [])]
         optimizer = _FLAT[optim](groups, **s)
-        normalize_weights_(model)
-        register_unit_norm(optimizer, model)
+        if any(isinstance(module, NormPropLayer) for module in model.modules()):
+            normalize_weights_(model)
+            register_unit_norm(optimizer, model)
         return optimizer, []
     own = {key: s[key] for key in ("lr", "lr_manifold", "weight_decay", "grad_clip", "ortho")}
-    on_sphere = param_groups(model, example_input=example_input, **own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingDone)  # below it becomes a remark in the run's summary
+        on_sphere = param_groups(model, example_input=example_input, **own)
     notes = list(on_sphere.notes)
+    off = s.get("off_manifold", "sgd")
     if not any(group["manifold"] for group in on_sphere):
-        notes.append("no weight of this network is scale-invariant: all are updated by SGD with momentum")
+        by = {"sgd": "SGD with momentum", "adamw": "AdamW"}[off]
+        notes = [f"no weight of this network is scale-invariant: all are updated by {by}"]
     if optim == "sgdg":
-        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"]), notes
-    return AdamG(on_sphere, betas=(s["momentum"], s["beta2"]), nesterov=s["nesterov"]), notes
+        return SGDG(on_sphere, momentum=s["momentum"], nesterov=s["nesterov"], ortho_every=s["ortho_every"]), notes
+    for group in on_sphere:
+        if group["manifold"] or off == "sgd":
+            group["betas"] = (s["momentum"], s["beta2"])
+    nesterov = s.get("nesterov", False)
+    return AdamG(on_sphere, off_manifold=off, nesterov=nesterov, ortho_every=s["ortho_every"]), notes
 
 
 class StepHooks:

@@ -10,13 +10,18 @@ from flexnorm._messages import unknown_name
 
 _SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 _ADAMW = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.05}
-_SPHERE = {"grad_clip": 0.1, "ortho": 0.1}
+_SPHERE = {"grad_clip": 0.1, "ortho": 0.1, "ortho_every": 1}
 _PROJECTION = {"delta": 0.1, "wd_ratio": 0.1}
+_ADAMG_SPHERE = {"momentum": 0.9, "beta2": 0.99, "lr_manifold": 0.05, **_SPHERE}
+_ADAMG: dict[str, dict[str, Any]] = {
+    "adamw": {"off_manifold": "adamw", "lr": _ADAMW["lr"], "weight_decay": _ADAMW["weight_decay"], **_ADAMG_SPHERE},
+    "sgd": {"off_manifold": "sgd", **_SGD, **_ADAMG_SPHERE},
+}
 
 OPTIMS: dict[str, dict[str, Any]] = {
     "sgd": _SGD,
     "sgdg": {**_SGD, "lr_manifold": 0.2, **_SPHERE},
-    "adamg": {**_SGD, "lr_manifold": 0.05, **_SPHERE, "beta2": 0.99},
+    "adamg": _ADAMG["adamw"],
     "adamw": _ADAMW,
     "sgdp": {**_SGD, **_PROJECTION},
     "adamp": {**_ADAMW, **_PROJECTION},
@@ -24,11 +29,26 @@ OPTIMS: dict[str, dict[str, Any]] = {
 """Every optimizer with its settings and their defaults.
 
 ``lr_manifold``, ``grad_clip`` and ``ortho`` are those of the weights on the sphere (Cho & Lee, 2017: 0.2 for SGD-G,
-0.05 for Adam-G, clip and orthogonality 0.1); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+0.05 for Adam-G, clip and orthogonality 0.1; ``ortho_every`` 1 as there, which is not the default of
+:class:`flexnorm.optim.SGDG`); ``lr``, ``momentum`` and ``weight_decay`` belong to all other parameters.
+Adam-G moves those others by AdamW, whose betas are torch's (``momentum`` and ``beta2`` are those of the sphere); with
+``off_manifold: sgd`` by SGD, as in the paper, with the settings of ``sgd`` and their defaults: :func:`optim_defaults`.
 ``delta`` and ``wd_ratio`` are those of the projection of SGDP and AdamP (Heo et al., 2021).
 The learning rates are for batches of 64 images and more. For smaller batches these defaults, and only these, are scaled
 down: linearly with the batch size, Adam-G's ``lr_manifold`` and the ``lr`` of AdamW and AdamP with its root.
 """
+
+
+def optim_defaults(optim: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one of :data:`OPTIMS` and their defaults, which for Adam-G depend on what is ``given``.
+
+    Settings that name ``nesterov`` but not ``off_manifold`` are those of a run from before there was the choice: SGD.
+    """
+    if optim == "adamg":
+        off = given.get("off_manifold", "sgd" if "nesterov" in given else "adamw")
+        return _ADAMG["sgd" if off == "sgd" else "adamw"]
+    return OPTIMS[optim]
+
 
 GAMMA_DECAY: dict[str, Any] = {"coefficient": "adaptive", "batch_size": None, "decoupled": False, "every": 50}
 """Settings of the gamma decay and their defaults (:class:`flexnorm.optim.GammaDecay`).
@@ -79,7 +99,14 @@ def _not_negative(value: Any) -> bool:
 _FLAG: _Takes = ("true or false", lambda v: isinstance(v, bool))
 _RATE: _Takes = ("a number above 0", lambda v: is_number(v) and v > 0)
 _TAKES: dict[str, dict[str, _Takes]] = {
-    "optims": {"lr": _RATE, "lr_manifold": _RATE, "nesterov": _FLAG, "": ("a number of at least 0", _not_negative)},
+    "optims": {
+        "lr": _RATE,
+        "lr_manifold": _RATE,
+        "nesterov": _FLAG,
+        "ortho_every": _count(1),
+        "off_manifold": ("adamw or sgd", lambda v: v in ("adamw", "sgd")),
+        "": ("a number of at least 0", _not_negative),
+    },
     "gamma_decay": {
         "coefficient": (
             "adaptive or a number of at least 0",

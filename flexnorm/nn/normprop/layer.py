@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flexnorm._messages import nothing_done
 from flexnorm.nn.normprop.activation import NormPropUnits, UnitOptions
 from flexnorm.nn.normprop.checks import positive
 from flexnorm.nn.normprop.elementwise import ActivationLike, UnitizeSamples, unitize_samples
@@ -248,10 +249,18 @@ def normalize_weights_(model: nn.Module) -> nn.Module:
         >>> normalize_weights_(layer).weight.norm(dim=1).allclose(torch.ones(2))
         True
     """
-    for module in model.modules():
-        if isinstance(module, NormPropLayer):
-            module.unit_norm_()
+    for layer in normprop_layers(model, "normalize_weights_(model) changed nothing"):
+        layer.unit_norm_()
     return model
+
+
+def normprop_layers(model: nn.Module, said: str = "") -> list[NormPropLayer]:
+    """All NormProp layers of a model; if there is none, what is ``said`` is a warning."""
+    layers = [module for module in model.modules() if isinstance(module, NormPropLayer)]
+    if said and not layers:
+        advice = "flexnorm.convert_to_normprop(model, example_input) makes some."
+        nothing_done(said, "NormProp layers", [], advice, stacklevel=4)
+    return layers
 
 
 def register_unit_norm(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
@@ -266,11 +275,16 @@ def register_unit_norm(optimizer: torch.optim.Optimizer, model: nn.Module) -> Re
 
     Raises:
         TypeError: If ``optimizer`` is no ``torch.optim.Optimizer``.
+
+    Warns:
+        flexnorm.NothingDone: If the model has no NormProp layer, as :func:`normalize_weights_` does.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; unwrap it first")
 
     def after_step(_optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        normalize_weights_(model)
+        for layer in normprop_layers(model):
+            layer.unit_norm_()
 
+    normprop_layers(model, "register_unit_norm(optimizer, model) has nothing to do")
     return optimizer.register_step_post_hook(after_step)

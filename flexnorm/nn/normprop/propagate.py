@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flexnorm.nn.normprop.activation import NormPropUnits
 from flexnorm.nn.normprop.elementwise import per_channel
 from flexnorm.nn.normprop.integrals import GaussianMoments
-from flexnorm.nn.normprop.layer import NormPropLayer
+from flexnorm.nn.normprop.layer import NormPropLayer, normprop_layers
 
 _SEED_OFFSET = 0x6B65656C
 
@@ -75,10 +75,13 @@ def coherence_penalty(model: nn.Module) -> Tensor:
 
     Returns:
         A differentiable scalar; 0 if no layer has two filters that could be compared.
+
+    Warns:
+        flexnorm.NothingDone: If the model has no NormProp layer.
     """
     terms: list[Tensor] = []
-    for module in model.modules():
-        if isinstance(module, NormPropLayer) and module.out_channels > module.groups:
+    for module in normprop_layers(model, "coherence_penalty(model) is 0"):
+        if module.out_channels > module.groups:
             cosines = _off_diagonal(module)
             groups, m, _ = cosines.shape
             terms.append(cosines.square().sum() / (groups * m * (m - 1)))

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import fx, nn
 
-from flexnorm._messages import unknown_name
+from flexnorm._messages import nothing_done, unknown_name
 from flexnorm.nn.normprop import DEFAULT_EPS, NormPropConv2d
 from flexnorm.probe import Selection, find_places, select_places, unwrap
 from flexnorm.surgery._producers import LINEAR
@@ -91,6 +91,10 @@ def convert_to_normprop(
             fit nothing, or a model without anything to convert.
         RuntimeError: If the result computes another function on ``example_input`` than settings promise.
 
+    Warns:
+        flexnorm.NothingDone: Nothing was converted, with the reasons.
+        UserWarning: Some layers stay, with the reasons.
+
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
         >>> convert_to_normprop(model, torch.randn(2, 3, 8, 8))[0].activation.name
@@ -99,7 +103,12 @@ def convert_to_normprop(
     layer = {"constants": constants, "eps": eps, "unitize": unitize, "border": border}
     new, rows, measured = _converted(model, example_input, batches, include, exclude, padding, **layer)
     refused = [f"{row.name} ({row.source}): {row.reason}" for row in rows if row.status == "refuse"]
-    if refused:
+    if not any(row.status == "convert" for row in rows):
+        stay = [(row.name, row.reason) for row in rows]
+        nothing_done(
+            "convert_to_normprop(model) changed nothing", "layers", stay, "normprop_plan says the same beforehand."
+        )
+    elif refused:
         shown = first_three(refused, "normprop_plan")
         warnings.warn(f"{len(refused)} of {len(rows)} layers stay as they are: {shown}", stacklevel=2)
     if padding == "keep" and not unitize and border == "paper" and not measured.preserved:
@@ -166,7 +175,8 @@ def _converted(
     except RefusedError as reason:
         rows = [
             ConversionRow(p.name, tuple(p.names), type(p.module).__name__, status="refuse", reason=str(reason))
-            for p in find_places(inner, is_candidate)
+            for p in places
+            if p.name not in left
         ]
         return copy.deepcopy(inner), rows, Difference(0.0, 0.0)
     return (

@@ -80,6 +80,8 @@ def test_the_fingerprint_sees_what_matters_and_nothing_else():
     )
     assert same.fingerprint("x") == base.fingerprint("x")
     assert base.fingerprint("x") != base.fingerprint("y")
+    turns = [dataclasses.replace(base, overrides={"batch/sgdg": {"ortho_every": k}}).fingerprint("x") for k in (1, 4)]
+    assert turns[0] == base.fingerprint("x") != turns[1]
     for change in ({"epochs": 11}, {"lr": 0.2}, {"seeds": (0,)}, {"overrides": {"none": {"lr": 0.1234}}}, {"limit": 9}):
         assert dataclasses.replace(base, **change).fingerprint("x") != base.fingerprint("x")
 
@@ -210,9 +212,30 @@ def test_default_learning_rates_shrink_with_small_batches_and_given_ones_do_not(
     assert small.optim_settings("batch", "sgd")["lr"] == pytest.approx(OPTIMS["sgd"]["lr"] / 4)
     assert small.optim_settings("batch", "sgdg")["lr_manifold"] == pytest.approx(OPTIMS["sgdg"]["lr_manifold"] / 4)
     assert small.optim_settings("batch", "adamg")["lr_manifold"] == pytest.approx(OPTIMS["adamg"]["lr_manifold"] / 2)
-    assert small.optim_settings("batch", "adamg")["lr"] == pytest.approx(OPTIMS["adamg"]["lr"] / 4)
+    assert small.optim_settings("batch", "adamg")["lr"] == pytest.approx(OPTIMS["adamg"]["lr"] / 2)
+    with_sgd = dataclasses.replace(small, optims={"adamg": {"off_manifold": "sgd"}})
+    assert with_sgd.optim_settings("batch", "adamg")["lr"] == pytest.approx(OPTIMS["sgd"]["lr"] / 4)
     assert small.optim_settings("batch", "adamw")["lr"] == pytest.approx(OPTIMS["adamw"]["lr"] / 2)
     assert small.optim_settings("batch", "adamp")["lr"] == pytest.approx(OPTIMS["adamp"]["lr"] / 2)
     assert Config(batch_size=512).optim_settings("batch", "sgd") == OPTIMS["sgd"]
     assert dataclasses.replace(small, lr=0.3).optim_settings("batch", "sgd")["lr"] == 0.3
     assert dataclasses.replace(small, optims={"sgd": {"lr": 0.1}}).optim_settings("batch", "sgd")["lr"] == 0.1
+
+
+def test_adam_g_has_the_settings_of_what_moves_the_rest():
+    def settings(**given):
+        return Config(optims={"adamg": given}).optim_settings("batch", "adamg")
+
+    adamw, sgd = settings(), settings(off_manifold="sgd")
+    assert (adamw["off_manifold"], adamw["lr"], adamw["weight_decay"]) == ("adamw", 3e-3, 0.05)
+    assert (sgd["lr"], sgd["weight_decay"], sgd["nesterov"]) == (0.1, 5e-4, True)
+    assert settings(nesterov=False)["off_manifold"] == "sgd"  # as configurations from before the choice name it
+    cell = Config(overrides={"none/adamg": {"off_manifold": "sgd", "nesterov": False}})
+    assert cell.optim_settings("none", "adamg")["lr"] == 0.1
+    assert cell.optim_settings("batch", "adamg") == adamw
+    with pytest.raises(ValueError, match="unknown setting 'nesterov'"):
+        settings(off_manifold="adamw", nesterov=True)
+    with pytest.raises(ValueError, match="optims: adamg: off_manifold must be adamw or sgd, not 'adam'"):
+        settings(off_manifold="adam")
+    with pytest.raises(ValueError, match="unknown setting 'off_manifold'"):
+        Config(optims={"sgdg": {"off_manifold": "sgd"}})

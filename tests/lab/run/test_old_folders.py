@@ -140,3 +140,39 @@ def test_committed_results_are_read(monkeypatch):
 def test_the_hint_for_another_experiment_names_the_present_command(old, config):
     with pytest.raises(ValueError, match=r"there, 4 here(.|\n)*\n  flexnorm compare --limit 96"):
         compare(dataclasses.replace(config, epochs=4), old)
+
+
+def test_adam_g_of_a_folder_from_before_adamw_goes_on_with_sgd(tmp_path):
+    """Then SGD was the only choice, and no file says so."""
+    old = Config(
+        optims={"adamg": {"off_manifold": "sgd"}}, norms=("batch",), model_args={"widths": [4]}, seeds=(0,), limit=96
+    )
+    small = dataclasses.replace(old, epochs=2, probe=16, shift_samples=16, device="cpu")
+
+    def stop(event):
+        if event.kind == "epoch":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(small, tmp_path / "old", notify=stop)
+    marker = tmp_path / "old/experiment.json"
+    experiment = read_json(marker)
+    del experiment["config"]["optims"]["adamg"]["off_manifold"]
+    assert "off_manifold" not in json.dumps(experiment)
+    marker.write_text(json.dumps(experiment))
+    today = dataclasses.replace(small, optims={"adamg": {}})
+    compare(today, tmp_path / "old")
+    compare(small, tmp_path / "new")
+    assert outcome(tmp_path / "old") == outcome(tmp_path / "new")
+    assert Study.read(read_json(tmp_path / "old/results.json")).complete
+    with pytest.raises(ValueError, match=r"off_manifold: absent there, adamw here"):
+        compare(dataclasses.replace(small, optims={"adamg": {"off_manifold": "adamw"}}), tmp_path / "old")
+    with pytest.raises(ValueError, match=r"off_manifold: absent there, adamw here"):
+        compare(today, tmp_path / "new")  # this one says that it was made with SGD
+
+
+def test_adam_g_with_sgd_is_the_experiment_it_was():
+    config = Config(optims={"adamg": {"off_manifold": "sgd"}, "sgd": {}}, batch_size=16)
+    # As computed before there was a choice, for optims={"adamg": {}, "sgd": {}}.
+    assert config.fingerprint("x") == "39e5c2cd012184ba586da040ac8ff269ed3edd237dddca482a13ba628523c928"
+    assert dataclasses.replace(config, optims={"adamg": {}, "sgd": {}}).fingerprint("x") != config.fingerprint("x")

@@ -227,28 +227,40 @@ class TestOptimizers:
 
     @pytest.mark.parametrize(("optim", "kind", "rate"), [("sgdg", SGDG, 0.2), ("adamg", AdamG, 0.05)])
     def test_convolutions_before_a_norm_go_on_the_sphere(self, optim, kind, rate):
-        model, optimizer, notes = self.make(optim, ortho=0.3, grad_clip=0.7)
+        model, optimizer, notes = self.make(optim, ortho=0.3, grad_clip=0.7, ortho_every=3)
         assert type(optimizer) is kind
+        assert {group["ortho_every"] for group in optimizer.param_groups} == {3}
+        assert {group["ortho_every"] for group in self.make(optim)[1].param_groups} == {1}
         on = [group for group in optimizer.param_groups if group["manifold"]]
         weights = {id(p) for group in on for p in group["params"]}
         assert weights == {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
         assert all(group["lr"] == rate and group["ortho"] == 0.3 and group["grad_clip"] == 0.7 for group in on)
         off = [group for group in optimizer.param_groups if not group["manifold"]]
-        assert {group["lr"] for group in off} == {0.1}
+        assert {group["lr"] for group in off} == {0.1 if optim == "sgdg" else 3e-3}
+        if optim == "adamg":
+            assert {(group["off_manifold"], group["betas"]) for group in off} == {("adamw", (0.9, 0.999))}
+            assert {group["betas"] for group in on} == {(0.9, 0.99)}
         assert notes == []
 
-    @pytest.mark.parametrize("optim", ["sgdg", "adamg"])
-    def test_without_scale_invariant_weights_it_is_sgd_and_says_so(self, optim):
+    @pytest.mark.parametrize(
+        ("plain", "optim", "change", "words"),
+        [
+            ("sgd", "sgdg", {}, "SGD with momentum"),
+            ("sgd", "adamg", {"off_manifold": "sgd", "lr": 0.1, "nesterov": True}, "SGD with momentum"),
+            ("adamw", "adamg", {}, "AdamW"),
+        ],
+    )
+    def test_without_scale_invariant_weights_it_is_the_plain_one_and_says_so(self, plain, optim, change, words):
         steps = {}
-        for name in ("sgd", optim):
-            model, optimizer, notes = self.make(name, norm="none", weight_decay=0.0)
+        for name, settings in ((plain, {}), (optim, change)):
+            model, optimizer, notes = self.make(name, norm="none", weight_decay=0.0, **settings)
             for _ in range(3):
                 optimizer.zero_grad()
                 model(torch.ones(2, 1, 6, 6)).square().sum().backward()
                 optimizer.step()
             steps[name] = [p.detach() for p in model.parameters()]
-        assert notes == ["no weight of this network is scale-invariant: all are updated by SGD with momentum"]
-        for a, b in zip(steps["sgd"], steps[optim], strict=True):
+        assert notes == [f"no weight of this network is scale-invariant: all are updated by {words}"]
+        for a, b in zip(steps[plain], steps[optim], strict=True):
             torch.testing.assert_close(a, b)
 
     @pytest.mark.parametrize("optim", ["sgd", "adamw", "sgdg", "adamg", "sgdp", "adamp"])
