@@ -5,6 +5,7 @@ On a machine that others use too, times wander together, so only ratios within a
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -63,6 +64,7 @@ def allocations(call: Callable[[], object], device: str = "cpu") -> tuple[int, i
 
     On the CPU they are added up from what torch's profiler records of every allocation and release, exactly.
     """
+    gc.collect()  # graphs of earlier calls, which would be released in this one
     if torch.device(device).type == "cuda":
         _synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -86,9 +88,9 @@ def ratios(times: Mapping[str, list[float]], baseline: str) -> dict[str, float]:
     }
 
 
-def device() -> str:
-    """Return the name of the processor or accelerator that the numbers are of."""
-    if torch.cuda.is_available():
+def device(kind: str | None = None) -> str:
+    """Return the name of the processor or accelerator that the numbers are of: "cpu", or by default what there is."""
+    if kind != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -98,10 +100,10 @@ def device() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def provenance() -> dict[str, Any]:
+def provenance(kind: str | None = None) -> dict[str, Any]:
     """Return what numbers were measured on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {"device": device(), "torch": torch.__version__, "commit": commit.stdout.strip() or None}
+    return {"device": device(kind), "torch": torch.__version__, "commit": commit.stdout.strip() or None}
 
 
 def save(path: Path, benchmark: str, rows: list[dict[str, Any]], **extra: Any) -> None:
@@ -109,10 +111,12 @@ def save(path: Path, benchmark: str, rows: list[dict[str, Any]], **extra: Any) -
     _write(path, {"benchmark": benchmark, **provenance(), **extra, "rows": rows})
 
 
-def save_part(path: Path, benchmark: str, part: str, rows: list[dict[str, Any]], **extra: Any) -> None:
+def save_part(
+    path: Path, benchmark: str, part: str, rows: list[dict[str, Any]], kind: str | None = None, **extra: Any
+) -> None:
     """Write the rows of one part with what they were measured on; the other parts of the file stay as they are."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    parts = {**before.get("parts", {}), part: {**provenance(), **extra, "rows": rows}}
+    parts = {**before.get("parts", {}), part: {**provenance(kind), **extra, "rows": rows}}
     _write(path, {"benchmark": benchmark, "parts": parts})
 
 

@@ -11,6 +11,9 @@ from flexnorm.kernels import gpu, normalization
 
 # Below this many values the compiled kernels are not worth loading (a first load may compile for a second or two).
 _SMALL = 1 << 14
+# Below this many values a call costs more than its passes: torch's own function of the same norm serves where there is
+# one (64 x 1024 features, 8 x 32 x 384 tokens).
+_FEW = 1 << 17
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -46,6 +49,13 @@ def layout_of(x: Tensor) -> Layout:
     if order == "rows" and x.dtype in (torch.float32, torch.float64):
         return Layout("torch", order, size)
     return Layout("composed", order, size)
+
+
+def best_by_torch(x: Tensor) -> bool:
+    """Whether torch's own function of a norm, if it has one, serves ``x`` on the CPU better than passes and a rule."""
+    if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    return x.numel() < _FEW or normalization.load() is None
 
 
 def token_layout_of(x: Tensor, channel_axis: int) -> Layout | None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from flexnorm.engine import Moments
+from torch import Tensor
+
+from flexnorm.engine import Moments, twin_of
 from flexnorm.nn._base import Pair, Param, SampleStatistics
-from flexnorm.nn.group import group
+from flexnorm.nn.group import by_group_norm, group
 
 
 def layer(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
     """Layer normalization over (C, *spatial) (Ba et al. 2016), with one weight and bias per channel."""
     return group(moments, weight, bias, groups=1, eps=eps)
+
+
+@twin_of(layer)
+def by_layer_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
+    """Layer normalization by torch's function."""
+    return by_group_norm(x, weight, bias, groups=1, eps=eps)
 
 
 class _LayerNorm(SampleStatistics):
@@ -20,6 +28,12 @@ class _LayerNorm(SampleStatistics):
     """
 
     norm_name = torch_layer = "layer"
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize by torch's function."""
+        if self.weight is not None and self.weight.dtype != x.dtype:
+            return None
+        return by_layer_norm(x, self.weight, self.bias, eps=self.eps)
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize each sample with its own moments."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Unpack
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from flexnorm.engine import Moments
+from flexnorm.engine import Moments, twin_of
 from flexnorm.nn._base import Pair, Param, Placed, SampleStatistics
 
 
@@ -15,6 +17,12 @@ def rms(moments: Moments, weight: Param = None, *, eps: float = 1e-5) -> Pair:
     scale = (moments.pool("channels").mean_square + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     return scale, torch.zeros_like(scale)
+
+
+@twin_of(rms)
+def by_rms_norm(x: Tensor, weight: Param = None, *, eps: float = 1e-5) -> Tensor | None:
+    """Root mean square normalization of tokens by torch's function."""
+    return functional.rms_norm(x, x.shape[1:], weight, eps) if x.dim() == 2 else None
 
 
 class _RMSNorm(SampleStatistics):
@@ -28,6 +36,11 @@ class _RMSNorm(SampleStatistics):
 
     def __init__(self, num_features: int, eps: float = 1e-5, affine: bool = True, **kwargs: Unpack[Placed]) -> None:
         super().__init__(num_features, eps, affine, bias=False, **kwargs)
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize tokens by torch's function."""
+        same = self.weight is None or self.weight.dtype == x.dtype
+        return by_rms_norm(x, self.weight, eps=self.eps) if same else None
 
     def rule(self, moments: Moments) -> Pair:
         """Divide each sample by its root mean square."""

@@ -167,7 +167,8 @@ class SphereOptimizer(ExactState):
         if not group["manifold"]:
             return
         if group["row_dim"] not in (0, 1):
-            raise ValueError(f"row_dim must be 0, or 1 for a transposed convolution; got {group['row_dim']!r}")
+            where = "row_dim is the axis of the outputs: 0, or 1 of transposed convolutions and weights (in, out)"
+            raise ValueError(f"{where}; got {group['row_dim']!r}")
         if group["weight_decay"] != 0:
             raise ValueError(
                 f"weight_decay={group['weight_decay']} in a manifold group: rows of unit length have nothing to decay; "

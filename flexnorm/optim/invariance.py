@@ -38,7 +38,7 @@ class WeightReport:
             this was not tried.
         rows: Number of weight vectors; 0 for vectors and scalars.
         n: Length of one weight vector.
-        row_dim: Axis of the output units (1 for transposed convolutions).
+        row_dim: Axis of the output units (1 for transposed convolutions and weights ``(in, out)``).
         row_groups: Groups of the convolution.
         modules: Names of all modules that use the parameter (several for tied weights).
     """

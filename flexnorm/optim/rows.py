@@ -1,7 +1,8 @@
 r"""Which numbers of a parameter form one weight vector, and how to lay them out as rows of a matrix.
 
 The weight vector of an output unit is a slice along the output axis: axis 0 for linear layers and convolutions, axis 1
-for transposed convolutions, whose weight is ``(in, out / groups, *kernel)`` with the groups hidden in axis 0.
+for transposed convolutions, whose weight is ``(in, out / groups, *kernel)`` with the groups hidden in axis 0, and for
+linear maps that hold their weight as ``(in, out)``, as GPT-2's ``Conv1D`` does: that is found out by trying.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from flexnorm.probe import isolated, tensors
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,56 @@ class RowLayout:
 
 
 def row_axis(module: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """Return the axis of the output units of the ``weight`` of a ``module``, and the groups of a convolution."""
-    if weight.ndim < 3 or not hasattr(module, "kernel_size"):
-        return 0, 1
-    return int(getattr(module, "transposed", False)), int(getattr(module, "groups", 1))
+    """Return the axis of the output units of the ``weight`` of a ``module``, and the groups of a convolution.
+
+    A matrix of a module whose forward is not torch's is tried: of which axis does one index change one output only, in
+    isolation and with other numbers in its place? Where neither does, or the module cannot be called with one tensor,
+    it is axis 0.
+
+    Examples:
+        >>> class Conv1D(nn.Linear):
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> row_axis(layer := Conv1D(3, 3), layer.weight), row_axis(layer := nn.Linear(3, 3), layer.weight)
+        ((1, 1), (0, 1))
+    """
+    if weight.ndim >= 3 and hasattr(module, "kernel_size"):
+        return int(getattr(module, "transposed", False)), int(getattr(module, "groups", 1))
+    known = type(module).forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
+    return 0 if known or weight.ndim != 2 else _tried_axis(module, weight), 1
+
+
+def _tried_axis(module: nn.Module, weight: Tensor) -> int:
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
+        return 0
+    generator = torch.Generator().manual_seed(0)
+    for size in {weight.shape[1]: 0, weight.shape[0]: 1}:  # of the input; in the order of how common it is
+        x = torch.randn((2, size), generator=generator).to(weight)
+        try:
+            plain = _called(module, weight, x, None)
+            for axis in (0, 1):
+                change = (_called(module, weight, x, axis) - plain).abs()
+                if weight.shape[axis] == plain.shape[-1] > 1 and _only_last(change > 1e-2 * change.amax()):
+                    return axis
+        except Exception:  # noqa: BLE001 - what a module that is not ours raises when it is called like this
+            continue
+    return 0
+
+
+def _called(module: nn.Module, weight: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Call a module alone, with ones as its weight, of which the last index along an axis is doubled."""
+    ones = torch.ones_like(weight, requires_grad=False)
+    if axis is not None:
+        ones.select(axis, -1).fill_(2.0)
+    with isolated(module, 0):
+        own = {name: ones if p is weight else p for name, p in module._parameters.items()}
+        module.__dict__["_parameters"] = own
+        (output,) = tensors(module.eval().forward(x))
+    return output
+
+
+def _only_last(changed: Tensor) -> bool:
+    return bool(changed[..., -1].all()) and not bool(changed[..., :-1].any())
 
 
 def to_rows(t: Tensor, layout: RowLayout) -> Tensor:

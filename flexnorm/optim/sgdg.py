@@ -43,7 +43,7 @@ class SGDG(SphereOptimizer):
         weight_decay: L2 penalty; outside the manifold only.
         manifold: Whether groups that do not say are on the manifold.
         maximize: Maximize the objective (the regularizer is still minimized).
-        row_dim: Axis of the output units: 0, or 1 for transposed convolutions.
+        row_dim: Axis of the output units: 0, or 1 for transposed convolutions and weights ``(in, out)``.
         row_groups: Groups of a grouped convolution; ``ortho`` does not compare rows of different groups.
         foreach: Work on many parameters at once (None and True), on the CPU in a compiled kernel where there is a C
             compiler; or on one after the other (False, slow).

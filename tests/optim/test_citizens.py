@@ -71,7 +71,7 @@ def test_groups_override_arguments_and_the_callers_dict_is_left_alone(cls):
         ({"lr": 1.0, "ortho": -0.1}, "ortho must be"),
         ({"lr": 1.0, "ortho_every": 0}, "ortho_every must be a whole number of at least 1; got 0"),
         ({"lr": 1.0, "ortho_every": 2.0}, "ortho_every must be a whole number of at least 1; got 2.0"),
-        ({"lr": 1.0, "row_dim": 2}, "row_dim must be 0, or 1"),
+        ({"lr": 1.0, "row_dim": 2}, "row_dim is the axis of the outputs: 0, or 1"),
         ({"lr": 1.0, "row_groups": 3}, "row_groups=3 does not divide"),
         ({"lr": 1.0, "weight_decay": 0.1}, "nothing to decay"),
     ],

@@ -9,9 +9,10 @@ from torch import nn
 
 from flexnorm import NothingDone
 from flexnorm.nn import UnitizedBatchNorm2d
-from flexnorm.optim import SGDG, AdamG, param_groups, row_axis
+from flexnorm.optim import SGDG, SGDP, AdamG, AdamP, param_groups, row_axis, scale_invariant_weights
 from flexnorm.optim.groups import _followers, _has_history, _scale_statistics
 from flexnorm.optim.rows import RowLayout, to_rows
+from flexnorm.shift import WeightMonitor
 
 
 def trained():
@@ -239,9 +240,72 @@ def test_statistics_follow_the_lengths_but_not_the_bias():
     torch.testing.assert_close(norm.running_var, torch.tensor([1.0, 9 / 16]))
 
 
+class Conv1D(nn.Module):
+    """A linear map as GPT-2 has it, its weight (in, out)."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+class OwnLinear(nn.Linear):
+    """Also with an activation, dropout and a counter: trying must leave no trace."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.nn.functional.dropout(super().forward(x), 0.9, self.training).tanh()
+
+
+class Switchable(nn.Linear):
+    """As peft's linear maps: which axis is which depends on a flag."""
+
+    fan_in_fan_out = True
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.T if self.fan_in_fan_out else self.weight)
+
+
+class Attention(nn.Module):
+    """A matrix of a module that does not take one tensor: rows, as in torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, query, key):
+        return query @ self.weight @ key
+
+
+class Mixer(nn.Module):
+    """A matrix that is neither: the softmax mixes outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        return (x @ self.weight).softmax(-1)
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
+        (Conv1D(6, 4), (1, 1)),
+        (Conv1D(6, 6), (1, 1)),
+        (Conv1D(6, 4).bfloat16(), (1, 1)),
+        (OwnLinear(4, 6), (0, 1)),
+        (OwnLinear(6, 6), (0, 1)),
+        (Switchable(6, 6), (1, 1)),
+        (Attention(), (0, 1)),
+        (nn.Embedding(6, 4), (0, 1)),
         (nn.Linear(4, 6), (0, 1)),
         (nn.Conv2d(4, 6, 3, groups=2), (0, 2)),
         (nn.ConvTranspose2d(4, 6, 3, groups=2), (1, 2)),
@@ -249,6 +313,82 @@ def test_statistics_follow_the_lengths_but_not_the_bias():
     ],
 )
 def test_where_the_output_units_of_a_layer_are(module: nn.Module, expected: tuple[int, int]) -> None:
+    kept, random = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
     assert row_axis(module, module.weight) == expected
+    assert module.training
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
     row_dim, groups = expected
     assert RowLayout.of(module.weight, row_dim, groups).rows == {nn.Bilinear: 4}.get(type(module), 6)
+
+
+@pytest.mark.parametrize("module", [Mixer(), nn.Linear(4, 6, device="meta"), Conv1D(1, 4)])
+def test_a_module_that_cannot_be_understood_has_rows_on_axis_0(module):
+    assert row_axis(module, module.weight) == (0, 1)
+
+
+class Transposed(nn.Linear):
+    """The same map as a linear layer, its weight (in, out)."""
+
+    def __init__(self, like):
+        super().__init__(like.in_features, like.out_features)
+        self.weight = nn.Parameter(like.weight.detach().T.clone())
+        self.bias = nn.Parameter(like.bias.detach().clone())
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def twins():
+    """A network of linear layers, and one of the same maps that holds every weight as (in, out)."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    other = copy.deepcopy(plain)
+    for index in (0, 3):
+        other[index] = Transposed(plain[index])
+    return plain, other
+
+
+def test_weights_in_out_are_found_and_say_where_their_rows_are():
+    plain, other = (scale_invariant_weights(model, torch.zeros(4, 5)) for model in twins())
+    assert plain.selected == other.selected == ["0.weight", "3.weight"]
+    reports = [(r.rows, r.n, r.row_dim) for r in (other["0.weight"], other["3.weight"])]
+    assert reports == [(8, 5, 1), (8, 8, 1)]
+
+
+@pytest.mark.parametrize("cls", [SGDG, AdamG, SGDP, AdamP])
+def test_weights_in_out_take_the_steps_of_their_twins(cls):
+    models, x = twins(), torch.randn(16, 5)
+    for model in models:
+        model(3 * x)  # a history, so that the statistics must follow the lengths
+    before = [model.eval()(x) for model in models]
+    optimizers = []
+    for model in models:
+        groups = param_groups(model.train(), 0.1, 0.1, 0.0, torch.zeros(4, 5))
+        extra = {"manifold", "grad_clip", "ortho"} if cls in (SGDP, AdamP) else ()
+        optimizers.append(cls([{k: v for k, v in group.items() if k not in extra} for group in groups]))
+    for model, old in zip(models, before, strict=True):
+        torch.testing.assert_close(model.eval()(x), old, rtol=1e-4, atol=1e-5)
+    monitors = [WeightMonitor(model, every=1) for model in models]
+    for model, optimizer, monitor in zip(models, optimizers, monitors, strict=True):
+        with monitor:
+            for _ in range(4):
+                optimizer.zero_grad()
+                model.train()(x).pow(3).mean().backward()
+                optimizer.step()
+                monitor.step()
+    for index in (0, 3):
+        torch.testing.assert_close(models[1][index].weight.T, models[0][index].weight, rtol=1e-4, atol=1e-5)
+    for one, two in zip(*(monitor.records for monitor in monitors), strict=True):
+        assert two.angle == pytest.approx(one.angle, rel=1e-3, abs=1e-5)
+        assert two.norm == pytest.approx(one.norm, rel=1e-4)
+
+
+def test_gpt2_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    block = transformers.GPT2LMHeadModel(config).transformer.h[0]
+    found = {
+        name: row_axis(m, m.weight)[0] for name, m in block.named_modules() if getattr(m, "weight", None) is not None
+    }
+    assert {name for name, axis in found.items() if axis} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}

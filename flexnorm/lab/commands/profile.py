@@ -41,7 +41,8 @@ def show_profile(
 
     Args:
         model: What :func:`flexnorm.lab.profile.load_model` takes.
-        json_to: File to write :meth:`flexnorm.lab.profile.Profile.asdict` to; ``"-"`` prints it instead of the table.
+        json_to: File to write :meth:`flexnorm.lab.profile.Profile.asdict` to; ``"-"`` prints it instead of the table,
+            and the progress to standard error.
         everything: Also print the findings that ask for nothing.
         console: A ``rich`` console; by default one as wide as the terminal, or 150 columns where there is none.
         **options: Other arguments of :func:`flexnorm.lab.profile.profile`, whose errors are passed on.
@@ -50,18 +51,26 @@ def show_profile(
         FileNotFoundError: There is no such folder to write to.
         OSError: The file cannot be written; what was there before stays.
     """
+    from rich.console import Console
+
+    # The first word comes at once, before torch is there: what follows may take minutes.
+    alone = str(json_to) == "-"
+    progress = Console(stderr=True, highlight=False) if alone else console or Console(highlight=False)
+    progress.print(f"profile of {model} on {options.get('data', 'digits')}", markup=False)
+
     from flexnorm.lab.files import atomic_write, check_folder
-    from flexnorm.lab.profile import print_profile
+    from flexnorm.lab.profile import display, print_profile
     from flexnorm.lab.profile import profile as measure
     from flexnorm.lab.run.terminal import console as screen
 
     console = console or screen(150)
-    if json_to is not None and str(json_to) != "-":
+    if json_to is not None and not alone:
         # Worth knowing before the minutes that a profile may take.
         check_folder(Path(json_to))
-    result = measure(model, **options)
+    with display(progress) as notify:
+        result = measure(model, notify=notify, **options)
     text = json.dumps(result.asdict(), indent=1, allow_nan=False)
-    if str(json_to) == "-":
+    if alone:
         console.out(text, highlight=False)
         return result
     print_profile(result, console, everything=everything)

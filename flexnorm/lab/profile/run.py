@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from flexnorm.lab.data import ImageData, load, stratified
 from flexnorm.lab.profile.layers import BoundWatch, bounded, channel_numbers, find_sites, own_weight, watched
 from flexnorm.lab.profile.load import load_model, load_weights
+from flexnorm.lab.profile.progress import Notify, Phases
 from flexnorm.lab.profile.records import LIMITS, LayerProfile, Limits, Profile, judge
 from flexnorm.lab.run import environment
 from flexnorm.lab.run.optimizers import make_optimizer
 from flexnorm.nn import needs_batch
 from flexnorm.nn.normprop import NormPropUnits, propagate
 from flexnorm.optim import scale_invariant_weights
-from flexnorm.probe import Selection, batch_norm_layers, isolated
+from flexnorm.probe import Selection, batch_norm_layers, first_tensor, isolated, unwrap
 from flexnorm.shift import ShiftMonitor, WeightMonitor
 from flexnorm.statistics import has_statistics, is_frozen, recalibrate
 from flexnorm.theory import advise
@@ -50,6 +51,7 @@ def profile(
     population: int = 1024,
     seed: int = 0,
     limits: Limits = LIMITS,
+    notify: Notify = lambda _: None,
 ) -> Profile:
     """Train a network for some steps and say, layer by layer, what its normalization does and what to change.
 
@@ -57,7 +59,9 @@ def profile(
     gamma decay, and dead and saturated channels on the network as the steps leave it.
 
     Args:
-        model: What :func:`load_model` takes, or a module, of which a copy is trained.
+        model: What :func:`load_model` takes, or a module, of which a copy is trained. It takes images (N, C, H, W) and
+            returns logits (N, classes or more): alone, first in a tuple or list, or in a mapping or an object (such as
+            those of Transformers) as ``logits``; in place of these a ``last_hidden_state``, averaged over positions.
         data: What :func:`flexnorm.lab.data.load` takes, or loaded data.
         norm: Normalization of a model that is built here.
         checkpoint: File of weights to begin with, see :func:`load_model`.
@@ -76,6 +80,7 @@ def profile(
             least two batches where the data has as many.
         seed: Seed of the weights, the order of the images and the probe.
         limits: Where a number becomes a finding.
+        notify: Called with every :class:`Progress`.
 
     Returns:
         The profile. The global random state, and a module that was given, are left as they were.
@@ -97,17 +102,20 @@ def profile(
             raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr must be a positive number, not {lr!r}")
-    place = _device(device)
+    place, phases = _device(device), Phases(notify)
+    phases.begin("loading data")
     images = load(data, limit=limit) if isinstance(data, str) else data
     if batch_size > len(images.x_train):
         raise ValueError(f"batch_size is {batch_size}, but there are only {len(images.x_train)} training images")
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
+        phases.begin("building and checking the model")
         network, name = _network(model, images, norm, checkpoint)
+        unwrap(network).register_forward_hook(lambda _, __, output: _logits_of(output))  # the network is a copy
         network.to(place).train()
         _check(network, images, batch_size, place)
         chosen = stratified(images.y_train.numpy(), min(probe, len(images.x_train)), seed=0)
-        run = _Run(network, images, images.x_train[torch.from_numpy(chosen)].to(place), seed, batch_size)
+        run = _Run(network, images, images.x_train[torch.from_numpy(chosen)].to(place), seed, batch_size, phases)
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": True}
         run.train(settings, steps, measurements, layers)
         if run.diverged_at is None:
@@ -138,8 +146,11 @@ def profile(
 class _Run:
     """One short training of a model; ``rows`` holds what was seen in it, the fields of a profile by layer."""
 
-    def __init__(self, model: nn.Module, data: ImageData, probe: Tensor, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, data: ImageData, probe: Tensor, seed: int, batch_size: int, phases: Phases
+    ) -> None:
         self.model, self.data, self.probe, self.seed, self.size = model, data, probe, seed, batch_size
+        self.phases = phases
         self.losses: list[float] = []
         self.diverged_at: int | None = None
         self.images = self.measured = 0
@@ -147,6 +158,7 @@ class _Run:
 
     def train(self, settings: dict[str, Any], steps: int, measurements: int, layers: Selection | None) -> None:
         """Make the steps under the monitors."""
+        self.phases.begin("finding the layers")
         example = self.data.x_train[:2].to(self.probe.device)
         optimizer, _ = make_optimizer(self.model, "sgd", settings, example)
         every, selection = max(1, steps // measurements), watched(self.model, layers)
@@ -154,9 +166,11 @@ class _Run:
         self.sites = find_sites(self.model, self.probe, selection)
         weights = sorted({site.weight for site in self.sites if site.weight is not None})
         invariant: set[str] | None = None
+        self.phases.begin(f"trying which of {len(weights)} weights are scale invariant")
         with suppress(ValueError, RuntimeError):  # where they cannot be found out, they stay unknown
             invariant = set(scale_invariant_weights(self.model, example).selected)
         bounds = BoundWatch(self.model, self.probe, self.sites)
+        self.phases.begin("updates under the monitors", steps)
         with (
             monitor,
             WeightMonitor(self.model, optimizer, weights, every=every) if weights else nullcontext() as turning,
@@ -176,6 +190,7 @@ class _Run:
                     bounds.after()
                 if turning is not None:
                     turning.step()
+                self.phases.done(step + 1)
         self.measured = len({record.step for record in monitor.records if record.anchor == "previous"})
         turns = {} if turning is None else turning.summary()
         lengths = {} if turning is None else {record.layer: record.norm for record in turning.records}
@@ -218,6 +233,7 @@ class _Run:
         count = min(len(order) // self.size, max(2, population // self.size))
         chosen = [self.data.x_train[part].to(self.probe.device) for part in torch.split(order, self.size)[:count]]
         self.images = count * self.size
+        self.phases.begin(f"statistics of {self.images} images")
         propagates = any(isinstance(module, NormPropUnits) for module in self.model.modules())
         reports = propagate(self.model, self.probe) if propagates else ()
         for found in (
@@ -282,6 +298,20 @@ def _check(model: nn.Module, data: ImageData, batch_size: int, device: torch.dev
         raise ValueError("the model has no weights to train")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
+
+
+def _logits_of(output: Any) -> Any:
+    """What stands for the logits in what a model returns, as :func:`profile` says; what is not understood, as it is."""
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    if not isinstance(output, Mapping) and hasattr(output, "_asdict"):
+        named = output._asdict()
+    if isinstance(named.get("logits"), Tensor):
+        return named["logits"]
+    if isinstance(hidden := named.get("last_hidden_state"), Tensor):
+        # (N, positions, C), or maps (N, C, H, W)
+        return hidden.flatten(2).mean(2) if hidden.ndim > 3 else hidden.mean(1) if hidden.ndim == 3 else hidden
+    found = None if isinstance(output, Tensor) else first_tensor(output)
+    return output if found is None else found
 
 
 def _logits(model: nn.Module, images: Tensor, classes: int, when: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from flexnorm.lab.profile.progress import Progress
 from flexnorm.lab.profile.records import Finding, LayerProfile, Profile, urgency
 
 _MOST = 3
@@ -59,6 +62,42 @@ _COLUMNS = (
     ),
     _Column("saturated", "saturated", "d", "saturated: channels on the flat parts of their activation"),
 )
+
+
+@contextlib.contextmanager
+def display(console: Any, *, interval: float = 10.0) -> Iterator[Callable[[Progress], None]]:
+    """Show where a profile is, with the time left: a bar in a terminal, plain lines in a file or a pipe.
+
+    Args:
+        console: A ``rich`` console.
+        interval: Seconds between two lines of one phase, where there is no terminal.
+
+    Yields:
+        What :func:`profile` takes as ``notify``.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)
+    task, last = bar.add_task("", total=None), 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal last
+        bar.update(task, description=progress.phase, completed=progress.done, total=progress.total or None)
+        if progress.done == 0:
+            bar.reset(task, description=progress.phase, total=progress.total or None)
+            last = 0.0
+        elif progress.seconds < last + interval:
+            return
+        last = progress.seconds
+        if not console.is_terminal:
+            count = f" {progress.done}/{progress.total}" if progress.total else ""
+            left = "" if progress.left is None else f", about {progress.left:.0f} s left"
+            console.print(f"{progress.phase}{count}{left}", markup=False)
+
+    with bar:
+        yield show
 
 
 def print_profile(result: Profile, console: Any, *, everything: bool = False) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
-from dataclasses import replace
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,7 +22,17 @@ from flexnorm.lab.commands.profile import show_profile
 from flexnorm.lab.data import ImageData
 from flexnorm.lab.data.images import from_arrays
 from flexnorm.lab.models import build
-from flexnorm.lab.profile import LIMITS, Finding, LayerProfile, Limits, Profile, print_profile, profile
+from flexnorm.lab.profile import (
+    LIMITS,
+    Finding,
+    LayerProfile,
+    Limits,
+    Profile,
+    Progress,
+    display,
+    print_profile,
+    profile,
+)
 from flexnorm.lab.profile.layers import channel_numbers, find_sites, statistics_error, watched
 from flexnorm.lab.profile.records import judge
 from flexnorm.lab.profile.run import _device
@@ -444,7 +457,9 @@ def test_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
 
 def test_command_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
     result = show_profile("convnet", data="digits", json_to="-", **QUICK)
-    assert json.loads(capsys.readouterr().out) == result.asdict()
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == result.asdict()
+    assert captured.err.splitlines()[:2] == ["profile of convnet on digits", "loading data"]
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         show_profile("convnet", json_to="nowhere/p.json")
 
@@ -468,6 +483,106 @@ class _OnlyEvaluates(nn.Module):
         return self.linear(x.flatten(1))
 
 
+class Wrapped(nn.Module):
+    """A classifier that returns its logits in something."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.wrap = small(), wrap
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return self.wrap(self.net(pixel_values))
+
+
+class Output(OrderedDict[str, Any]):
+    """As ModelOutput of Transformers: a mapping with attributes."""
+
+
+@dataclass
+class Record:
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Named(NamedTuple):
+    auxiliary: Tensor
+    logits: Tensor
+
+
+class Plain:
+    def __init__(self, logits: Tensor) -> None:
+        self.other, self.logits = torch.zeros(1), logits
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: (y, y.new_zeros(3)),
+        lambda y: [y],
+        lambda y: Output(hidden=y.new_zeros(1), logits=y),
+        lambda y: Record(None, y),
+        lambda y: Named(y.new_zeros(1), y),
+        Plain,
+        lambda y: {"scores": y},
+        lambda y: {"last_hidden_state": y[:, None].expand(-1, 5, -1)},
+        lambda y: Output(last_hidden_state=y[..., None, None].expand(-1, -1, 2, 3)),
+    ],
+)
+def test_models_return_their_logits_in_many_ways(wrap: Callable[[Tensor], Any]) -> None:
+    data = pictures()
+    plain, model = profile(Wrapped(lambda y: y), data, **SMALL), Wrapped(wrap)
+    result = profile(model, data, **SMALL)
+    assert result.loss_first == pytest.approx(plain.loss_first, rel=1e-5)
+    assert result.layers[0].w1 == pytest.approx(plain.layers[0].w1, rel=1e-4)
+    assert result.layers[0].decay == pytest.approx(plain.layers[0].decay, rel=1e-3)
+    assert not model._forward_hooks
+
+
+def test_an_image_classifier_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
+        num_channels=1, num_labels=3,
+    )  # fmt: skip
+    for model in (transformers.ViTForImageClassification(config), transformers.ViTModel(config)):
+        assert profile(model, pictures(), **SMALL).diverged_at is None
+
+
+def test_the_progress_is_told_from_the_first_moment_on() -> None:
+    told: list[Progress] = []
+    profile(small(), pictures(), notify=told.append, **SMALL)
+    assert [p.phase for p in told if p.done == 0] == [
+        "loading data", "building and checking the model", "finding the layers",
+        "trying which of 1 weights are scale invariant", "updates under the monitors", "statistics of 192 images",
+    ]  # fmt: skip
+    steps = [p for p in told if p.total]
+    assert [p.done for p in steps] == [0, 1, 2, 3, 4, 5, 6]
+    assert all(p.total == 6 for p in steps)
+    assert steps[0].left is None
+    assert steps[-1].left == 0
+    assert Progress("x", 2, 6, seconds=3.0).left == 6.0
+
+
+def test_progress_in_a_file_is_a_line_now_and_then() -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    with display(console, interval=10.0) as show:
+        show(Progress("one"))
+        show(Progress("two", 0, 8))
+        for done, seconds in ((1, 4.0), (2, 11.0), (3, 12.0), (8, 30.0)):
+            show(Progress("two", done, 8, seconds))
+    console.file.close()
+    lines = console.export_text().splitlines()
+    assert lines == ["one", "two 0/8", "two 2/8, about 33 s left", "two 8/8, about 0 s left"]
+
+
+def test_progress_in_a_terminal_is_a_bar() -> None:
+    console = Console(width=100, file=io.StringIO(), force_terminal=True)
+    with display(console) as show:
+        show(Progress("two", 0, 8))
+        show(Progress("two", 4, 8, 20.0))
+    assert "4/8" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -483,7 +598,8 @@ class _OnlyEvaluates(nn.Module):
             "must return logits of shape .images, 3. or more, it returns .2, 2. for",
             {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 2))},
         ),
-        ("it returns tuple", {"model": nn.Sequential(nn.Flatten(), nn.LSTM(64, 3))}),
+        ("it returns dict in evaluation", {"model": Wrapped(lambda _: {"boxes": []})}),
+        ("it returns .2, 3, 4. for 2 images", {"model": Wrapped(lambda y: [y[..., None].expand(-1, -1, 4)])}),
         ("no weights to train", {"model": nn.Flatten()}),
         ("no parameter of the model requires a gradient", {"model": small().requires_grad_(False)}),
         ("fails in training on images of shape .1, 8, 8.: AssertionError", {"model": _OnlyEvaluates()}),
