@@ -1,4 +1,4 @@
-"""Everything compiled: building the C files, memory layouts, and functions that choose between C and torch inside.
+"""Everything compiled: C files and Triton's kernels, memory layouts, and functions that choose among them inside.
 
 The modules: :mod:`~flexnorm.kernels.build`, :mod:`~flexnorm.kernels.layout`, :mod:`~flexnorm.kernels.passes` over
 activations (and gradients where no kernel can run), :mod:`~flexnorm.kernels.tables` between them,
