@@ -236,7 +236,7 @@ def token_sums(
 ) -> tuple[list[Factor], list[Factor]]:
     """Gradients of the factors of ``scale`` and ``shift`` for that of :func:`token_affine`, each in their shape."""
     view, channels = _View.of(layout, tokens=True), layout.size[1]
-    of_rows = center is not None and center.shape[0] == view.samples * view.positions
+    of_rows = center is not None and center.shape != (1, channels)
     if not of_rows and all(row is None for row, _ in (*scale, *shift)):
         return _column_sums(g, x, center, scale, shift, view)
     groups = _groups([row for row, _ in (*scale, *shift)] + ([center] if of_rows else []))
