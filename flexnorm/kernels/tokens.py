@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from flexnorm.kernels import triton_passes
 from flexnorm.kernels.build import declare, library
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES, call
@@ -136,6 +137,8 @@ def _tables(source: Source | None) -> list[Tensor | None]:
 
 def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     """Mean and biased variance of each token over the channels of each of ``groups`` equal groups: (R, groups) each."""
+    if layout.backend == "triton":
+        return triton_passes.row_moments(x, layout, groups)
     samples, channels, positions = layout.size
     mean, var = torch.empty((2, samples * positions, groups), dtype=table_dtype(x.dtype)).unbind()
     if layout.order == "cols":
@@ -150,6 +153,8 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
     ``weights`` (R,), in the type of the tables, tell how much each token counts; a token of weight 0 is not read.
     """
+    if layout.backend == "triton":
+        return triton_passes.column_moments(x, layout, weights)
     samples, channels, positions = layout.size
     if layout.order == "rows" and weights is None:
         return pool(*moments(x, layout), 0, "c")
@@ -166,6 +171,8 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the type and memory order of ``x``."""
+    if layout.backend == "triton":
+        return triton_passes.token_affine(x, scale, shift, layout)
     y, scale, shift = torch.empty_like(x), _dense(scale), _dense(shift)
     words = (y.data_ptr(), *layout.size, _threads(x), *_words(scale), *_words(shift))
     _run(f"affine_{layout.order}", x, *words, form="18q")
@@ -180,6 +187,8 @@ def sums(
     ``sum g * x`` is taken about ``center``, (R, G) or (1, C), where it is given: ``sum g * (x - center) + center * sum
     g``: summed directly, that of an activation with a large mean would lose its digits.
     """
+    if layout.backend == "triton":
+        return triton_passes.token_sums(g, x, center, scale, shift, layout)
     scale, shift = _dense(scale), _dense(shift)
     of_scale, of_shift = _empty_like(scale), _empty_like(shift)
     center = None if center is None else center.contiguous()
@@ -199,6 +208,8 @@ def combine(
     For moments of each token, tables (R, G), ``(dmean + 2 * dvar * (x - mean)) / count``; the same for moments of the
     batch, tables (1, C), times the weight of the token. ``scale=None`` stands for one.
     """
+    if layout.backend == "triton":
+        return triton_passes.token_combine(g, x, scale, rows, columns, layout)
     dx, terms = torch.empty_like(x), _dense(scale or ())
     of_rows, of_columns = _tables(rows), _tables(columns)
     groups, size = (1, 1.0) if rows is None else (rows.mean.shape[1], float(rows.size))
