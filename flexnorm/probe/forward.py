@@ -207,6 +207,9 @@ def side_forward(
 
 def channel_axis(module: nn.Module) -> int:
     """The axis of the channels of ``module``: the last for layers that work on it (LayerNorm, Linear), else 1."""
+    if isinstance(axis := getattr(module, "channel_axis", None), int):
+        several = len(getattr(module, "normalized_shape", ())) > 1
+        return 1 if several else axis
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return -1 if len(module.normalized_shape) == 1 else 1
     return -1 if isinstance(module, _CHANNELS_LAST) else 1
