@@ -8,8 +8,9 @@ go. For that, ``_Affine`` passes g itself along a private way to ``_Moments``, w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +19,15 @@ from flexnorm.engine.moments import Moments
 from flexnorm.engine.segments import Segments, weights_of
 from flexnorm.engine.tokens import TokenMoments, Tokens, pool_positions
 from flexnorm.kernels import passes
-from flexnorm.kernels.layout import Layout, layout_of, positions_of, table_dtype, token_layout_of
+from flexnorm.kernels.layout import Layout, best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
 from flexnorm.kernels.passes import gradients, must_compose, transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+_Twin = TypeVar("_Twin", bound=Callable[..., Any])
+_TWINS: dict[Any, Callable[..., Tensor | None]] = {}
 _Pending: TypeAlias = list[Tensor] | None
 
 
@@ -196,6 +199,12 @@ def flex_norm(
         True
     """
     _check(x, channel_axis)
+    if mask is None and segments is None and process_group is None:
+        keywords = rule.keywords if isinstance(rule, functools.partial) and not rule.args else {}
+        twin = _TWINS.get(rule.func if isinstance(rule, functools.partial) and not rule.args else rule)
+        each = channel_axis == -1 if per_position is None else per_position
+        if twin and (y := by_torch(x, channel_axis, each, functools.partial(twin, params, keywords))) is not None:
+            return y
     flat = x.dim() == 2
     last = flat or channel_axis == -1
     weights = None if mask is None else weights_of(mask, x, 1 if not last else -1)
@@ -216,6 +225,45 @@ def flex_norm(
         moments = Moments(mean, var, count, process_group=process_group)
         return passes.composed_affine(x, *_apply_rule(rule, moments, params, x, (x.shape[0], x.shape[1])))
     return _per_sample(x, rule, params, process_group)
+
+
+def twin_of(rule: Rule) -> Callable[[_Twin], _Twin]:
+    """Declare torch's own function of the norm that a rule makes, for small inputs on the CPU.
+
+    What is decorated takes ``x``, (N, C, *spatial) or tokens (R, C), and the rule's parameters; it returns the
+    normalized ``x``, or ``None`` where torch's function does not take them.
+    """
+
+    def declare(function: _Twin) -> _Twin:
+        def checked(params: tuple[Any, ...], keywords: dict[str, Any], x: Tensor) -> Tensor | None:
+            alike = all(p.dtype == x.dtype for p in params if isinstance(p, Tensor))
+            return function(x, *params, **keywords) if alike else None
+
+        _TWINS[rule] = checked
+        return function
+
+    return declare
+
+
+def by_torch(
+    x: Tensor, channel_axis: int, per_position: bool, twin: Callable[[Tensor], Tensor | None]
+) -> Tensor | None:
+    """Normalize small ``x`` by torch's own function of the norm; ``None`` where that does not serve.
+
+    Args:
+        x: As of :func:`flex_norm`; arguments checked.
+        channel_axis: As of :func:`flex_norm`.
+        per_position: As of :func:`flex_norm`.
+        twin: Maps (N, C, *spatial), or tokens (R, C), to the result or to ``None`` if it can't.
+    """
+    if not best_by_torch(x) or _left_to_torch(x):
+        return None
+    if x.dim() == 2 or (channel_axis == 1 and not per_position):
+        return twin(x)
+    if channel_axis == 1 or not per_position or not x.is_contiguous():
+        return None
+    y = twin(x.view(-1, x.shape[-1]))
+    return y if y is None else y.view(x.shape)
 
 
 def _check(x: Tensor, channel_axis: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.engine.declaration import Norm, constructor_arguments
-from flexnorm.engine.functional import flex_norm
+from flexnorm.engine.functional import by_torch, flex_norm
 from flexnorm.engine.moments import Moments, active_group
 from flexnorm.engine.segments import Segments
 from flexnorm.kernels.tables import track
@@ -172,6 +172,17 @@ class FlexNorm(Norm):
         """Turn the moments of the input into ``(scale, shift)``, each broadcastable to (N, C)."""
         raise NotImplementedError(f"{type(self).__name__} must implement rule(moments) -> (scale, shift)")
 
+    def twin(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Normalize small ``x`` by torch's own function of this norm, running statistics included, where there is one.
+
+        Args:
+            x: (N, C, *spatial), or tokens (R, C), on the CPU; the layer's input has been checked.
+
+        Returns:
+            The result, or ``None`` where torch has no such function: then the rule serves.
+        """
+        return None
+
     def batch_or_running(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Return the mean and biased variance to normalize with, (1, C) or (C,), and keep the running statistics.
 
@@ -243,6 +254,10 @@ class FlexNorm(Norm):
                 f"{type(self).__name__} with segments expects (R, {self.num_features}), one row for each position, got "
                 f"shape {tuple(x.shape)}"
             )
+        if mask is None and segments is None:
+            y = by_torch(x, self.channel_axis, self.per_position, self.twin)
+            if y is not None:
+                return y
         return flex_norm(
             x,
             self.rule,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from flexnorm.engine import Moments
+import math
+
+from torch import Tensor
+from torch.nn import functional
+
+from flexnorm.engine import Moments, recomputing, twin_of
 from flexnorm.nn._base import BatchStatistics, Pair, Param, standardize
 
 
@@ -10,6 +15,12 @@ def batch(moments: Moments, weight: Param = None, bias: Param = None, *, eps: fl
     """Batch normalization (Ioffe & Szegedy 2015): moments per channel, over samples and positions."""
     pooled = moments.pool("batch")
     return standardize(pooled.mean, pooled.var, weight, bias, eps)
+
+
+@twin_of(batch)
+def by_batch_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
+    """Batch normalization by torch's function of the batch's own statistics."""
+    return functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
 
 
 class _BatchNorm(BatchStatistics):
@@ -30,6 +41,36 @@ class _BatchNorm(BatchStatistics):
         """Standardize with the statistics of the batch in training, with the running ones in evaluation."""
         mean, var = self.batch_or_running(moments)
         return standardize(mean, var, self.weight, self.bias, self.eps)
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize and keep running statistics as torch does, but for a batch that is not finite."""
+        mean, var, tracked, weight = self.running_mean, self.running_var, self.num_batches_tracked, self.weight
+        if (weight is not None and weight.dtype != x.dtype) or self.group() is not None:
+            return None
+        if mean is None or var is None or tracked is None:
+            return by_batch_norm(x, weight, self.bias, eps=self.eps)
+        if mean.dtype != x.dtype:
+            return None
+        if self.frozen or not self.training:
+            return functional.batch_norm(x, *self.kept_statistics(), weight, self.bias, False, 0.0, self.eps)
+        new_mean, new_var = mean.clone(), var.clone()
+        if recomputing():  # activation checkpointing: the batch has been counted
+            return functional.batch_norm(x, new_mean, new_var, weight, self.bias, True, 0.0, self.eps)
+        if "track" in vars(self) or type(self).track is not BatchStatistics.track:  # somebody else keeps them
+            y = functional.batch_norm(x, new_mean.zero_(), new_var.zero_(), weight, self.bias, True, 1.0, self.eps)
+            count = x.numel() // self.num_features
+            self.track(Moments(new_mean[None], new_var[None] * ((count - 1) / count), count))
+            return y
+        rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
+        y = functional.batch_norm(x, new_mean, new_var, weight, self.bias, True, rate, self.eps)
+        # A batch with a channel that is not finite is left out whole.
+        if math.isfinite(float(new_mean.sum() + new_var.sum())) or bool(
+            new_mean.isfinite().all() & new_var.isfinite().all()
+        ):
+            mean.copy_(new_mean)
+            var.copy_(new_var)
+            tracked.add_(1)
+        return y
 
 
 class BatchNorm1d(_BatchNorm, ndims=(2, 3)):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from flexnorm.engine import FlexNorm, Moments
+from torch import Tensor
+from torch.nn import functional
+
+from flexnorm.engine import FlexNorm, Moments, twin_of
 from flexnorm.nn._base import Pair, Param, Placed, standardize
 
 
@@ -15,6 +18,14 @@ def group(moments: Moments, weight: Param = None, bias: Param = None, *, groups:
     """
     pooled = moments.pool("channels", groups=groups)
     return standardize(pooled.mean, pooled.var, weight, bias, eps)
+
+
+@twin_of(group)
+def by_group_norm(x: Tensor, weight: Param = None, bias: Param = None, *, groups: int, eps: float = 1e-5) -> Tensor:
+    """Group normalization by torch's function: layer normalization for one group of tokens."""
+    if x.dim() == 2 and groups == 1:
+        return functional.layer_norm(x, x.shape[1:], weight, bias, eps)
+    return functional.group_norm(x, groups, weight, bias, eps)
 
 
 class GroupNorm(FlexNorm):
@@ -67,6 +78,12 @@ class GroupNorm(FlexNorm):
     def same_as(self, training: bool) -> str:  # noqa: ARG002
         """One group is layer normalization, one channel a group instance normalization."""
         return {1: "layer", self.num_features: "instance"}.get(self.num_groups, "group")
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize by torch's function."""
+        if self.weight is not None and self.weight.dtype != x.dtype:
+            return None
+        return by_group_norm(x, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize each sample with the moments of its groups."""

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from flexnorm.engine import Moments, Norm
+from flexnorm.engine import Moments, Norm, twin_of
 from flexnorm.nn._base import LastAxes, Pair, Param, SampleStatistics
-from flexnorm.nn.group import group
+from flexnorm.nn.group import by_group_norm, group
 
 
 def layer(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
     """Layer normalization over (C, *spatial) (Ba et al. 2016), with one weight and bias per channel."""
     return group(moments, weight, bias, groups=1, eps=eps)
+
+
+@twin_of(layer)
+def by_layer_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
+    """Layer normalization by torch's function."""
+    return by_group_norm(x, weight, bias, groups=1, eps=eps)
 
 
 class _LayerNorm(SampleStatistics):
@@ -29,6 +36,12 @@ class _LayerNorm(SampleStatistics):
     def placed(cls, channel_axis: int = 1, per_position: bool | None = None) -> type[Norm]:
         """Of single positions it is :class:`LayerNorm`."""
         return LayerNorm if per_position or (channel_axis == -1 and per_position is None) else cls
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize by torch's function."""
+        if self.weight is not None and self.weight.dtype != x.dtype:
+            return None
+        return by_layer_norm(x, self.weight, self.bias, eps=self.eps)
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize each sample with its own moments."""

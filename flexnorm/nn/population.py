@@ -21,9 +21,10 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm, Moments, recomputing
+from flexnorm.engine import FlexNorm, Moments, recomputing, twin_of
 from flexnorm.kernels.tables import follow, follow_weights, guard
 from flexnorm.nn._base import Pair, Param, Shared, standardize
 
@@ -45,6 +46,16 @@ def population(
     ``mean`` and ``var`` are (C,). ``moments`` is not read: this rule costs one affine pass.
     """
     return standardize(mean, var, weight, bias, eps)
+
+
+@twin_of(population)
+def by_fixed_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5
+) -> Tensor | None:
+    """Population normalization by torch's function, which has no gradient for the statistics."""
+    if mean.requires_grad or var.requires_grad or mean.dim() != 1:
+        return None
+    return functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
 class _PopulationNorm(FlexNorm):

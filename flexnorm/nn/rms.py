@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Unpack
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from flexnorm.engine import Moments, Norm
+from flexnorm.engine import Moments, Norm, twin_of
 from flexnorm.nn._base import LastAxes, Pair, Param, Placed, SampleStatistics
 
 
@@ -16,6 +18,12 @@ def rms(moments: Moments, weight: Param = None, *, eps: float = 1e-5) -> Pair:
     scale = (moments.pool("channels").mean_square + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     return scale, torch.zeros_like(scale)
+
+
+@twin_of(rms)
+def by_rms_norm(x: Tensor, weight: Param = None, *, eps: float | None = 1e-5) -> Tensor | None:
+    """Root mean square normalization of tokens by torch's function."""
+    return functional.rms_norm(x, x.shape[1:], weight, eps) if x.dim() == 2 else None
 
 
 class _RMSNorm(SampleStatistics):
@@ -34,6 +42,11 @@ class _RMSNorm(SampleStatistics):
     def placed(cls, channel_axis: int = 1, per_position: bool | None = None) -> type[Norm]:
         """Of single positions it is :class:`RMSNorm`."""
         return RMSNorm if per_position or (channel_axis == -1 and per_position is None) else cls
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize tokens by torch's function."""
+        same = self.weight is None or self.weight.dtype == x.dtype
+        return by_rms_norm(x, self.weight, eps=self.eps) if same else None
 
     def rule(self, moments: Moments) -> Pair:
         """Divide each sample by its root mean square."""

@@ -391,7 +391,7 @@ def test_compiled_running_statistics_equal_the_composed_ones(monkeypatch: pytest
     for momentum in (0.3, None):
         compiled, composed = (flexnorm.nn.BatchNorm2d(8, momentum=momentum) for _ in range(2))
         for step in range(3):
-            x = torch.randn(16, 8, 16, 16) * (step + 1) + step
+            x = torch.randn(16, 8, 32, 48) * (step + 1) + step
             if step == 1:
                 x[0, 3, 0, 0] = float("nan")
             version = compiled.running_mean._version
