@@ -45,7 +45,8 @@ def channel_axis(module: nn.Module, ndim: int | None = None) -> int | None:
         The axis; ``None`` if the kind does not tell, as that of an activation function does not.
     """
     if isinstance(module, FlexNorm):
-        return module.channel_axis
+        several = len(getattr(module, "normalized_shape", ())) > 1
+        return 1 if several else module.channel_axis
     if isinstance(module, _LAST):
         return -1
     if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
