@@ -165,11 +165,8 @@ void NAME(affine_cols)(const NAME(Affine) *call) {
     }
 }
 
-typedef struct {
-  const T *x, *g; T *dx; i64 N, C, P, threads, one; Term scale[2];
-  const A *row_mean, *row_dmean, *row_dvar; i64 groups; double row_size;
-  const A *column_mean, *column_dmean, *column_dvar, *weights; double column_size;
-} NAME(Combine);
+typedef struct { const A *mean, *dmean, *dvar, *weights; i64 groups; double size; } NAME(Source); /* none: no mean */
+typedef struct { const T *x, *g; T *dx; i64 N, C, P, threads, one; Term scale[2]; NAME(Source) rows, columns; } NAME(Combine);
 
 typedef struct { A p, q, m, w; const A *P, *Q, *M, *W; } NAME(Through);
 
@@ -198,18 +195,18 @@ static void NAME(combine_of)(const T *g, const T *x, T *dx, NAME(Sum) s, NAME(Th
 void NAME(combine_cols)(const NAME(Combine) *call) {
   const i64 R = call->N * call->P, C = call->C;
   const int threads = (int)call->threads;
-  const A *weights = call->weights;
+  const A *weights = call->columns.weights;
   Term terms[3] = {{0}};
-  const int ns = NAME(sorted)(call->scale, 0, terms), rows = call->row_mean != NULL, columns = call->column_mean != NULL;
-  if (rows) terms[2] = (Term){call->row_mean, call->groups, NULL};
-  const i64 width = NAME(span_of)(terms, 3, C), groups = call->groups;
-  const A row_factor = (A)(1 / call->row_size), column_factor = (A)(1 / call->column_size);
+  const int ns = NAME(sorted)(call->scale, 0, terms), rows = call->rows.mean != NULL, columns = call->columns.mean != NULL;
+  if (rows) terms[2] = (Term){call->rows.mean, call->rows.groups, NULL};
+  const i64 width = NAME(span_of)(terms, 3, C), groups = call->rows.groups;
+  const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
   A *P = NULL;
   if (columns) {
     P = malloc(2 * C * sizeof(A));
     for (i64 c = 0; c < C; c++) {
-      P[c] = call->column_dmean ? call->column_dmean[c] * column_factor : 0;
-      P[C + c] = call->column_dvar ? 2 * call->column_dvar[c] * column_factor : 0;
+      P[c] = call->columns.dmean ? call->columns.dmean[c] * column_factor : 0;
+      P[C + c] = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
     }
   }
   PARALLEL for (i64 r = 0; r < R; r++)
@@ -218,11 +215,11 @@ void NAME(combine_cols)(const NAME(Combine) *call) {
       NAME(at)(&s, terms, ns, r, c, C);
       NAME(Through) t = {0};
       if (rows) {
-        t.m = NAME(of_row)(call->row_mean, groups, r, c, C);
-        t.p = call->row_dmean ? NAME(of_row)(call->row_dmean, groups, r, c, C) * row_factor : 0;
-        t.q = call->row_dvar ? 2 * NAME(of_row)(call->row_dvar, groups, r, c, C) * row_factor : 0;
+        t.m = NAME(of_row)(call->rows.mean, groups, r, c, C);
+        t.p = call->rows.dmean ? NAME(of_row)(call->rows.dmean, groups, r, c, C) * row_factor : 0;
+        t.q = call->rows.dvar ? 2 * NAME(of_row)(call->rows.dvar, groups, r, c, C) * row_factor : 0;
       }
-      if (columns) t.P = P + c, t.Q = P + C + c, t.M = call->column_mean + c, t.w = weights ? weights[r] : 1;
+      if (columns) t.P = P + c, t.Q = P + C + c, t.M = call->columns.mean + c, t.w = weights ? weights[r] : 1;
       const T *g = call->g + r * C + c, *x = call->x + r * C + c;
       T *dx = call->dx + r * C + c;
 NAME(combine_of)(g, x, dx, s, t, ns, rows, columns && t.w > 0, width);
@@ -234,7 +231,7 @@ NAME(combine_of)(g, x, dx, s, t, ns, rows, columns && t.w > 0, width);
  * terms of scale and g for those of shift. */
 typedef struct {
   const T *x, *g; i64 N, C, P, threads; const A *center; i64 center_groups; /* 0 for one per channel */
-  Term terms[4]; A *of_row[4], *of_column[4];
+  Term terms[4]; struct { A *row, *column; } found[4];
 } NAME(Sums);
 
 enum { NAME(ROW) = 1, NAME(COLUMN) = 2 };
@@ -348,7 +345,7 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
           if (!terms[t].row) continue;
           const i64 group = C / terms[t].groups;
           if (c % group) continue; /* the group goes on */
-          call->of_row[t][(c - 1) / group + r * terms[t].groups] = (A)dots[t];
+          call->found[t].row[(c - 1) / group + r * terms[t].groups] = (A)dots[t];
           dots[t] = 0;
         }
       }
@@ -357,7 +354,7 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
   for (int t = 0; t < 4; t++)
     if (terms[t].column)
       NAME(total)(sums + slot[t] * C, t < 2 && center ? sums + slot[4 + t] * C : NULL, center == COLUMN ? call->center : NULL,
-                  call->of_column[t], chunks, slots * C, C, threads);
+                  call->found[t].column, chunks, slots * C, C, threads);
   free(sums);
 }
 
@@ -469,7 +466,7 @@ void NAME(combine_rows)(const NAME(Combine) *call) {
   const int threads = (int)call->threads;
   Term terms[2];
   const int ns = NAME(sorted)(call->scale, 1, terms);
-  const A row_factor = (A)(1 / call->row_size), column_factor = (A)(1 / call->column_size);
+  const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
   PARALLEL for (i64 task = 0; task < N * blocks; task++) {
     const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS), r = n * P + p0;
     A collected[2][POSITIONS], mean[POSITIONS], dmean[POSITIONS], dvar[POSITIONS];
@@ -477,21 +474,21 @@ void NAME(combine_rows)(const NAME(Combine) *call) {
       const i64 at = (n * C + c) * P + p0;
       NAME(Sum) s = {.constant = (A)call->one};
       NAME(at_channel)(&s, terms, ns, r, c, C, width, collected);
-      NAME(Through) t = {.w = 1, .P = dmean, .Q = dvar, .M = mean, .W = call->weights ? call->weights + r : NULL};
-      if (call->row_mean && c % (C / call->groups) == 0)
+      NAME(Through) t = {.w = 1, .P = dmean, .Q = dvar, .M = mean, .W = call->columns.weights ? call->columns.weights + r : NULL};
+      if (call->rows.mean && c % (C / call->rows.groups) == 0)
         for (i64 p = 0; p < width; p++) {
-          const i64 k = (r + p) * call->groups + c / (C / call->groups);
-          mean[p] = call->row_mean[k];
-          dmean[p] = call->row_dmean ? call->row_dmean[k] * row_factor : 0;
-          dvar[p] = call->row_dvar ? 2 * call->row_dvar[k] * row_factor : 0;
+          const i64 k = (r + p) * call->rows.groups + c / (C / call->rows.groups);
+          mean[p] = call->rows.mean[k];
+          dmean[p] = call->rows.dmean ? call->rows.dmean[k] * row_factor : 0;
+          dvar[p] = call->rows.dvar ? 2 * call->rows.dvar[k] * row_factor : 0;
         }
-      if (call->column_mean) {
-        t.m = call->column_mean[c];
-        t.p = call->column_dmean ? call->column_dmean[c] * column_factor : 0;
-        t.q = call->column_dvar ? 2 * call->column_dvar[c] * column_factor : 0;
+      if (call->columns.mean) {
+        t.m = call->columns.mean[c];
+        t.p = call->columns.dmean ? call->columns.dmean[c] * column_factor : 0;
+        t.q = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
       }
-      const int one = !call->column_mean ? 0 : call->weights ? 2 : 1;
-      NAME(combine_of)(call->g + at, call->x + at, call->dx + at, s, t, ns, one, call->row_mean != NULL, width);
+      const int one = !call->columns.mean ? 0 : call->columns.weights ? 2 : 1;
+      NAME(combine_of)(call->g + at, call->x + at, call->dx + at, s, t, ns, one, call->rows.mean != NULL, width);
     }
   }
 }
@@ -532,12 +529,12 @@ void NAME(sums_rows)(const NAME(Sums) *call) {
           for (i64 p = 0; p < width; p++) total[t][p] += (double)(M ? M[p] : 1) * beside[t][p], beside[t][p] = 0;
         const i64 groups = terms[t].groups, size = C / groups;
         if ((c + 1) % size) continue; /* the group goes on */
-        for (i64 p = 0; p < width; p++) call->of_row[t][(r + p) * groups + c / size] = (A)total[t][p], total[t][p] = 0;
+        for (i64 p = 0; p < width; p++) call->found[t].row[(r + p) * groups + c / size] = (A)total[t][p], total[t][p] = 0;
       }
     }
   }
   for (int t = 0; t < 4; t++)
-    if (terms[t].column) NAME(total)(sums + t * C, NULL, NULL, call->of_column[t], N * blocks, 4 * C, C, threads);
+    if (terms[t].column) NAME(total)(sums + t * C, NULL, NULL, call->found[t].column, N * blocks, 4 * C, C, threads);
   free(sums);
 }
 #undef ROW
