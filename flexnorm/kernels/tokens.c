@@ -18,10 +18,19 @@
 #define TILE 64      /* tokens whose moments are taken at once, of so many channels that all stay in the fastest cache */
 #define CHANNELS 128
 #define TILES 8      /* in a row, by one thread */
-#define POSITIONS 256 /* tokens at once in "rows" order */
+#define POSITIONS 512 /* most tokens at once in "rows" order */
 
 typedef struct { const void *row; long long groups; const void *column; } Term; /* without either, there is none */
 
+/* From the last to the first, of those that each thread has: a pass reads first what the one before it, which went the
+ * other way, has left in the cache. */
+#define BACKWARDS(i, count) \
+  PARALLEL for (int part = 0; part < threads; part++) \
+    for (i64 i = (count) * (part + 1) / threads - 1; i >= (count) * part / threads; i--)
+
+#ifdef __AVX512F__
+#pragma GCC target("prefer-vector-width=512")
+#endif
 #include "each_type.h"
 
 #else
@@ -156,7 +165,7 @@ void NAME(affine_cols)(const NAME(Affine) *call) {
   Term terms[4];
   const int ns = NAME(sorted)(call->scale, 0, terms), nh = NAME(sorted)(call->shift, 0, terms + 2);
   const i64 width = NAME(span_of)(terms, 4, C);
-  PARALLEL for (i64 r = 0; r < R; r++)
+  BACKWARDS(r, R)
     for (i64 c = 0; c < C; c += width) {
       NAME(Sum) s = {0}, h = {0};
       NAME(at)(&s, terms, ns, r, c, C);
@@ -209,7 +218,7 @@ void NAME(combine_cols)(const NAME(Combine) *call) {
       P[C + c] = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
     }
   }
-  PARALLEL for (i64 r = 0; r < R; r++)
+  BACKWARDS(r, R)
     for (i64 c = 0; c < C; c += width) {
       NAME(Sum) s = {.constant = (A)call->one};
       NAME(at)(&s, terms, ns, r, c, C);
@@ -361,6 +370,12 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
 /* "rows" order. The spans are those of the positions of one channel, and the factors change places: that of the tokens
  * lies along the span, that of the channels is one number. */
 
+/* Equal spans, of whole vectors. */
+static i64 NAME(length)(i64 P) {
+  const i64 blocks = (P + POSITIONS - 1) / POSITIONS;
+  return ((P + blocks - 1) / blocks + 15) / 16 * 16;
+}
+
 /* A row factor at the positions of a span, for the group of channel c: in place, or collected when the group begins. */
 ALWAYS const A *NAME(along)(const void *row, i64 groups, i64 r, i64 c, i64 C, i64 width, A *collected) {
   const A *table = row;
@@ -381,10 +396,10 @@ ALWAYS void NAME(at_channel)(NAME(Sum) *sum, const Term *terms, int rows, i64 r,
 typedef struct { const T *x; A *mean, *var; i64 N, C, P, threads, groups; } NAME(Rows);
 
 void NAME(row_moments_rows)(const NAME(Rows) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS, size = C / call->groups;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length, size = C / call->groups;
   const int threads = (int)call->threads;
   PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS);
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length);
     for (i64 group = 0; group < call->groups; group++) {
       const T *x = call->x + (n * C + group * size) * P + p0;
       double total[POSITIONS] = {0}, square[POSITIONS] = {0};
@@ -444,12 +459,12 @@ void NAME(column_moments_rows)(const NAME(Columns) *call) {
 }
 
 void NAME(affine_rows)(const NAME(Affine) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
   const int threads = (int)call->threads;
   Term terms[4];
   const int ns = NAME(sorted)(call->scale, 1, terms), nh = NAME(sorted)(call->shift, 1, terms + 2);
-  PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p = (task % blocks) * POSITIONS, width = smaller(P - p, POSITIONS), r = n * P + p;
+  BACKWARDS(task, N * blocks) {
+    const i64 n = task / blocks, p = (task % blocks) * length, width = smaller(P - p, length), r = n * P + p;
     A collected[4][POSITIONS];
     for (i64 c = 0; c < C; c++) {
       const i64 at = (n * C + c) * P + p;
@@ -462,13 +477,13 @@ void NAME(affine_rows)(const NAME(Affine) *call) {
 }
 
 void NAME(combine_rows)(const NAME(Combine) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
   const int threads = (int)call->threads;
   Term terms[2];
   const int ns = NAME(sorted)(call->scale, 1, terms);
   const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
-  PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS), r = n * P + p0;
+  BACKWARDS(task, N * blocks) {
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length), r = n * P + p0;
     A collected[2][POSITIONS], mean[POSITIONS], dmean[POSITIONS], dvar[POSITIONS];
     for (i64 c = 0; c < C; c++) {
       const i64 at = (n * C + c) * P + p0;
@@ -494,7 +509,7 @@ void NAME(combine_rows)(const NAME(Combine) *call) {
 }
 
 void NAME(sums_rows)(const NAME(Sums) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
   const int threads = (int)call->threads;
   const Term *terms = call->terms;
   Term all[5] = {terms[0], terms[1], terms[2], terms[3], {0}};
@@ -505,7 +520,7 @@ void NAME(sums_rows)(const NAME(Sums) *call) {
   for (int t = 0; t < 4; t++) kinds[t] = (terms[t].column ? ROW : 0) | (terms[t].row ? COLUMN : 0);
   A *sums = malloc((N * blocks * 4 * C + 1) * sizeof(A)); /* of each span, over its positions */
   PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS), r = n * P + p0;
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length), r = n * P + p0;
     A collected[5][POSITIONS], sum[4][POSITIONS] = {{0}}, beside[2][POSITIONS] = {{0}};
     double total[4][POSITIONS] = {{0}};
     for (i64 c = 0; c < C; c++) {
