@@ -247,3 +247,16 @@ def test_flex_norm_equals_the_composition(rule: str, way: str, monkeypatch: pyte
     else:
         assert way.startswith(("tokens", "masked", "features"))
         assert rule == "unitized"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5, 3)], ids=str)
+def test_gradcheck_and_gradgradcheck(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward by the kernels is right, and one that is itself differentiated leaves them."""
+    monkeypatch.setattr(gpu, "available", lambda x: x.dtype in gpu.DTYPES)
+    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in (shape, (3,), (3,))]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return flex_norm(x, rules.batch, weight, bias)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
