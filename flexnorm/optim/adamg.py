@@ -8,7 +8,7 @@ so that the direction stays what it was.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class AdamG(SphereOptimizer):
         ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
     """
 
+    _before: ClassVar[dict[str, object]] = {**SphereOptimizer._before, "off_manifold": "sgd"}
+
     def __init__(
         self,
         params: Params,
@@ -76,6 +78,7 @@ class AdamG(SphereOptimizer):
         maximize: bool = False,
         row_dim: int = 0,
         row_groups: int = 1,
+        row_units: int = 1,
         foreach: bool | None = None,
         compile: bool = False,
         ortho_every: int = 4,
@@ -96,9 +99,7 @@ class AdamG(SphereOptimizer):
         check_at_least_zero(group, "eps")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; groups of a state without ``off_manifold`` are older than the choice, and keep SGD."""
-        for group in state["param_groups"]:
-            group.setdefault("off_manifold", "sgd")
+        """Restore; a group without ``betas`` gets those of what moves it."""
         super().__setstate__(state)
         for group in self.param_groups:
             _fill_betas(group)
@@ -177,6 +178,7 @@ def adamg(
     maximize: bool = False,
     row_dim: int = 0,
     row_groups: int = 1,
+    row_units: int = 1,
     foreach: bool | None = None,
     compile: bool = False,
     workspace: Workspace | None = None,
@@ -187,8 +189,8 @@ def adamg(
     ``params``, ``grads``, ``workspace`` and ``observe`` are as for :func:`flexnorm.optim.sgdg`. ``exp_avgs`` are first
     moments, of the shapes of the weights, ``exp_avg_sqs`` second moments, ``(rows,)`` each, ``state_steps`` the steps
     taken so far, scalar tensors on the CPU, counted up here. ``lr``, ``betas``, ``eps``, ``grad_clip``, ``ortho``,
-    ``maximize``, ``row_dim``, ``row_groups``, ``foreach`` and ``compile`` are those of the class.
+    ``maximize``, ``row_dim``, ``row_groups``, ``row_units``, ``foreach`` and ``compile`` are those of the class.
     """
-    options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile)
+    options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile, row_units)
     state = State(exp_avgs if betas[0] else [], exp_avg_sqs, state_steps)
     take_step(params, grads, state, adam_rotation(lr, betas, eps), options, workspace, observe)

@@ -179,6 +179,17 @@ def unread_norm(module: nn.Module) -> str | None:
     return _look(module)[1]
 
 
+def normalizes(module: nn.Module) -> bool:
+    """Whether a module normalizes: a layer of this package, of torch, recognized by trying, or one that is not read.
+
+    Args:
+        module: Any module.
+    """
+    from flexnorm.nn import is_norm  # here, not above: the layers bring in the compiler
+
+    return is_norm(module) or any(_look(module))
+
+
 _Answer = tuple[NormBehavior | None, str | None]
 _known: weakref.WeakKeyDictionary[type[nn.Module], dict[Any, _Answer]] = weakref.WeakKeyDictionary()
 
