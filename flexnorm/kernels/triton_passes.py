@@ -48,7 +48,7 @@ class _View(NamedTuple):
     def tile(self) -> dict[str, int]:
         """BC and BP, as long as reasonable where memory is contiguous, the rest of the tile the other way."""
         if self.rows:
-            length = min(_power(self.positions), 1024)
+            length = min(_power(self.positions), 1024, _TILE)
             return {"BC": min(_power(self.channels), max(_TILE // length, 1)), "BP": length, **self.order()}
         length = min(_power(self.channels), 128)
         return {"BC": length, "BP": min(_power(self.positions), max(_TILE // length, 1)), **self.order()}
@@ -277,7 +277,7 @@ def _token_tile(view: _View, groups: int) -> dict[str, int]:
     wide = 32 if view.rows else 128
     bw = min(_power(view.channels // groups), wide)
     bg = min(_power(groups), wide // bw)
-    tokens = min(_power(view.positions), max(_TILE // wide, 1))
+    tokens = min(_power(view.positions), max(_TILE // (bw * bg), 1))
     while tokens > 4 and view.samples * _blocks(view.positions, tokens) * _blocks(groups, bg) < _PROGRAMS // 4:
         tokens //= 2
     return {"BP": tokens, "BG": bg, "BW": bw, **view.order()}

@@ -33,11 +33,10 @@ TOKENS = [(2, 6, 5, 3), (1, 1, 1, 1), (2, 36, 5, 12), (1, 192, 3, 64), (1, 300, 
 
 @pytest.fixture(params=["whole", "in parts"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shapes in one program, and in several, each of several steps, as large ones are."""
+    """Small shapes in one tile, and in parts of several tiles, as large ones are."""
     if request.param == "in parts":
-        monkeypatch.setattr(triton_passes, "_TILE", 64)
-    else:
-        monkeypatch.setattr(triton_passes, "_PROGRAMS", 1)
+        monkeypatch.setattr(triton_passes, "_TILE", 256)
+        monkeypatch.setattr(triton_passes, "_PROGRAMS", 8)
 
 
 def cases(shapes: list[tuple[int, ...]]) -> Any:
