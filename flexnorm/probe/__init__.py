@@ -1,6 +1,6 @@
 """Look into a model without leaving a trace: isolation, side forwards, points, one language to select layers."""
 
-from flexnorm.probe.axes import channel_axes, channel_axis
+from flexnorm.probe.axes import channel_axes, channel_axis, channels_first
 from flexnorm.probe.capture import CURVED_LOSSES, ImageTables, Loss, batch_norm_layers, capture
 from flexnorm.probe.forward import (
     Look,
@@ -45,6 +45,7 @@ __all__ = [
     "capture",
     "channel_axes",
     "channel_axis",
+    "channels_first",
     "check_watchable",
     "detached",
     "find_places",

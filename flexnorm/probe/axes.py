@@ -45,7 +45,8 @@ def channel_axis(module: nn.Module, ndim: int | None = None) -> int | None:
         The axis; ``None`` if the kind does not tell, as that of an activation function does not.
     """
     if isinstance(module, FlexNorm):
-        return module.channel_axis
+        several = len(getattr(module, "normalized_shape", ())) > 1
+        return 1 if several else module.channel_axis
     if isinstance(module, _LAST):
         return -1
     if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
@@ -56,6 +57,16 @@ def channel_axis(module: nn.Module, ndim: int | None = None) -> int | None:
     if found is None:
         return None
     return found.channel_axis if ndim is None or found.axis(ndim) is None else found.axis(ndim)
+
+
+def channels_first(module: nn.Module, x: Tensor) -> Tensor:
+    """The input or output ``x`` of a layer with its channels on axis 1, a view.
+
+    Args:
+        module: The layer; where its kind does not tell where the channels are, they are on axis 1.
+        x: (N, C, *spatial) or (..., C), as :func:`channel_axis` says.
+    """
+    return x.movedim(-1, 1) if x.ndim > 2 and channel_axis(module, x.ndim) == -1 else x
 
 
 def channel_axes(model: nn.Module, probe: Any, layers: Mapping[str, nn.Module], **side: Any) -> dict[str, int | None]:

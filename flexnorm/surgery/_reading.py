@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
-from flexnorm.nn import TORCH_LAYERS, NormPropUnits, is_norm, norm_class
+from flexnorm.nn import TORCH_LAYERS, LayerNorm, NormPropUnits, RMSNorm, is_norm, make_norm
 from flexnorm.probe import side_forward, unwrap
 from flexnorm.statistics import Frozen, is_frozen
 
@@ -77,6 +77,7 @@ class Source:
     origin: type[nn.Module] | None = None  # class to restore on the way back, for layers of other packages
     tables: Mapping[str, Tensor] = field(default_factory=dict)  # per channel: parameters whose shape changes on the way
     notes: tuple[str, ...] = ()  # what a report should say
+    flat: bool = False  # whether its input has been seen to be (N, C), where all places of the channels are the same
 
     @property
     def tracks(self) -> bool:
@@ -88,7 +89,8 @@ def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
     """Norm name and spatial axes (``None`` for any) of a declared layer class or one of torch's."""
     if issubclass(cls, Norm):
         axes = cls.spatial()
-        known = cls in NORMS.get(cls.norm_name, {}).values()
+        layers = NORMS.get(cls.norm_name, {}).values()
+        known = cls in layers or any(cls is layer.placed(-1) for layer in layers)
         return (cls.norm_name, axes[0] if len(axes) == 1 else None) if known else None
     for name, classes in TORCH_LAYERS.items():
         if cls in classes:
@@ -99,7 +101,7 @@ def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
 def blank(name: str, ndim: int | None, features: int, config: Mapping[str, Any], *, frozen: bool = False) -> Norm:
     """A layer of that norm as the constructor leaves it, without memory."""
     with torch.device("meta"):
-        layer = norm_class(name, ndim).build(features, **config)
+        layer = make_norm(name, features, ndim, **config)
     return layer.freeze() if frozen and isinstance(layer, FlexNorm) else layer
 
 
@@ -136,9 +138,11 @@ def read(module: nn.Module) -> Source:
         return Source(module, norm, 2, config, True, type(module), notes=("statistics frozen",))
     known, name, ndim, origin = _known_class(type(module))
     if known in (nn.LayerNorm, nn.RMSNorm):
-        return _read_last_axes(module, name)
-    arguments = constructor_arguments(known) - {"num_features", "num_channels", "bias"}
+        return _read_last_axes(module, known, name)
+    arguments = constructor_arguments(known) - {"num_features", "num_channels", "normalized_shape", "bias"}
     config = {argument: getattr(module, argument) for argument in arguments if hasattr(module, argument)}
+    if "elementwise_affine" in config:
+        config["affine"] = config.pop("elementwise_affine")
     if isinstance(module, Norm):
         ndim = module.__dict__.get("_ndim", ndim)
         return Source(module, module, ndim, config, frozen, getattr(module, "_origin", None))
@@ -174,24 +178,24 @@ def _known_class(cls: type[nn.Module]) -> tuple[type[nn.Module], str, int | None
     raise RefusedError(f"{cls.__name__} is no layer that convert() knows; pass a function (module) -> module as `to`")
 
 
-def _read_last_axes(module: nn.Module, name: str) -> Source:
-    """``nn.LayerNorm`` and ``nn.RMSNorm``, which normalize the last axes, where these are channels and positions."""
+def _read_last_axes(module: nn.Module, known: type[nn.Module], name: str) -> Source:
+    """``nn.LayerNorm`` and ``nn.RMSNorm``: of the last axis, tokens; of several, channels and positions if they can."""
     shape: tuple[int, ...] = tuple(module.normalized_shape)  # type: ignore[arg-type]
-    if len(shape) > 4:
-        raise RefusedError(f"normalizes {len(shape)} axes; the layers here take channels and up to 3 spatial axes")
+    config = {"eps": module.eps, "affine": bool(module.elementwise_affine)}
+    values = {key: value for key in ("weight", "bias") if (value := module._parameters.get(key)) is not None}
     tables: dict[str, Tensor] = {}
-    for key in ("weight", "bias"):
-        value = module._parameters.get(key)
-        if value is None or len(shape) == 1:
-            continue
+    of_channels = 1 < len(shape) < 5
+    for key, value in values.items() if of_channels else ():
         table = value.detach().flatten(1)
-        if not torch.equal(table, table[:, :1].expand_as(table)):
-            raise RefusedError(f"its {key} differs from position to position, the layers here have one per channel")
+        of_channels = of_channels and torch.equal(table, table[:, :1].expand_as(table))
         tables[key] = table[:, 0].clone()
+    if not of_channels:
+        cls = LayerNorm if known is nn.LayerNorm else RMSNorm
+        with torch.device("meta"):
+            norm = cls(shape, eps=module.eps, elementwise_affine=config["affine"])  # type: ignore[arg-type]
+        return Source(module, norm, None, {**config, "channel_axis": -1})
+    config["eps"] = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
     notes = (f"parameters {shape} become ({shape[0]},)",) if tables else ()
-    eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
-    config = {"eps": eps, "affine": bool(module.elementwise_affine)}
-    # (C,) on the last axis is (N, C) only where the input has two axes; ndim 0 says so to the conversion.
     ndim = len(shape) - 1
     return Source(module, blank(name, ndim, shape[0], config), ndim, config, tables=tables, notes=notes)
 

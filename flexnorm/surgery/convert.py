@@ -208,7 +208,7 @@ def _step(
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
     if target.restores and not isinstance(module, (Norm, NormPropUnits)):
         return _Step(place, replace(row, status="keep", reason="not a layer of this package"), fits=True)
-    source = read(module)
+    source = replace(read(module), flat=seen == {2})
     ndim = _spatial_axes(source, target, seen, neighbours)
     cls = target.class_for(source, ndim)
     if not target.kwargs and cls in type(module).__mro__ and not source.origin:
@@ -228,9 +228,8 @@ def _step(
 def _spatial_axes(source: Source, target: Target, seen: set[int], neighbours: int | None) -> int:
     name = type(source.module).__name__
     last_axes = isinstance(source.module, (nn.LayerNorm, nn.RMSNorm))
-    if last_axes and source.ndim == 0 and seen != {2}:
-        found = f"its input has {sorted(seen)} axes" if seen else "no example_input shows how many axes its input has"
-        raise RefusedError(f"normalizes the last axis, which is the channels only of (N, C) input; {found}")
+    if target.where(source)[0] == -1:
+        return target.ndim or source.ndim or 1
     if last_axes and source.ndim and seen - {source.ndim + 2}:
         raise RefusedError(f"normalizes the last {source.ndim + 1} of {sorted(seen)} axes, not channels and positions")
     if source.ndim is not None:

@@ -18,7 +18,7 @@ from flexnorm._messages import nothing_done
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.nn import NoNorm, NormPropUnits, called_norms
 from flexnorm.nn.rules import standardize
-from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
+from flexnorm.probe import Place, Selection, channel_axis, find_places, select_places, unwrap
 from flexnorm.surgery._producers import LINEAR, Producers, executed, traced
 from flexnorm.surgery._reading import RefusedError, ThenAct, is_candidate, name_of, read
 from flexnorm.surgery._targets import of_batches
@@ -302,7 +302,8 @@ def _fold_one(
     if reason:
         return replace(row, reason=reason)
     absorb(linear, scale, shift)
-    rest: list[nn.Module] = [MatrixOnly()] if isinstance(linear, nn.Linear) else []
+    matrix = isinstance(linear, nn.Linear) and channel_axis(norm) == 1
+    rest: list[nn.Module] = [MatrixOnly()] if matrix else []
     if "act" in norm._modules:
         rest += [m for m in norm._modules.values() if m is not None and type(m) is not nn.Identity]
     substitute = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
@@ -324,7 +325,9 @@ def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], 
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (linear, norm)):
         return "it, or the linear map before it, has forward hooks or a replaced forward"
     matrix = isinstance(linear, nn.Linear)
-    if channels != (linear.out_features if matrix else linear.out_channels) or (matrix and axes - {2}):
+    last = channel_axis(norm) == -1
+    elsewhere = axes - {2} if matrix and not last else last and not matrix
+    if channels != (linear.out_features if matrix else linear.out_channels) or elsewhere:
         return "its channels are not the outputs of the linear map before it"
     return ""
 

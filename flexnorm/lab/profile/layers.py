@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm.nn import needs_batch
-from flexnorm.probe import Selection, channel_axes, channel_axis, first_tensor, normalizes, select_layers, side_forward
+from flexnorm.probe import (
+    Selection,
+    channel_axes,
+    channel_axis,
+    channels_first,
+    first_tensor,
+    normalizes,
+    select_layers,
+    side_forward,
+)
 from flexnorm.shift import layer_bound, second_moment_excess
 from flexnorm.statistics import Pool
 
@@ -254,7 +263,9 @@ class BoundWatch:
         def look(name: str, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
             x = first_tensor(inputs)
             if name in self._fixed and x is not None and float(getattr(module, "clipped", 0.0)) == 0:
-                var, mean = torch.var_mean(x.detach().movedim(1, 0).flatten(1).double(), dim=1, correction=0)
+                var, mean = torch.var_mean(
+                    channels_first(module, x.detach()).movedim(1, 0).flatten(1).double(), dim=1, correction=0
+                )
                 # A population layer lets the batch into its statistics first; what it used is in it afterwards.
                 used_mean, used_var = (getattr(module, key).to(mean) for key in ("running_mean", "running_var"))
                 eps = float(getattr(module, "eps", 0.0))
