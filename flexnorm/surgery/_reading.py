@@ -151,6 +151,8 @@ def read(module: nn.Module) -> Source:
     try:
         known, name, ndim, origin = _known_class(type(module))
     except RefusedError as refusal:
+        if isinstance(module, Norm):
+            raise
         return _read_tried(module, refusal)
     if known in (nn.LayerNorm, nn.RMSNorm):
         return _read_last_axes(module, known, name)
