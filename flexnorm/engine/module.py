@@ -133,6 +133,8 @@ class FlexNorm(Norm):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "rule" in cls.__dict__ and "twin" not in cls.__dict__ and not cls.__module__.startswith("flexnorm."):
+            cls.twin = FlexNorm.twin  # type: ignore[method-assign]  # torch's function is that of the rule above it
         for parent in cls.__bases__:
             # The 1d, 2d and 3d forms of a layer share a private parent, which documents them.
             if parent.__name__.startswith("_") and cls.__doc__ and parent.__doc__ and "\n    Args:" not in cls.__doc__:

@@ -3,7 +3,7 @@ r"""Which weights of a network are scale invariant, found by trying.
 A weight vector is scale invariant if the output of the network in training mode does not change when the vector is
 multiplied by a positive number. Whether that holds depends on what comes behind it, so it is not read off the code but
 tested. By Euler's identity the inner product of such a vector with the gradient of any output vanishes: one forward and
-two backwards, of random projections of the output, tell that of every row of every weight at once, and of blocks of
+one backward, of a random projection of the output, tell that of every row of every weight at once, and of blocks of
 rows that are only invariant together (heads, matrices). What passes is confirmed sharply: every vector gets its own
 factor, a power of two, all in one forward, and the outputs are compared; where that fails, weight by weight. Parameters
 and inputs are random meanwhile, and eps constants nearly nothing: docs/optim.md says why.
@@ -182,7 +182,7 @@ def _test(report: WeightReport, probe: Probe, tolerance: float) -> WeightReport:
         return _invariant(report, 1, change)
     if probe.distance(name, weight * 4) / influence <= tolerance:
         return _invariant(report, report.rows, change)
-    return replace(report, reason=_CHANGES.format(change), change=change)
+    return replace(report, reason=_CHANGES.format(change), change=change, together=0)
 
 
 def _invariant(report: WeightReport, together: int, change: float) -> WeightReport:
@@ -194,6 +194,7 @@ def _invariant(report: WeightReport, together: int, change: float) -> WeightRepo
     return replace(report, selected=together == 1, reason=reason, change=change, together=together)
 
 
+_ROUNDING = 1e-4  # of a deep network in float32; what is not invariant, and passed by chance, changes far more
 _CHANGES = "rescaling rows changes the output ({:.2g} of what a new direction does)"
 
 
@@ -205,11 +206,11 @@ def _verdicts(reports: list[WeightReport], probe: Probe, tolerance: float) -> di
         return {report.name: _test(report, probe, tolerance) for report in reports}
     found, hopeful = {}, []
     for report in reports:
-        weight, grads = probe.parameters[report.name], slopes[report.name]
-        if not any(bool(grad.any()) for grad in grads):
+        weight, grad = probe.parameters[report.name], slopes[report.name]
+        if not bool(grad.any()):
             found[report.name] = _test(report, probe, tolerance)
             continue
-        share, together = _euler(report, weight, grads, tolerance)
+        share, together = _euler(report, weight, grad, tolerance)
         if together:
             hopeful.append(replace(report, together=together))
         else:
@@ -217,21 +218,21 @@ def _verdicts(reports: list[WeightReport], probe: Probe, tolerance: float) -> di
     return found | {report.name: report for report in _confirmed(hopeful, probe, tolerance)}
 
 
-def _euler(report: WeightReport, weight: Tensor, grads: list[Tensor], tolerance: float) -> tuple[float, int]:
-    """Return the largest part of gradients along a row, and how many rows together have none of it (0: no number)."""
+def _euler(report: WeightReport, weight: Tensor, grad: Tensor, tolerance: float) -> tuple[float, int]:
+    """Return the largest part of a gradient along a row, and how many rows together have none of it (0: no number)."""
     layout = RowLayout.of(weight, report.row_dim, report.row_groups)
-    products = torch.stack([to_rows(weight * grad, layout).double() for grad in grads])  # (projections, rows, n)
-    along, size = products.sum(2), products.abs().sum(2)
+    products = to_rows(weight * grad, layout)
+    along, size = products.sum(1, dtype=torch.float64), products.abs().sum(1, dtype=torch.float64)
     share = along.abs() / size.clamp_min(torch.finfo(size.dtype).tiny)
     if float(share.max()) <= tolerance:
         return float(share.max()), 1
     for units in range(2, layout.rows + 1):
         if (layout.rows // layout.blocks) % units == 0 or units == layout.rows:
-            # Blocks whose rows do depend on their length, but in sum do not; the rest is rounding.
-            total = along.view(len(grads), -1, units).sum(2).abs()
-            parts = along.abs().view(len(grads), -1, units).sum(2)
-            rounding = 1e-6 * size.view(len(grads), -1, units).sum(2)
-            if bool((total <= tolerance * parts + rounding).all()):
+            # Blocks whose rows do depend on their length, but in sum do not; the rest is rounding. Few blocks may
+            # seem to by chance, hence sharper.
+            total, parts = along.view(-1, units).sum(1).abs(), along.abs().view(-1, units).sum(1)
+            rounding = 1e-6 * size.view(-1, units).sum(1)
+            if bool((total <= tolerance / 10 * parts + rounding).all()):
                 return float(share.max()), units
     return float(share.max()), 0
 
@@ -241,19 +242,22 @@ def _confirmed(
 ) -> list[WeightReport]:
     """Rescale all vectors of all these weights in one forward; where that shows, halves of them, then single ones."""
     change = _joint_change(reports, probe) if change is None else change
-    if change <= probe.rounding or (len(reports) == 1 and change <= tolerance):
+    if change <= _ROUNDING or (len(reports) == 1 and change <= tolerance):
         return [_invariant(report, report.together, change) for report in reports]
     if len(reports) == 1:
         return [_test(reports[0], probe, tolerance)]
     middle = len(reports) // 2
     halves = [(half, _joint_change(half, probe)) for half in (reports[:middle], reports[middle:])]
-    if all(change > probe.rounding for _, change in halves):  # few are sharply invariant: eps constants in functions
+    if all(change > _ROUNDING for _, change in halves):  # few are sharply invariant: eps constants in functions
         return [found for report in reports for found in _confirmed([report], probe, tolerance)]
     return [found for half, change in halves for found in _confirmed(half, probe, tolerance, change)]
 
 
 def _joint_change(reports: list[WeightReport], probe: Probe) -> float:
-    """Change of the output when all vectors are rescaled, relative to that when all have new directions."""
+    """Change of the output when all vectors are rescaled, relative to that when all have new directions.
+
+    If that is more than rounding in the precision of the model, it is measured in float64.
+    """
     scaled, other = {}, {}
     for report in reports:
         weight = probe.parameters[report.name]
@@ -263,7 +267,10 @@ def _joint_change(reports: list[WeightReport], probe: Probe) -> float:
         from_rows(to_rows(weight, layout) * factors.to(weight).unsqueeze(1), scaled[report.name], layout)
         other[report.name] = probe.another(weight)
     influence = probe.change(other)
-    return probe.change(scaled) / influence if influence > 0 else math.inf
+    if not influence > 0:
+        return math.inf
+    change = probe.change(scaled) / influence
+    return change if change <= _ROUNDING else probe.change(scaled, exact=True) / influence
 
 
 @contextmanager
@@ -279,7 +286,6 @@ class Probe:
 
     Attributes:
         parameters: The random parameters by name.
-        rounding: Largest change that :meth:`change` gives for what changes nothing.
     """
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
@@ -287,7 +293,6 @@ class Probe:
         self.device = next(model.parameters()).device
         self._generator = torch.Generator().manual_seed(0)
         self.args, self.kwargs = self._noise(example_input)
-        self.rounding = 1e-5
         self._exact_base: Tensor | None = None
         self._eps = [
             (module, name, value)
@@ -358,26 +363,29 @@ class Probe:
         """
         return _relative(self.run({name: weight}), self._base)
 
-    def change(self, changed: dict[str, Tensor]) -> float:
-        """Return the same for many parameters exchanged at once, in float64 where the model runs in it."""
-        if self._exact_base is None:
+    def change(self, changed: dict[str, Tensor], *, exact: bool = False) -> float:
+        """Return the same for many parameters exchanged at once; ``exact``: in float64 where the model runs in it."""
+        if exact and self._exact_base is None:
             try:
                 self._exact_base = self.run({}, exact=True)
             except Exception:  # noqa: BLE001 - what a model that is not ours raises for another dtype
                 self._exact_base = self._base
-        exact = self._exact_base is not self._base
-        self.rounding = 1e-5 if exact else 1e-4
-        return _relative(self.run(changed, exact=exact), self._exact_base)
+        if not exact or self._exact_base is None or self._exact_base is self._base:
+            return _relative(self.run(changed), self._base)
+        return _relative(self.run(changed, exact=True), self._exact_base)
 
-    def slopes(self, names: list[str]) -> dict[str, list[Tensor]]:
-        """Return the gradients of two random projections of the outputs with respect to some parameters."""
+    def slopes(self, names: list[str]) -> dict[str, Tensor]:
+        """Return the gradients of a random projection of the outputs with respect to some parameters."""
         buffers = {name: _wide(b).clone() for name, b in self.model.named_buffers()}
         leaves = {name: self.parameters[name].detach().requires_grad_() for name in names}
         state = {f"model.{name}": t for name, t in {**self.parameters, **buffers, **leaves}.items()}
         call = _Projected(self.model, list(leaves.values()), self._generator)
         with private_randomness({self.device}, 0), torch.enable_grad():
-            first, second = torch.func.functional_call(call, state, (self.args, self.kwargs))
-        return {name: [first[i], second[i]] for i, name in enumerate(names)}
+            grads = torch.func.functional_call(call, state, (self.args, self.kwargs))
+        return {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), grads, strict=True)
+        }
 
 
 class _Projected(nn.Module):
@@ -387,14 +395,10 @@ class _Projected(nn.Module):
         super().__init__()
         self.model, self.leaves, self.generator = model, leaves, generator
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[Tensor]]:
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
         output = _flat(self.model(*args, **kwargs))
-        found = []
-        for _ in range(2):
-            along = torch.randn(output.shape, generator=self.generator).to(output)
-            grads = torch.autograd.grad(output, self.leaves, along, retain_graph=True, allow_unused=True)
-            found.append([torch.zeros_like(p) if g is None else g for p, g in zip(self.leaves, grads, strict=True)])
-        return found
+        along = torch.randn(output.shape, generator=self.generator).to(output)
+        return torch.autograd.grad(output, self.leaves, along, allow_unused=True)
 
 
 def _flat(output: Any) -> Tensor:

@@ -96,6 +96,13 @@ class NormBehavior:
             self.over, "batch"
         )
 
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Names of the layer's weight, bias and running statistics, by those that torch's layers have for them."""
+        names = {"weight": self.weight, "bias": self.bias}
+        names |= dict(zip(("running_mean", "running_var"), self.running or (), strict=False))
+        return {new: old for new, old in names.items() if old is not None}
+
     def axis(self, ndim: int) -> int | None:
         """The axis of the channels (1 or -1) of an input with so many axes; ``None`` if it was not verified on such.
 

@@ -13,7 +13,7 @@ import flexnorm
 from flexnorm.engine import Moments, flex_norm
 from flexnorm.kernels import layout, normalization
 from flexnorm.kernels.layout import Layout, layout_of, memory_order, positions_of
-from flexnorm.nn import reference, rules
+from flexnorm.nn import BatchNorm2d, reference, rules
 
 BACKENDS = ["c", "torch", "composed"]
 SHAPES = [(6, 4), (5, 3, 7), (4, 6, 5, 3), (2, 3, 4, 3, 2), (1, 4, 6, 6), (3, 1, 4, 4), (3, 4, 1, 1), (3, 300, 2, 2)]
@@ -416,3 +416,10 @@ def test_a_trace_holds_the_operations_and_not_the_numbers(norm: str, shape: tupl
         traced = torch.jit.trace(layer, torch.randn(shape), check_trace=False)
         x = torch.randn(shape)
         torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rule_of_ones_own_is_what_small_inputs_are_normalized_by() -> None:
+    own = type("Own", (BatchNorm2d,), {"rule": lambda self, moments: (self.weight, self.bias)})
+    x = torch.randn(2, 6, 3, 3)
+    for layer in (own(6).train(), own(6).eval()):
+        torch.testing.assert_close(layer(x), x)

@@ -25,7 +25,6 @@ def test_a_network_of_everything():
     assert "rescaling rows changes the output" in report["block.conv2.weight"].reason
     assert "rescaling rows changes the output" in report["head.weight"].reason
     assert "vector" in report["stem.bias"].reason
-    assert report["grouped.weight"].change == 0  # to the last bit: it has no bias to round
     assert all(report[name].change < 1e-5 for name in INVARIANT)
     up = report["up.weight"]
     assert (up.rows, up.n, up.row_dim, up.row_groups) == (12, 4 * 9, 1, 2)
