@@ -273,14 +273,13 @@ class TokenMoments(Moments):
     """The moments that a rule for tokens receives: those of each token and channel are the values themselves."""
 
     def __init__(self, source: Tokens, process_group: ProcessGroup | None, differentiable: bool = True) -> None:
-        super().__init__(process_group=process_group, _compute=self._values)
+        def compute(wanted: bool) -> Pair:  # a method would make a circle, in which the graph lives until it is found
+            values = source.matrix if wanted and differentiable else source.matrix.detach()
+            return values, torch.zeros_like(values)
+
+        super().__init__(process_group=process_group, _compute=compute)
         self._source = source
         self._differentiable = differentiable
-
-    def _values(self, differentiable: bool) -> Pair:
-        values = self._source.matrix
-        values = values if differentiable and self._differentiable else values.detach()
-        return values, torch.zeros_like(values)
 
     def detach(self) -> Moments:
         """Return the same moments outside the graph: for running statistics, at the price of one forward pass only."""
