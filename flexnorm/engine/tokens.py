@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine.factored import Factored
-from flexnorm.engine.moments import Moments, check_groups
+from flexnorm.engine.moments import Moments, check_groups, pool_positions
 from flexnorm.kernels import tokens
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.passes import gradients, must_compose
@@ -313,18 +313,3 @@ class TokenMoments(Moments):
             count = count.repeat_interleave(source.positions, 0)
         mean, var = (t.repeat_interleave(source.positions, 0) for t in (mean, var))
         return self._with(mean, var, count)
-
-
-def pool_positions(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-    """Moments (N, C) of values (N, P, C) weighted (N, P, 1), and how many stand behind each; weight 0 is no value."""
-    if weights is None:
-        if values.numel() == 0:
-            zeros = values.sum(1)
-            return zeros, zeros, values.shape[1]
-        var, mean = torch.var_mean(values, 1, correction=0)
-        return mean, var, values.shape[1]
-    count = weights.sum(1)
-    share = weights / torch.where(count > 0, count, 1).unsqueeze(1)
-    values = torch.where(weights > 0, values, 0)
-    mean = (share * values).sum(1)
-    return mean, (share * (values - mean.unsqueeze(1)).square()).sum(1), count
