@@ -68,7 +68,7 @@ CALLS = {
                 r"convert to torch.batch changed nothing: 0 of 1 norms .second: LayerNorm, torch's batch layer has no"),
     "convert by a function": (lambda m: flexnorm.convert(m, lambda _: None, include="second"), "leaves it"),
     "convert_to_normprop": (lambda m: flexnorm.convert_to_normprop(m, X),
-                            "convert_to_normprop.* 0 of 3 layers .second, up, down: the model cannot be traced"),
+                            "convert_to_normprop.* 0 of 5 layers .first, second, third, up and 1 more: the model"),
     "param_groups": (lambda m: param_groups(m, 0.1, 0.1, 0.0, X), "0 of 2 weights .up.weight, down.weight"),
     "SphereMonitor": (lambda m: SphereMonitor(sgdg(m), m.named_parameters()), "sees nothing: 0 of 7 parameters"),
     "normalize_weights_": (normalize_weights_, "the model has no NormProp layers"),

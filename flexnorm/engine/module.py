@@ -133,6 +133,8 @@ class FlexNorm(Norm):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "rule" in cls.__dict__ and "twin" not in cls.__dict__ and not cls.__module__.startswith("flexnorm."):
+            cls.twin = FlexNorm.twin  # type: ignore[method-assign]  # torch's function is that of the rule above it
         for parent in cls.__bases__:
             # The 1d, 2d and 3d forms of a layer share a private parent, which documents them.
             if parent.__name__.startswith("_") and cls.__doc__ and parent.__doc__ and "\n    Args:" not in cls.__doc__:
@@ -247,13 +249,8 @@ class FlexNorm(Norm):
         Returns:
             A tensor of the shape, type and memory format of ``x``.
         """
-        if segments is None:
-            self.check_input(x)
-        elif x.dim() != 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} with segments expects (R, {self.num_features}), one row for each position, got "
-                f"shape {tuple(x.shape)}"
-            )
+        # Rows in segments are the positions of one long sequence, as far as its shape goes.
+        self.check_input(x if segments is None else x.unsqueeze(0).movedim(-1, self.channel_axis))
         if mask is None and segments is None:
             y = by_torch(x, self.channel_axis, self.per_position, self.twin)
             if y is not None:

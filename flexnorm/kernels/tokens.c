@@ -13,15 +13,26 @@
  */
 #ifndef T
 
+#include <stdint.h>
+
 #define SELF "tokens.c"
 #define CHUNK 128    /* tokens summed at once */
 #define TILE 64      /* tokens whose moments are taken at once, of so many channels that all stay in the fastest cache */
 #define CHANNELS 128
 #define TILES 8      /* in a row, by one thread */
-#define POSITIONS 256 /* tokens at once in "rows" order */
+#define POSITIONS 512 /* most tokens at once in "rows" order */
 
-typedef struct { const void *row; long long groups; const void *column; } Term; /* without either, there is none */
+typedef struct { const void *row; int64_t groups; const void *column; } Term; /* without either, there is none */
 
+/* From the last to the first, of those that each thread has: a pass reads first what the one before it, which went the
+ * other way, has left in the cache. */
+#define BACKWARDS(i, count) \
+  PARALLEL for (int part = 0; part < threads; part++) \
+    for (i64 i = (count) * (part + 1) / threads - 1; i >= (count) * part / threads; i--)
+
+#ifdef __AVX512F__
+#pragma GCC target("prefer-vector-width=512")
+#endif
 #include "each_type.h"
 
 #else
@@ -156,7 +167,7 @@ void NAME(affine_cols)(const NAME(Affine) *call) {
   Term terms[4];
   const int ns = NAME(sorted)(call->scale, 0, terms), nh = NAME(sorted)(call->shift, 0, terms + 2);
   const i64 width = NAME(span_of)(terms, 4, C);
-  PARALLEL for (i64 r = 0; r < R; r++)
+  BACKWARDS(r, R)
     for (i64 c = 0; c < C; c += width) {
       NAME(Sum) s = {0}, h = {0};
       NAME(at)(&s, terms, ns, r, c, C);
@@ -165,11 +176,8 @@ void NAME(affine_cols)(const NAME(Affine) *call) {
     }
 }
 
-typedef struct {
-  const T *x, *g; T *dx; i64 N, C, P, threads, one; Term scale[2];
-  const A *row_mean, *row_dmean, *row_dvar; i64 groups; double row_size;
-  const A *column_mean, *column_dmean, *column_dvar, *weights; double column_size;
-} NAME(Combine);
+typedef struct { const A *mean, *dmean, *dvar, *weights; i64 groups; double size; } NAME(Source); /* none: no mean */
+typedef struct { const T *x, *g; T *dx; i64 N, C, P, threads, one; Term scale[2]; NAME(Source) rows, columns; } NAME(Combine);
 
 typedef struct { A p, q, m, w; const A *P, *Q, *M, *W; } NAME(Through);
 
@@ -198,31 +206,31 @@ static void NAME(combine_of)(const T *g, const T *x, T *dx, NAME(Sum) s, NAME(Th
 void NAME(combine_cols)(const NAME(Combine) *call) {
   const i64 R = call->N * call->P, C = call->C;
   const int threads = (int)call->threads;
-  const A *weights = call->weights;
+  const A *weights = call->columns.weights;
   Term terms[3] = {{0}};
-  const int ns = NAME(sorted)(call->scale, 0, terms), rows = call->row_mean != NULL, columns = call->column_mean != NULL;
-  if (rows) terms[2] = (Term){call->row_mean, call->groups, NULL};
-  const i64 width = NAME(span_of)(terms, 3, C), groups = call->groups;
-  const A row_factor = (A)(1 / call->row_size), column_factor = (A)(1 / call->column_size);
+  const int ns = NAME(sorted)(call->scale, 0, terms), rows = call->rows.mean != NULL, columns = call->columns.mean != NULL;
+  if (rows) terms[2] = (Term){call->rows.mean, call->rows.groups, NULL};
+  const i64 width = NAME(span_of)(terms, 3, C), groups = call->rows.groups;
+  const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
   A *P = NULL;
   if (columns) {
     P = malloc(2 * C * sizeof(A));
     for (i64 c = 0; c < C; c++) {
-      P[c] = call->column_dmean ? call->column_dmean[c] * column_factor : 0;
-      P[C + c] = call->column_dvar ? 2 * call->column_dvar[c] * column_factor : 0;
+      P[c] = call->columns.dmean ? call->columns.dmean[c] * column_factor : 0;
+      P[C + c] = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
     }
   }
-  PARALLEL for (i64 r = 0; r < R; r++)
+  BACKWARDS(r, R)
     for (i64 c = 0; c < C; c += width) {
       NAME(Sum) s = {.constant = (A)call->one};
       NAME(at)(&s, terms, ns, r, c, C);
       NAME(Through) t = {0};
       if (rows) {
-        t.m = NAME(of_row)(call->row_mean, groups, r, c, C);
-        t.p = call->row_dmean ? NAME(of_row)(call->row_dmean, groups, r, c, C) * row_factor : 0;
-        t.q = call->row_dvar ? 2 * NAME(of_row)(call->row_dvar, groups, r, c, C) * row_factor : 0;
+        t.m = NAME(of_row)(call->rows.mean, groups, r, c, C);
+        t.p = call->rows.dmean ? NAME(of_row)(call->rows.dmean, groups, r, c, C) * row_factor : 0;
+        t.q = call->rows.dvar ? 2 * NAME(of_row)(call->rows.dvar, groups, r, c, C) * row_factor : 0;
       }
-      if (columns) t.P = P + c, t.Q = P + C + c, t.M = call->column_mean + c, t.w = weights ? weights[r] : 1;
+      if (columns) t.P = P + c, t.Q = P + C + c, t.M = call->columns.mean + c, t.w = weights ? weights[r] : 1;
       const T *g = call->g + r * C + c, *x = call->x + r * C + c;
       T *dx = call->dx + r * C + c;
 NAME(combine_of)(g, x, dx, s, t, ns, rows, columns && t.w > 0, width);
@@ -234,7 +242,7 @@ NAME(combine_of)(g, x, dx, s, t, ns, rows, columns && t.w > 0, width);
  * terms of scale and g for those of shift. */
 typedef struct {
   const T *x, *g; i64 N, C, P, threads; const A *center; i64 center_groups; /* 0 for one per channel */
-  Term terms[4]; A *of_row[4], *of_column[4];
+  Term terms[4]; struct { A *row, *column; } found[4];
 } NAME(Sums);
 
 enum { NAME(ROW) = 1, NAME(COLUMN) = 2 };
@@ -348,7 +356,7 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
           if (!terms[t].row) continue;
           const i64 group = C / terms[t].groups;
           if (c % group) continue; /* the group goes on */
-          call->of_row[t][(c - 1) / group + r * terms[t].groups] = (A)dots[t];
+          call->found[t].row[(c - 1) / group + r * terms[t].groups] = (A)dots[t];
           dots[t] = 0;
         }
       }
@@ -357,12 +365,18 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
   for (int t = 0; t < 4; t++)
     if (terms[t].column)
       NAME(total)(sums + slot[t] * C, t < 2 && center ? sums + slot[4 + t] * C : NULL, center == COLUMN ? call->center : NULL,
-                  call->of_column[t], chunks, slots * C, C, threads);
+                  call->found[t].column, chunks, slots * C, C, threads);
   free(sums);
 }
 
 /* "rows" order. The spans are those of the positions of one channel, and the factors change places: that of the tokens
  * lies along the span, that of the channels is one number. */
+
+/* Equal spans, of whole vectors. */
+static i64 NAME(length)(i64 P) {
+  const i64 blocks = (P + POSITIONS - 1) / POSITIONS;
+  return ((P + blocks - 1) / blocks + 15) / 16 * 16;
+}
 
 /* A row factor at the positions of a span, for the group of channel c: in place, or collected when the group begins. */
 ALWAYS const A *NAME(along)(const void *row, i64 groups, i64 r, i64 c, i64 C, i64 width, A *collected) {
@@ -384,10 +398,10 @@ ALWAYS void NAME(at_channel)(NAME(Sum) *sum, const Term *terms, int rows, i64 r,
 typedef struct { const T *x; A *mean, *var; i64 N, C, P, threads, groups; } NAME(Rows);
 
 void NAME(row_moments_rows)(const NAME(Rows) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS, size = C / call->groups;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length, size = C / call->groups;
   const int threads = (int)call->threads;
   PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS);
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length);
     for (i64 group = 0; group < call->groups; group++) {
       const T *x = call->x + (n * C + group * size) * P + p0;
       double total[POSITIONS] = {0}, square[POSITIONS] = {0};
@@ -414,45 +428,13 @@ void NAME(row_moments_rows)(const NAME(Rows) *call) {
   }
 }
 
-/* Moments (N, C) of each sample over the positions, which weigh (N, P). */
-void NAME(column_moments_rows)(const NAME(Columns) *call) {
-  const i64 N = call->N, C = call->C, P = call->P;
-  const int threads = (int)call->threads;
-  PARALLEL for (i64 task = 0; task < N * C; task++) {
-    const T *x = call->x + task * P;
-    const A *weights = call->weights + task / C * P;
-    double n = 0, total = 0, rest = 0, square = 0;
-    for (i64 p0 = 0; p0 < P; p0 += BLOCK) {
-      A sum = 0, count = 0;
-      ADDING(sum, count) for (i64 p = p0; p < smaller(p0 + BLOCK, P); p++) {
-        count += weights[p];
-        sum += weights[p] > 0 ? weights[p] * LOAD(x[p]) : 0;
-      }
-      total += sum, n += count;
-    }
-    const A m = (A)(n > 0 ? total / n : 0);
-    for (i64 p0 = 0; p0 < P; p0 += BLOCK) {
-      A sum = 0, off = 0;
-      ADDING(sum, off) for (i64 p = p0; p < smaller(p0 + BLOCK, P); p++) {
-        const A d = weights[p] > 0 ? LOAD(x[p]) - m : 0;
-        off += weights[p] * d;
-        sum += weights[p] * d * d;
-      }
-      square += sum, rest += off;
-    }
-    const double off = n > 0 ? rest / n : 0, v = n > 0 ? square / n - off * off : 0;
-    call->mean[task] = (A)(m + off);
-    call->var[task] = (A)(v < 0 ? 0 : v);
-  }
-}
-
 void NAME(affine_rows)(const NAME(Affine) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
   const int threads = (int)call->threads;
   Term terms[4];
   const int ns = NAME(sorted)(call->scale, 1, terms), nh = NAME(sorted)(call->shift, 1, terms + 2);
-  PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p = (task % blocks) * POSITIONS, width = smaller(P - p, POSITIONS), r = n * P + p;
+  BACKWARDS(task, N * blocks) {
+    const i64 n = task / blocks, p = (task % blocks) * length, width = smaller(P - p, length), r = n * P + p;
     A collected[4][POSITIONS];
     for (i64 c = 0; c < C; c++) {
       const i64 at = (n * C + c) * P + p;
@@ -465,39 +447,39 @@ void NAME(affine_rows)(const NAME(Affine) *call) {
 }
 
 void NAME(combine_rows)(const NAME(Combine) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
   const int threads = (int)call->threads;
   Term terms[2];
   const int ns = NAME(sorted)(call->scale, 1, terms);
-  const A row_factor = (A)(1 / call->row_size), column_factor = (A)(1 / call->column_size);
-  PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS), r = n * P + p0;
+  const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
+  BACKWARDS(task, N * blocks) {
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length), r = n * P + p0;
     A collected[2][POSITIONS], mean[POSITIONS], dmean[POSITIONS], dvar[POSITIONS];
     for (i64 c = 0; c < C; c++) {
       const i64 at = (n * C + c) * P + p0;
       NAME(Sum) s = {.constant = (A)call->one};
       NAME(at_channel)(&s, terms, ns, r, c, C, width, collected);
-      NAME(Through) t = {.w = 1, .P = dmean, .Q = dvar, .M = mean, .W = call->weights ? call->weights + r : NULL};
-      if (call->row_mean && c % (C / call->groups) == 0)
+      NAME(Through) t = {.w = 1, .P = dmean, .Q = dvar, .M = mean, .W = call->columns.weights ? call->columns.weights + r : NULL};
+      if (call->rows.mean && c % (C / call->rows.groups) == 0)
         for (i64 p = 0; p < width; p++) {
-          const i64 k = (r + p) * call->groups + c / (C / call->groups);
-          mean[p] = call->row_mean[k];
-          dmean[p] = call->row_dmean ? call->row_dmean[k] * row_factor : 0;
-          dvar[p] = call->row_dvar ? 2 * call->row_dvar[k] * row_factor : 0;
+          const i64 k = (r + p) * call->rows.groups + c / (C / call->rows.groups);
+          mean[p] = call->rows.mean[k];
+          dmean[p] = call->rows.dmean ? call->rows.dmean[k] * row_factor : 0;
+          dvar[p] = call->rows.dvar ? 2 * call->rows.dvar[k] * row_factor : 0;
         }
-      if (call->column_mean) {
-        t.m = call->column_mean[c];
-        t.p = call->column_dmean ? call->column_dmean[c] * column_factor : 0;
-        t.q = call->column_dvar ? 2 * call->column_dvar[c] * column_factor : 0;
+      if (call->columns.mean) {
+        t.m = call->columns.mean[c];
+        t.p = call->columns.dmean ? call->columns.dmean[c] * column_factor : 0;
+        t.q = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
       }
-      const int one = !call->column_mean ? 0 : call->weights ? 2 : 1;
-      NAME(combine_of)(call->g + at, call->x + at, call->dx + at, s, t, ns, one, call->row_mean != NULL, width);
+      const int one = !call->columns.mean ? 0 : call->columns.weights ? 2 : 1;
+      NAME(combine_of)(call->g + at, call->x + at, call->dx + at, s, t, ns, one, call->rows.mean != NULL, width);
     }
   }
 }
 
 void NAME(sums_rows)(const NAME(Sums) *call) {
-  const i64 N = call->N, C = call->C, P = call->P, blocks = (P + POSITIONS - 1) / POSITIONS;
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
   const int threads = (int)call->threads;
   const Term *terms = call->terms;
   Term all[5] = {terms[0], terms[1], terms[2], terms[3], {0}};
@@ -508,7 +490,7 @@ void NAME(sums_rows)(const NAME(Sums) *call) {
   for (int t = 0; t < 4; t++) kinds[t] = (terms[t].column ? ROW : 0) | (terms[t].row ? COLUMN : 0);
   A *sums = malloc((N * blocks * 4 * C + 1) * sizeof(A)); /* of each span, over its positions */
   PARALLEL for (i64 task = 0; task < N * blocks; task++) {
-    const i64 n = task / blocks, p0 = (task % blocks) * POSITIONS, width = smaller(P - p0, POSITIONS), r = n * P + p0;
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length), r = n * P + p0;
     A collected[5][POSITIONS], sum[4][POSITIONS] = {{0}}, beside[2][POSITIONS] = {{0}};
     double total[4][POSITIONS] = {{0}};
     for (i64 c = 0; c < C; c++) {
@@ -532,12 +514,12 @@ void NAME(sums_rows)(const NAME(Sums) *call) {
           for (i64 p = 0; p < width; p++) total[t][p] += (double)(M ? M[p] : 1) * beside[t][p], beside[t][p] = 0;
         const i64 groups = terms[t].groups, size = C / groups;
         if ((c + 1) % size) continue; /* the group goes on */
-        for (i64 p = 0; p < width; p++) call->of_row[t][(r + p) * groups + c / size] = (A)total[t][p], total[t][p] = 0;
+        for (i64 p = 0; p < width; p++) call->found[t].row[(r + p) * groups + c / size] = (A)total[t][p], total[t][p] = 0;
       }
     }
   }
   for (int t = 0; t < 4; t++)
-    if (terms[t].column) NAME(total)(sums + t * C, NULL, NULL, call->of_column[t], N * blocks, 4 * C, C, threads);
+    if (terms[t].column) NAME(total)(sums + t * C, NULL, NULL, call->found[t].column, N * blocks, 4 * C, C, threads);
   free(sums);
 }
 #undef ROW

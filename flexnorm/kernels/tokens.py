@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from flexnorm.kernels import triton_passes
+from flexnorm.kernels import ragged, triton_passes
 from flexnorm.kernels.build import declare, library
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES, call
@@ -29,6 +29,7 @@ from flexnorm.kernels.passes import moments
 from flexnorm.kernels.tables import Pair, pool, pool_unequal
 
 _SOURCE = Path(__file__).with_name("tokens.c")
+_NOTHING = [0] * 6
 _ALONE = 1 << 15  # values that one thread handles faster than it wakes another
 
 Factor: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -87,13 +88,13 @@ def load() -> dict[tuple[str, torch.dtype], Any] | None:
     ]
     return {
         (name, dtype): declare(kernel, "p")
-        for name in (*names, "row_moments_rows")
+        for name in (*names, "row_moments_rows", "column_moments_cols")
         for dtype, suffix in SUFFIXES.items()
         if (kernel := getattr(found[0], f"{name}_{suffix}", None)) is not None
     }
 
 
-def _run(name: str, x: Tensor, *words: Any, form: str) -> None:
+def _run(name: str, x: Tensor, form: str, *words: Any) -> None:
     """Run a kernel on one block of memory that holds all arguments: that costs less than handing over each of them."""
     kernels = load()
     assert kernels is not None
@@ -104,35 +105,41 @@ def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() > _ALONE else 1
 
 
-def _address(table: Tensor | None) -> int:
-    return 0 if table is None else table.data_ptr()
+def _address(table: Tensor | None, kept: list[Tensor]) -> int:
+    """Where a table lies; ``kept`` holds what had to be copied until the kernel has run."""
+    if table is None:
+        return 0
+    if not table.is_contiguous():
+        kept.append(table := table.contiguous())
+    return table.data_ptr()
 
 
-def _dense(terms: Terms) -> Terms:
-    return tuple((None if r is None else r.contiguous(), None if c is None else c.contiguous()) for r, c in terms)
+def _words(terms: Terms, kept: list[Tensor]) -> list[int]:
+    """Two terms as C takes them: address and number of groups of the row factor, address of the column."""
+    words: list[int] = []
+    for row, column in terms:
+        words += (_address(row, kept), 0 if row is None else row.size(1), _address(column, kept))
+    return words + _NOTHING[len(words) :]
 
 
-def _words(terms: Terms) -> list[int]:
-    """Two terms as C takes them: addresses and number of groups."""
-    words = [0] * 6
-    for at, (row, column) in zip((0, 3), terms, strict=False):
-        if row is not None:
-            words[at : at + 2] = row.data_ptr(), row.shape[1]
-        if column is not None:
-            words[at + 2] = column.data_ptr()
-    return words
+def _gradients(terms: Terms) -> tuple[list[Factor], list[int]]:
+    """Memory for the gradients of the factors, and its addresses for C."""
+    found: list[Factor] = []
+    words: list[int] = []
+    for row, column in terms:
+        of_row = None if row is None else torch.empty_like(row, memory_format=torch.contiguous_format)
+        of_column = None if column is None else torch.empty_like(column, memory_format=torch.contiguous_format)
+        found.append((of_row, of_column))
+        words += (0 if of_row is None else of_row.data_ptr(), 0 if of_column is None else of_column.data_ptr())
+    return found, words + _NOTHING[len(words) + 2 :]
 
 
-def _empty_like(terms: Terms) -> list[Factor]:
-    return [(None if r is None else torch.empty_like(r), None if c is None else torch.empty_like(c)) for r, c in terms]
-
-
-def _tables(source: Source | None) -> list[Tensor | None]:
-    """Mean, its gradient, that of the variance, and weights."""
+def _through(source: Source | None, kept: list[Tensor]) -> list[Any]:
+    """Mean, gradients, weights, groups and size of moments as C takes them."""
     if source is None:
-        return [None] * 4
+        return [0, 0, 0, 0, 1, 1.0]
     tables = (source.mean, source.dmean, source.dvar, source.weights)
-    return [None if t is None else t.contiguous() for t in tables]
+    return [*[_address(t, kept) for t in tables], source.mean.size(1), float(source.size)]
 
 
 def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
@@ -140,11 +147,12 @@ def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     if layout.backend == "triton":
         return triton_passes.row_moments(x, layout, groups)
     samples, channels, positions = layout.size
-    mean, var = torch.empty((2, samples * positions, groups), dtype=table_dtype(x.dtype)).unbind()
+    mean = torch.empty(samples * positions, groups, dtype=table_dtype(x.dtype))
+    var = torch.empty_like(mean)
     if layout.order == "cols":
         call("moments_rows", x.dtype, x, mean, var, len(mean), groups, channels // groups, _threads(x))
     else:
-        _run("row_moments_rows", x, mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), groups, form="8q")
+        _run("row_moments_rows", x, "8q", mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), groups)
     return mean, var
 
 
@@ -155,27 +163,26 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
     """
     if layout.backend == "triton":
         return triton_passes.column_moments(x, layout, weights)
-    samples, channels, positions = layout.size
-    if layout.order == "rows" and weights is None:
-        return pool(*moments(x, layout), 0, "c")
-    weights = None if weights is None else weights.contiguous()
-    mean, var = torch.empty(
-        (2, 1 if layout.order == "cols" else samples, channels), dtype=table_dtype(x.dtype)
-    ).unbind()
-    words = (mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), _address(weights))
-    _run(f"column_moments_{layout.order}", x, *words, form="8q")
-    if layout.order == "cols" or weights is None:
-        return mean, var
-    return pool_unequal(mean, var, weights.view(samples, positions).sum(1, keepdim=True))
+    if layout.order == "rows":
+        if weights is None:
+            return pool(*moments(x, layout), 0, "c")
+        return pool_unequal(*ragged.moments(x, layout, ragged.Spans(weights.view(layout.size[0], -1))))
+    kept: list[Tensor] = []
+    mean = torch.empty(1, layout.size[1], dtype=table_dtype(x.dtype))
+    var = torch.empty_like(mean)
+    words = (mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), _address(weights, kept))
+    _run("column_moments_cols", x, "8q", *words)
+    return mean, var
 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the type and memory order of ``x``."""
     if layout.backend == "triton":
         return triton_passes.token_affine(x, scale, shift, layout)
-    y, scale, shift = torch.empty_like(x), _dense(scale), _dense(shift)
-    words = (y.data_ptr(), *layout.size, _threads(x), *_words(scale), *_words(shift))
-    _run(f"affine_{layout.order}", x, *words, form="18q")
+    y = torch.empty_like(x)
+    kept: list[Tensor] = []
+    words = (y.data_ptr(), *layout.size, _threads(x), *_words(scale, kept), *_words(shift, kept))
+    _run(f"affine_{layout.order}", x, "18q", *words)
     return y
 
 
@@ -189,14 +196,13 @@ def sums(
     """
     if layout.backend == "triton":
         return triton_passes.token_sums(g, x, center, scale, shift, layout)
-    scale, shift = _dense(scale), _dense(shift)
-    of_scale, of_shift = _empty_like(scale), _empty_like(shift)
-    center = None if center is None else center.contiguous()
-    groups = 0 if center is None or center.shape == (1, layout.size[1]) else center.shape[1]
-    found = [_words(tuple(terms)) for terms in (of_scale, of_shift)]
-    addresses = [words[at] for side in (0, 2) for words in found for at in (side, side + 3)]
-    words = (g.data_ptr(), *layout.size, _threads(x), _address(center), groups)
-    _run(f"sums_{layout.order}", x, *words, *_words(scale), *_words(shift), *addresses, form="28q")
+    kept: list[Tensor] = []
+    groups = 0 if center is None or center.shape == (1, layout.size[1]) else center.size(1)
+    words = [g.data_ptr(), *layout.size, _threads(x), _address(center, kept), groups]
+    of_scale, at_scale = _gradients(scale)
+    of_shift, at_shift = _gradients(shift)
+    words += _words(scale, kept) + _words(shift, kept) + at_scale + at_shift
+    _run(f"sums_{layout.order}", x, "28q", *words)
     return of_scale, of_shift
 
 
@@ -210,11 +216,8 @@ def combine(
     """
     if layout.backend == "triton":
         return triton_passes.token_combine(g, x, scale, rows, columns, layout)
-    dx, terms = torch.empty_like(x), _dense(scale or ())
-    of_rows, of_columns = _tables(rows), _tables(columns)
-    groups, size = (1, 1.0) if rows is None else (rows.mean.shape[1], float(rows.size))
-    words: list[float] = [g.data_ptr(), dx.data_ptr(), *layout.size, _threads(x), scale is None, *_words(terms)]
-    words += [*map(_address, of_rows[:3]), groups, size, *map(_address, of_columns)]
-    total = 1.0 if columns is None else float(columns.size)
-    _run(f"combine_{layout.order}", x, *words, total, form="18qd4qd")
+    dx = torch.empty_like(x)
+    kept: list[Tensor] = []
+    words = [g.data_ptr(), dx.data_ptr(), *layout.size, _threads(x), scale is None, *_words(scale or (), kept)]
+    _run(f"combine_{layout.order}", x, "19qd5qd", *words, *_through(rows, kept), *_through(columns, kept))
     return dx

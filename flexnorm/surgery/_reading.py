@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
-from flexnorm.nn import TORCH_LAYERS, LayerNorm, NormPropUnits, RMSNorm, is_norm, make_norm
-from flexnorm.probe import side_forward, unwrap
+from flexnorm.nn import TORCH_LAYERS, LayerNorm, NormPropUnits, RMSNorm, make_norm
+from flexnorm.probe import NormBehavior, normalizes, recognize, side_forward, unread_norm, unwrap
 from flexnorm.statistics import Frozen, is_frozen
 
 # timm's and torchvision's layers, known by name and shape so that neither has to be imported.
@@ -22,6 +23,7 @@ WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
 BUFFERS_ONLY = ("FrozenBatchNormAct2d", "FrozenBatchNorm2d")
 
 _HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "reset_running_stats"})
+_OF_TORCH = frozenset(vars(nn.Module()))
 _SPATIAL = re.compile(r"(?:Conv|NormProp).*([123])d$")
 
 
@@ -77,12 +79,23 @@ class Source:
     origin: type[nn.Module] | None = None  # class to restore on the way back, for layers of other packages
     tables: Mapping[str, Tensor] = field(default_factory=dict)  # per channel: parameters whose shape changes on the way
     notes: tuple[str, ...] = ()  # what a report should say
+    names: Mapping[str, str] = field(default_factory=dict)  # the old layer's for tensors, by the new ones, where other
+    template: nn.Module | None = None  # a layer of another package without its tensors, for the way back
+    tried: NormBehavior | None = None  # what a layer does that was recognized by trying it
     flat: bool = False  # whether its input has been seen to be (N, C), where all places of the channels are the same
 
     @property
     def tracks(self) -> bool:
         """Whether the layer has running statistics."""
-        return self.module._buffers.get("running_mean") is not None
+        return self.buffer("running_mean") is not None
+
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer of the old layer, by its name in the new one."""
+        return self.module._buffers.get(self.names.get(name, name))
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """A parameter of the old layer, by its name in the new one."""
+        return self.module._parameters.get(self.names.get(name, name))
 
 
 def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
@@ -107,7 +120,7 @@ def blank(name: str, ndim: int | None, features: int, config: Mapping[str, Any],
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a conversion has something to say about the module."""
-    return is_norm(module) or _buffers_only(module)
+    return normalizes(module) or _buffers_only(module)
 
 
 def _buffers_only(module: nn.Module) -> bool:
@@ -127,7 +140,7 @@ def read(module: nn.Module) -> Source:
         raise RefusedError("Normalization Propagation: linear map and normalization are one layer; see fold()")
     if isinstance(module, nn.LocalResponseNorm):
         raise RefusedError("local response normalization divides by a window of neighbouring channels")
-    if computed := {"weight", "bias"} & module.__dict__.keys():
+    if computed := {name for name in ("weight", "bias") if isinstance(module.__dict__.get(name), Tensor)}:
         why = f"its {max(computed)} is computed by a hook (weight_norm, spectral_norm or pruning); remove that first"
         raise RefusedError(why)
     frozen = is_frozen(module)
@@ -136,7 +149,12 @@ def read(module: nn.Module) -> Source:
         config = {"eps": module.eps, "affine": True, "track_running_stats": True}
         norm = blank("batch", 2, module.get_buffer("weight").numel(), config, frozen=True)
         return Source(module, norm, 2, config, True, type(module), notes=("statistics frozen",))
-    known, name, ndim, origin = _known_class(type(module))
+    try:
+        known, name, ndim, origin = _known_class(type(module))
+    except RefusedError as refusal:
+        if isinstance(module, Norm):
+            raise
+        return _read_tried(module, refusal)
     if known in (nn.LayerNorm, nn.RMSNorm):
         return _read_last_axes(module, known, name)
     arguments = constructor_arguments(known) - {"num_features", "num_channels", "normalized_shape", "bias"}
@@ -145,7 +163,8 @@ def read(module: nn.Module) -> Source:
         config["affine"] = config.pop("elementwise_affine")
     if isinstance(module, Norm):
         ndim = module.__dict__.get("_ndim", ndim)
-        return Source(module, module, ndim, config, frozen, getattr(module, "_origin", None))
+        origin, template = getattr(module, "_origin", None), module.__dict__.get("_template")
+        return Source(module, module, ndim, config, frozen, origin, template=template)
     if bool(getattr(module, "track_running_stats", False)) != (module._buffers.get("running_mean") is not None):
         raise RefusedError("track_running_stats was changed after construction and does not agree with the buffers")
     if "process_group" in config and config["process_group"] is None:
@@ -171,11 +190,108 @@ def _known_class(cls: type[nn.Module]) -> tuple[type[nn.Module], str, int | None
             for name, value in base.__dict__.items()
             if callable(value) and name not in _HARMLESS and name[:2] != "__"
         )
-        if overridden:
+        if overridden and (issubclass(cls, Norm) or any(map(name_of, cls.__mro__[:-1]))):
             raise RefusedError(f"{base.__name__} is a subclass with its own {', '.join(overridden)}")
         if base is nn.Module:
             break
     raise RefusedError(f"{cls.__name__} is no layer that convert() knows; pass a function (module) -> module as `to`")
+
+
+def _read_tried(module: nn.Module, refusal: RefusedError) -> Source:
+    """A layer of whatever class that computes what one of this package does, found by trying it."""
+    found = recognize(module)
+    if found is None:
+        why = unread_norm(module)
+        raise RefusedError(f"{why}; pass a function (module) -> module as `to`" if why else str(refusal)) from None
+    if not found.norm_name or found.then not in ((), ("drop", "act")) or (found.over == "channel" and found.running):
+        raise RefusedError(f"recognized by trying, but no layer here {found}") from None
+    if further := list(inspect.signature(type(module).forward).parameters)[2:]:
+        raise RefusedError(f"its forward takes more than the input ({', '.join(further)}), the layers here do not")
+    if found.channels is None:
+        raise RefusedError("takes any number of channels, the layers here one; pass a function as `to`") from None
+    held = {**module._buffers, **module._parameters}
+    tables = {}
+    for new, old in found.tensors.items():
+        tensor, offset = held[old], found.weight_offset if new == "weight" else 0.0
+        if tensor is not None and (offset or tensor.dim() != 1):
+            tables[new] = tensor.detach().flatten() + offset
+    config: dict[str, Any] = {"eps": found.eps, "affine": bool(found.weight or found.bias)}
+    frozen = found.over == "running"
+    if found.norm_name == "batch":
+        config |= {"track_running_stats": bool(found.running), "momentum": found.momentum or 0.1}
+    elif found.norm_name == "group":
+        config["num_groups"] = found.groups
+    if found.eps is None and found.norm_name != "rms":
+        config["eps"] = torch.finfo(torch.float32).eps
+    axis = found.channel_axis or 1
+    place: dict[str, Any] = {} if axis == 1 else {"channel_axis": -1}
+    if found.norm_name in ("layer", "rms"):
+        place["per_position"] = found.over == "position"
+    spatial = {max(ndim - 2, 1) for ndim, _ in found.axes}
+    ndim = spatial.pop() if len(spatial) == 1 else None
+    norm = blank(found.norm_name, ndim, found.channels, {**config, **place}, frozen=frozen)
+    told = [f"recognized by trying: {found}", *(["statistics frozen"] if frozen else [])]
+    told += ["the weight becomes 1 + weight"] if found.weight_offset else []
+    told += [f"{old} becomes {new}" for new, old in found.tensors.items() if new != old]
+    if found.running and found.momentum is None and not frozen:
+        told.append("updates its running statistics in a way of its own, from now on with momentum 0.1")
+    return Source(
+        module,
+        norm,
+        ndim,
+        {**config, **place},
+        frozen,
+        tables=tables,
+        notes=tuple(told),
+        names=found.tensors,
+        template=_template(module),
+        tried=found,
+    )
+
+
+def _template(module: nn.Module) -> nn.Module:
+    """A layer of the same class and attributes without values and hooks."""
+    template: nn.Module = object.__new__(type(module))
+    template.__dict__ |= {**vars(nn.Module()), **{k: v for k, v in module.__dict__.items() if k not in _OF_TORCH}}
+    for kind in ("_parameters", "_buffers"):
+        tensors = {
+            name: None if t is None else torch.empty_like(t, device="meta") for name, t in getattr(module, kind).items()
+        }
+        if kind == "_parameters":
+            tensors = {name: None if t is None else nn.Parameter(t) for name, t in tensors.items()}
+        template.__dict__[kind] = tensors
+    template.__dict__["_modules"] = dict(module._modules)
+    return template
+
+
+def restored(source: Source) -> nn.Module | None:
+    """The layer of another package that this one was made of, with its tensors of now; ``None`` if it cannot be."""
+    if source.template is None or (found := recognize(source.template)) is None:
+        return None
+    norm, axes = source.norm, (found.channel_axis, found.over == "position")
+    eps = getattr(norm, "eps", None)
+    where = getattr(norm, "channel_axis", 1), getattr(norm, "per_position", False)
+    same = norm.norm_name == found.norm_name and eps == found.eps and found.channels == norm.num_features
+    if not same or (norm.norm_name in ("layer", "rms") and axes != where):
+        return None
+    new = _template(source.template)
+    now, held = {**source.module._buffers, **source.module._parameters}, {**new._buffers, **new._parameters}
+    kept = {name for name in ("weight", "bias", "running_mean", "running_var") if now.get(name) is not None}
+    empty = {name for name, t in held.items() if t is not None and t.numel() > 1 and name not in found.tensors.values()}
+    if kept != found.tensors.keys() or empty:
+        return None
+    for name, old in found.tensors.items():
+        value, shape = now[name], held[old].shape  # type: ignore[union-attr]
+        assert value is not None
+        offset = found.weight_offset if name == "weight" else 0.0
+        if offset or value.shape != shape:
+            grad = value.requires_grad
+            value = nn.Parameter((value.detach() - offset).view(shape), requires_grad=grad)
+        if old in new._buffers:
+            new._buffers[old] = value.detach()
+        else:
+            new._parameters[old] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    return new
 
 
 def _read_last_axes(module: nn.Module, known: type[nn.Module], name: str) -> Source:

@@ -193,9 +193,12 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,), in float64, by which a layer acts in evaluation; RefusedError if its input matters."""
     if isinstance(norm, NoNorm):
         raise RefusedError("is no normalization, only the place of one")
-    declared = norm if isinstance(norm, FlexNorm) else read(norm).norm
+    source = None if isinstance(norm, FlexNorm) else read(norm)
+    declared: Any = norm if source is None else source.norm
     plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
     held = {**norm._buffers, **norm._parameters}
+    if source is not None:
+        held |= {new: held[old] for new, old in source.names.items()} | dict(source.tables)
     tensors = {name: None if tensor is None else tensor.double() for name, tensor in held.items()}
     mean, var = tensors.get("running_mean"), tensors.get("running_var")
     why = "normalizes each sample by its own statistics"
@@ -204,7 +207,7 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     if (declared is not norm or name_of(plain)) and declared.same_as(training=False) == "batch":
         if mean is None or var is None:
             raise RefusedError(why)
-        return standardize(mean, var, tensors.get("weight"), tensors.get("bias"), float(norm.eps))  # type: ignore[arg-type]
+        return standardize(mean, var, tensors.get("weight"), tensors.get("bias"), float(declared.eps))
     if not isinstance(norm, FlexNorm):
         raise RefusedError(why)
     exact = copy.deepcopy(norm).double().eval()

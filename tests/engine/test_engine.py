@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
@@ -13,7 +14,7 @@ import flexnorm
 from flexnorm.engine import Moments, flex_norm
 from flexnorm.kernels import layout, normalization
 from flexnorm.kernels.layout import Layout, layout_of, memory_order, positions_of
-from flexnorm.nn import reference, rules
+from flexnorm.nn import BatchNorm2d, reference, rules
 
 BACKENDS = ["c", "torch", "composed"]
 SHAPES = [(6, 4), (5, 3, 7), (4, 6, 5, 3), (2, 3, 4, 3, 2), (1, 4, 6, 6), (3, 1, 4, 4), (3, 4, 1, 1), (3, 300, 2, 2)]
@@ -237,6 +238,19 @@ def test_only_x_and_tables_are_saved() -> None:
     assert large == {x.untyped_storage().data_ptr()}
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((64, 300), 1), ((4, 40, 300), -1), ((4, 3, 50, 50), 1)])
+@pytest.mark.parametrize("rule", [rules.batch, rules.layer, rules.instance])
+def test_a_call_leaves_no_circle_of_objects_that_keeps_its_graph(rule, shape: tuple[int, ...], axis: int) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        flex_norm(2 * x, lambda moments: rule(moments), channel_axis=axis).sum().backward()
+        assert not [thing for thing in gc.get_objects() if issubclass(type(thing), Moments)]
+    finally:
+        gc.enable()
+
+
 def test_in_place_activation_may_follow(backend: str) -> None:
     inputs = tensors((4, 3, 5, 5))
     y = torch.relu_(flex_norm(inputs[0], rules.unitized, *inputs[1:]))
@@ -416,3 +430,10 @@ def test_a_trace_holds_the_operations_and_not_the_numbers(norm: str, shape: tupl
         traced = torch.jit.trace(layer, torch.randn(shape), check_trace=False)
         x = torch.randn(shape)
         torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rule_of_ones_own_is_what_small_inputs_are_normalized_by() -> None:
+    own = type("Own", (BatchNorm2d,), {"rule": lambda self, moments: (self.weight, self.bias)})
+    x = torch.randn(2, 6, 3, 3)
+    for layer in (own(6).train(), own(6).eval()):
+        torch.testing.assert_close(layer(x), x)
