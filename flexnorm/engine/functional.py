@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from flexnorm.engine.moments import Moments
+from flexnorm.engine.moments import Moments, broadcasts
 from flexnorm.engine.segments import Segments, weights_of
 from flexnorm.engine.tokens import TokenMoments, Tokens, pool_positions
 from flexnorm.kernels import passes
@@ -132,7 +132,7 @@ def _table(table: Tensor | float, name: str, x: Tensor, size: tuple[int, int]) -
     flat = table if table.dtype == dtype else table.to(dtype)
     if flat.dim() < 2:
         flat = flat.reshape(1, -1)
-    if flat.dim() != 2 or flat.shape[0] not in (1, size[0]) or flat.shape[1] not in (1, size[1]):
+    if not broadcasts(flat, *size):
         raise ValueError(
             f"the rule returned a {name} of shape {tuple(table.shape)}, which does not broadcast to (N, C) = {size}"
         )

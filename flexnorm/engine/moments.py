@@ -172,6 +172,14 @@ class Moments:
         return f"Moments({known}, count={self.count})"
 
 
+def broadcasts(table: Tensor, rows: int, columns: int) -> bool:
+    """Whether a table has two axes and broadcasts to (rows, columns)."""
+    # Compared one by one: a compiler turns that into guards on sizes that it does not know.
+    if table.dim() != 2 or not (table.shape[0] == 1 or table.shape[0] == rows):
+        return False
+    return bool(table.shape[1] == 1 or table.shape[1] == columns)
+
+
 def check_groups(groups: int, channels: int) -> None:
     """Raise ValueError unless ``groups`` divides the number of channels."""
     if groups < 1 or channels % groups:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine.factored import Factored
-from flexnorm.engine.moments import Moments, check_groups
+from flexnorm.engine.moments import Moments, broadcasts, check_groups
 from flexnorm.kernels import tokens
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.passes import gradients, must_compose
@@ -253,7 +253,7 @@ class Tokens:
             table = torch.full((1,), float(table), device=self._x.device)
         flat: Tensor = table if table.dtype == dtype else table.to(dtype)
         flat = flat.reshape(1, -1) if flat.dim() < 2 else flat
-        if flat.dim() != 2 or flat.shape[0] not in (1, rows) or flat.shape[1] not in (1, self.channels):
+        if not broadcasts(flat, rows, self.channels):
             raise ValueError(
                 f"the rule returned a {name} of shape {tuple(table.shape)}, "
                 f"which does not broadcast to (R, C) = {(rows, self.channels)}"
