@@ -48,8 +48,9 @@ def library(source: Path, purpose: str) -> tuple[ctypes.CDLL, Path] | None:
         logger.info("flexnorm: no C compiler found; %s runs on torch's own kernels (slower, same results)", purpose)
         return None
     try:
+        sources = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
         key = hashlib.sha256(
-            b"\0".join([source.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()])
+            b"\0".join([*sources, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()])
         )
         target = _cache_folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
         if not target.exists():

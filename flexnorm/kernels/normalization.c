@@ -16,92 +16,13 @@
  * channels last). Tables are dense (N, C) in the accumulation type, except those that come with two strides, so that a
  * (1, C) or (N, 1) table needs no copy. Sums are taken in short blocks that are added in double, so that their error
  * does not grow with P. Plain C with OpenMP: compiles in a second or two, needs no headers of torch.
- *
- * The file includes itself once for every type: T of the values, A of sums and tables, NAME(base) of the functions.
  */
 #ifndef T
 
-#include <math.h>
-#include <stdint.h>
-#include <stddef.h>
-#include <string.h>
-
-#define BLOCK 1024        /* values summed in the accumulation type before they are added in double */
-#define LANES 32          /* partial sums side by side: no reduction waits for the one before */
+#define SELF "normalization.c"
 #define CHANNEL_BLOCK 256 /* channels handled at once in the channels-last layout */
 #define POSITION_BLOCK 64 /* positions summed at once in the channels-last layout */
-
-typedef int64_t i64;
-typedef uint16_t bf16;
-
-static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-
-static inline float load_bf16(bf16 v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline bf16 store_bf16(float f) {
-  uint32_t u; memcpy(&u, &f, 4);
-  uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return (bf16)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-/* Sum of LANES partial sums. */
-static inline float join_float(const float *u) {
-  float w[8]; for (int l = 0; l < 8; l++) w[l] = (u[l] + u[l + 8]) + (u[l + 16] + u[l + 24]);
-  return ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]));
-}
-static inline double join_double(const double *u) {
-  double w[8]; for (int l = 0; l < 8; l++) w[l] = (u[l] + u[l + 8]) + (u[l + 16] + u[l + 24]);
-  return ((w[0] + w[4]) + (w[2] + w[6])) + ((w[1] + w[5]) + (w[3] + w[7]));
-}
-
-#define PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads)")
-#define SIMD _Pragma("omp simd")
-#define PASTE(base, suffix) base##_##suffix
-#define EXPAND(base, suffix) PASTE(base, suffix)
-#define NAME(base) EXPAND(base, SUFFIX)
-
-#define A float
-#define JOIN join_float
-#define LOAD(v) (v)
-#define STORE(v) (v)
-
-#define T float
-#define SUFFIX f32
-#define TABLES
-#include "normalization.c"
-#undef TABLES
-#undef T
-#undef SUFFIX
-
-#ifdef __FLT16_MAX__
-#define T _Float16
-#define SUFFIX f16
-#include "normalization.c"
-#undef T
-#undef SUFFIX
-#endif
-
-#undef LOAD
-#undef STORE
-#define LOAD(v) load_bf16(v)
-#define STORE(v) store_bf16(v)
-#define T bf16
-#define SUFFIX bf16
-#include "normalization.c"
-#undef T
-#undef SUFFIX
-
-#undef LOAD
-#undef STORE
-#undef A
-#undef JOIN
-#define A double
-#define JOIN join_double
-#define LOAD(v) (v)
-#define STORE(v) (v)
-#define T double
-#define SUFFIX f64
-#define TABLES
-#include "normalization.c"
+#include "each_type.h"
 
 #else
 
@@ -301,7 +222,7 @@ void NAME(combine_cols)(const T *g, const T *x, const A *scale, i64 scale_n, i64
   }
 }
 
-#ifdef TABLES
+#ifdef WIDE
 
 void NAME(pool_samples)(const A *mean, const A *var, A *pooled_mean, A *pooled_var, i64 N, i64 C) {
   for (i64 c0 = 0; c0 < C; c0 += CHANNEL_BLOCK) {

@@ -13,8 +13,9 @@ from torch import Tensor
 from flexnorm.kernels.build import declare, library
 
 _SOURCE = Path(__file__).with_name("normalization.c")
-_SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
-DTYPES = frozenset(_SUFFIXES)
+SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Ends of the names of kernels by type of activation."""
+DTYPES = frozenset(SUFFIXES)
 """Types of activations that the passes take."""
 
 # Their arguments in the letters of :func:`declare`.
@@ -44,7 +45,7 @@ def load() -> dict[tuple[str, torch.dtype], Any] | None:
     signatures = {f"{name}_{order}": signature for name, signature in _PASSES.items() for order in ("rows", "cols")}
     kernels = {}
     for name, signature in {**signatures, **_TABLES}.items():
-        for dtype, suffix in _SUFFIXES.items():
+        for dtype, suffix in SUFFIXES.items():
             if (kernel := getattr(found[0], f"{name}_{suffix}", None)) is not None:
                 kernels[name, dtype] = declare(kernel, signature, ctypes.c_int64 if name in _COUNTING else None)
     return kernels

@@ -14,6 +14,7 @@ from flexnorm.probe.forward import (
     watched,
 )
 from flexnorm.probe.nested import arguments, batch_inputs, call, detached, first_tensor, map_tensors, tensors
+from flexnorm.probe.recognition import NormBehavior, Over, recognize, unread_norm
 from flexnorm.probe.select import (
     Place,
     Selection,
@@ -32,6 +33,8 @@ __all__ = [
     "Look",
     "Loss",
     "Mode",
+    "NormBehavior",
+    "Over",
     "Place",
     "Samples",
     "Selection",
@@ -49,6 +52,7 @@ __all__ = [
     "isolated",
     "map_tensors",
     "private_randomness",
+    "recognize",
     "select",
     "select_layers",
     "select_parameters",
@@ -56,6 +60,7 @@ __all__ = [
     "side_forward",
     "take_points",
     "tensors",
+    "unread_norm",
     "unwrap",
     "watched",
 ]
