@@ -47,6 +47,7 @@ class Moments:
         *,
         process_group: ProcessGroup | None = None,
         _compute: Callable[[bool], Pair] | None = None,
+        _square: Callable[[], Tensor] | None = None,
         _backend: str = "composed",
     ) -> None:
         if _compute is None and (mean is None or var is None):
@@ -54,6 +55,7 @@ class Moments:
         self._mean = mean
         self._var = var
         self._compute = _compute
+        self._square = _square
         self.backend = _backend
         self.count = count
         self.process_group = process_group
@@ -79,6 +81,8 @@ class Moments:
     @property
     def mean_square(self) -> Tensor:
         """Second moments about zero, ``var + mean**2``: what RMS and filter response normalization divide by."""
+        if self._square is not None and self._mean is None:
+            return self._square()
         mean, var = self.tables
         return var + mean.square()
 

@@ -28,18 +28,66 @@ if TYPE_CHECKING:
 _Pending: TypeAlias = "list[Terms] | None"
 _Table: TypeAlias = "Terms | Tensor"
 
-
-def _composed_rows(values: Tensor, groups: int) -> Pair:
-    """Moments (R, groups) of a matrix (R, C) by differentiable operations."""
-    split = values.reshape(values.shape[0], groups, values.shape[1] // groups)
-    if values.numel() == 0:
-        return split.sum(2), split.sum(2)
-    var, mean = torch.var_mean(split, 2, correction=0)
-    return mean, var
+Kind: TypeAlias = tuple[str, int]
+"""Of what: "token" (in so many groups of its channels), "batch", or "squares" of a token, about zero."""
 
 
-def _composed_columns(values: Tensor, weights: Tensor | None) -> Pair:
-    """Moments (1, C) of a matrix (R, C) by differentiable operations; zeros where nothing counts."""
+class _Reduce(torch.autograd.Function):
+    """Moments of the tokens or of the batch, and x itself for whatever comes after."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kind: Kind, weights: Tensor | None, layout: Layout, pending: list[Terms]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x, kind, weights, layout)
+        ctx.save_for_backward(x, mean, weights)
+        ctx.set_materialize_grads(False)
+        ctx.kind, ctx.layout, ctx.pending = kind, layout, pending
+        return mean, var, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mean, weights = ctx.saved_tensors
+        layout, (of, groups) = ctx.layout, ctx.kind
+        scale = ctx.pending.pop() if ctx.pending else None
+        if must_compose(dmean, dvar, g):
+
+            def compose(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return (*_composed(tokens.matrix(v, layout).to(mean.dtype), (of, groups), weights), v)
+
+            (dx,) = gradients(compose, [x], [True], (dmean, dvar, g))
+            return dx, None, None, None, None
+        if dmean is None and dvar is None:
+            return (g if g is None or scale is None else tokens.affine(g, scale, (), layout)), None, None, None, None
+        samples, channels, positions = layout.size
+        size: float | Tensor = samples * positions if of == "batch" else channels / groups
+        if of == "batch" and weights is not None:
+            size = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        source = Source(mean, dmean, dvar, size, weights if of == "batch" else None)
+        g = torch.zeros_like(x) if g is None else g
+        rows, columns = (None, source) if of == "batch" else (source, None)
+        return tokens.combine(g, x, scale, rows, columns, layout), None, None, None, None
+
+
+def _moments(x: Tensor, kind: Kind, weights: Tensor | None, layout: Layout) -> Pair:
+    """Means and biased variances; of "squares", second moments about zero, in the place of variances."""
+    of, groups = kind
+    if of == "batch":
+        return tokens.column_moments(x, layout, weights)
+    mean, var = tokens.row_moments(x, layout, groups)
+    return (torch.zeros_like(mean), torch.addcmul(var, mean, mean)) if of == "squares" else (mean, var)
+
+
+def _composed(values: Tensor, kind: Kind, weights: Tensor | None) -> Pair:
+    """As :func:`_moments`, of a matrix (R, C), by differentiable operations; zeros where nothing counts."""
+    of, groups = kind
+    if of != "batch":
+        split = values.reshape(values.shape[0], groups, values.shape[1] // groups)
+        if of == "squares" or values.numel() == 0:
+            zero = values.new_zeros(())
+            return zero, split.square().sum(2) / max(split.shape[2], 1)
+        var, mean = torch.var_mean(split, 2, correction=0)
+        return mean, var
     if weights is None:
         if values.shape[0] == 0:
             zeros = values.sum(0, keepdim=True)
@@ -51,49 +99,6 @@ def _composed_columns(values: Tensor, weights: Tensor | None) -> Pair:
     values = torch.where(share > 0, values, 0)
     mean = (share * values).sum(0, keepdim=True)
     return mean, (share * (values - mean).square()).sum(0, keepdim=True)
-
-
-class _Reduce(torch.autograd.Function):
-    """Moments of the tokens or of the batch, and x itself for whatever comes after."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, groups: int, weights: Tensor | None, layout: Layout, pending: list[Terms]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = _moments(x, groups, weights, layout)
-        ctx.save_for_backward(x, mean, weights)
-        ctx.set_materialize_grads(False)
-        ctx.groups, ctx.layout, ctx.pending = groups, layout, pending
-        return mean, var, x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mean, weights = ctx.saved_tensors
-        layout, groups = ctx.layout, ctx.groups
-        scale = ctx.pending.pop() if ctx.pending else None
-        if must_compose(dmean, dvar, g):
-
-            def compose(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                values = tokens.matrix(v, layout).to(mean.dtype)
-                return (*(_composed_rows(values, groups) if groups else _composed_columns(values, weights)), v)
-
-            (dx,) = gradients(compose, [x], [True], (dmean, dvar, g))
-            return dx, None, None, None, None
-        if dmean is None and dvar is None:
-            return (g if g is None or scale is None else tokens.affine(g, scale, (), layout)), None, None, None, None
-        samples, channels, positions = layout.size
-        count: float | Tensor = channels / groups if groups else samples * positions
-        if weights is not None and not groups:
-            count = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-        source = Source(mean, dmean, dvar, count, None if groups else weights)
-        g = torch.zeros_like(x) if g is None else g
-        dx = tokens.combine(g, x, scale, source if groups else None, None if groups else source, layout)
-        return dx, None, None, None, None
-
-
-def _moments(x: Tensor, groups: int, weights: Tensor | None, layout: Layout) -> Pair:
-    """Of each token in so many groups of its channels, or of the batch, which 0 groups stand for."""
-    return tokens.row_moments(x, layout, groups) if groups else tokens.column_moments(x, layout, weights)
 
 
 class _Affine(torch.autograd.Function):
@@ -180,7 +185,7 @@ class Tokens:
         self.positions = 1
         for length in self._shape[1:-1]:
             self.positions *= length
-        self._found: dict[tuple[int, bool], Pair] = {}
+        self._found: dict[tuple[Kind, bool], Pair] = {}
         self._matrix: Tensor | None = None
 
     @property
@@ -200,23 +205,22 @@ class Tokens:
         y = matrix.to(self._origin.dtype).reshape(self._shape)
         return y if self._last else y.movedim(-1, 1)
 
-    def reduce(self, groups: int, differentiable: bool) -> Pair:
-        """Moments of each token in so many groups of its channels, or of the batch, which 0 groups stand for."""
-        differentiable = differentiable and torch.is_grad_enabled() and self._x.requires_grad
-        found = self._found.get((groups, True)) or self._found.get((groups, differentiable))
+    def reduce(self, kind: Kind, differentiable: bool) -> Pair:
+        """Moments of a kind."""
+        differentiable = differentiable and torch.is_grad_enabled() and self._origin.requires_grad
+        found = self._found.get((kind, True)) or self._found.get((kind, differentiable))
         if found is None:
-            found = self._found[groups, differentiable] = self._reduce(groups, differentiable)
-            if self._center is None or groups:
+            found = self._found[kind, differentiable] = self._reduce(kind, differentiable)
+            if self._center is None or kind[0] == "token":
                 self._center = found[0].detach()
         return found if differentiable else (found[0].detach(), found[1].detach())
 
-    def _reduce(self, groups: int, differentiable: bool) -> Pair:
+    def _reduce(self, kind: Kind, differentiable: bool) -> Pair:
         if self.layout is None:
-            values = self.matrix if differentiable else self.matrix.detach()
-            return _composed_rows(values, groups) if groups else _composed_columns(values, self.weights)
+            return _composed(self.matrix if differentiable else self.matrix.detach(), kind, self.weights)
         if not differentiable:
-            return _moments(self._x, groups, self.weights, self.layout)
-        mean, var, self._x = _Reduce.apply(self._x, groups, self.weights, self.layout, self._pending)  # type: ignore[no-untyped-call]
+            return _moments(self._x, kind, self.weights, self.layout)
+        mean, var, self._x = _Reduce.apply(self._x, kind, self.weights, self.layout, self._pending)  # type: ignore[no-untyped-call]
         return mean, var
 
     def affine(self, scale: _Table, shift: _Table) -> Tensor:
@@ -291,19 +295,27 @@ class TokenMoments(Moments):
         check_groups(groups, source.channels)
         if groups == source.channels:
             return self
-        tables: Any = source.reduce(groups, self._differentiable)
         size = source.channels // groups
-        if source.layout is not None:
-            tables = tuple(Factored(((t, None),), len(t), source.channels, t) for t in tables)
-        elif groups > 1:
-            tables = tuple(t.repeat_interleave(size, 1) for t in tables)
         count = size if source.weights is None else size * source.weights.unsqueeze(1)
-        return self._with(tables[0], tables[1], count)
+
+        def table(kind: str, which: int, differentiable: bool) -> Any:
+            found = source.reduce((kind, groups), differentiable and self._differentiable)[which]
+            if source.layout is not None:
+                return Factored(((found, None),), len(found), source.channels, found)
+            return found.repeat_interleave(size, 1) if groups > 1 else found
+
+        return Moments(
+            count=count,
+            process_group=self.process_group,
+            _compute=lambda differentiable: (table("token", 0, differentiable), table("token", 1, differentiable)),
+            _square=lambda: table("squares", 1, True),
+        )
 
     def _pool_batch(self) -> Moments:
         source = self._source
         count = source.samples * source.positions if source.weights is None else source.weights.sum()
-        return self._over_processes(Moments(*source.reduce(0, self._differentiable), count, _backend=source.backend))
+        found = source.reduce(("batch", 0), self._differentiable)
+        return self._over_processes(Moments(*found, count, _backend=source.backend))
 
     def _pool_positions(self) -> Moments:
         source = self._source
