@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels for GPUs then run on the CPU, slowly
+
 settings.register_profile("flexnorm", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("flexnorm")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexnorm.kernels import normalization
+from flexnorm.kernels import gpu, normalization
 
 # Below this many values the compiled kernels are not worth loading (a first load may compile for a second or two).
 _SMALL = 1 << 14
@@ -20,7 +20,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Layout(NamedTuple):
     """An activation as the passes see it."""
 
-    backend: str  # "c", "torch" or "composed": which implementation of the passes runs
+    backend: str  # "c", "triton", "torch" or "composed": which implementation of the passes runs
     order: str  # "rows", "cols" or "none", as :func:`memory_order` tells
     size: tuple[int, int, int]  # samples N, channels C, positions P
 
@@ -38,7 +38,11 @@ def layout_of(x: Tensor) -> Layout:
     """Choose the backend for ``x`` (N, C, *spatial) by device, size, type and strides."""
     size = (x.shape[0], x.shape[1], positions_of(x))
     order = memory_order(x)
-    if x.device.type != "cpu" or order == "none" or size[2] < 2 or x.numel() == 0:
+    if order == "none" or size[2] < 2 or x.numel() == 0:
+        return Layout("composed", order, size)
+    if gpu.available(x):
+        return Layout("triton", order, size)
+    if x.device.type != "cpu":
         return Layout("composed", order, size)
     if x.numel() >= _SMALL and x.dtype in normalization.DTYPES and normalization.load() is not None:
         return Layout("c", order, size)
@@ -59,17 +63,19 @@ def token_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
 
     ``None`` where the composition of torch's operations serves best. An order of "none" asks for a contiguous copy.
     """
-    if x.device.type != "cpu" or x.numel() < _SMALL or x.dtype not in normalization.DTYPES:
-        return None
-    if normalization.load() is None:
-        return None
+    backend = "triton" if x.numel() > 0 and gpu.available(x) else "c"
+    if backend == "c":
+        if x.device.type != "cpu" or x.numel() < _SMALL or x.dtype not in normalization.DTYPES:
+            return None
+        if normalization.load() is None:
+            return None
     if channel_axis == -1 or x.dim() == 2:
         samples, channels = x.shape[0], x.shape[-1]
         order = "cols" if x.is_contiguous() else "rows" if x.movedim(-1, 1).is_contiguous() else "none"
     else:
         samples, channels, order = x.shape[0], x.shape[1], memory_order(x)
     positions = x.numel() // (samples * channels)
-    return Layout("c", "cols" if order == "rows" and positions == 1 else order, (samples, channels, positions))
+    return Layout(backend, "cols" if order == "rows" and positions == 1 else order, (samples, channels, positions))
 
 
 def positions_of(x: Tensor) -> int:

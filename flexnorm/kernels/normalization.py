@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexnorm.kernels import gpu
 from flexnorm.kernels.build import declare, library
 
 _SOURCE = Path(__file__).with_name("normalization.c")
@@ -66,4 +67,5 @@ def strided(table: Tensor | None) -> tuple[int | None, int, int]:
 def status() -> str:
     """Return one line on which kernels are in use on this machine (builds them if need be)."""
     found = None if load() is None else library(_SOURCE, "normalization")
-    return "torch's own kernels" if found is None else f"compiled kernels at {found[1]}"
+    on_cpu = "torch's own kernels" if found is None else f"compiled kernels at {found[1]}"
+    return f"{on_cpu}; {on_gpus}" if (on_gpus := gpu.status()) else on_cpu

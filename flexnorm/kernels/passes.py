@@ -1,12 +1,13 @@
 """The passes over an activation, on whichever backend serves its device, type and layout.
 
-Three implementations give the same tables and activations (the tests hold them against each other):
+Four implementations give the same tables and activations (the tests hold them against each other):
 
 * ``"c"``: the C kernels of ``normalization.c`` (CPU, large activations, both memory formats).
+* ``"triton"``: the Triton kernels of ``triton_kernels.py`` (GPUs, both memory formats).
 * ``"torch"``: torch's own fused kernels (CPU, contiguous), with no compilation: the statistics pass of BatchNorm on the
   view (1, N*C, P) yields the moments; BatchNorm in evaluation mode with weight = scale and bias = shift is the affine
   pass, and its backward yields ``sum g*x``, ``sum g`` and ``scale*g`` at once.
-* ``"composed"``: plain differentiable torch operations. Everything else: GPUs, tiny or empty tensors, double backward,
+* ``"composed"``: plain differentiable torch operations. Everything else: tiny or empty tensors, double backward,
   ``torch.func`` transforms, and any code that torch.compile or torch.export traces and fuses with its neighbours.
 """
 
@@ -18,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from flexnorm.kernels import triton_passes
 from flexnorm.kernels.layout import Layout, over_positions, table_dtype
 from flexnorm.kernels.normalization import call, strided
 
@@ -56,6 +58,8 @@ def _tables(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over the positions, each (N, C)."""
+    if layout.backend == "triton":
+        return triton_passes.moments(x, layout)
     if layout.backend == "c":
         mean, var = _tables(x, layout)
         call(f"moments_{layout.order}", x.dtype, x, mean, var, *layout.size, torch.get_num_threads())
@@ -68,6 +72,8 @@ def moments(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor | None, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the memory format of ``x``; tables broadcast to (N, C); no shift means zero."""
+    if layout.backend == "triton":
+        return triton_passes.affine(x, scale, shift, layout)
     size = layout.size[:2]
     if layout.backend == "composed":
         if shift is None:
@@ -98,6 +104,8 @@ def sums(
     The first is taken about ``center``, ``sum g * (x - center) + center * sum g``: summed directly, that of an
     activation with a large mean would lose its digits.
     """
+    if layout.backend == "triton":
+        return triton_passes.sums(g, x, center, layout, shapes)
     samples, channels = layout.size[:2]
     if layout.backend == "c":
         s1, s0 = _tables(x, layout)
@@ -129,6 +137,8 @@ def combine(
 
     Tables broadcast to (N, C), ``mean`` (N, C) is dense; no scale means one, no other table means zero.
     """
+    if layout.backend == "triton":
+        return triton_passes.combine(g, x, scale, dmean, dvar, mean, layout)
     positions = max(layout.size[2], 1)
     size = layout.size[:2]
     scale = (torch.ones((), dtype=mean.dtype, device=mean.device) if scale is None else scale).expand(size)

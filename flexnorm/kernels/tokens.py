@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from flexnorm.kernels import triton_passes
 from flexnorm.kernels.build import declare, library
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES, call
@@ -122,6 +123,8 @@ def _words(terms: Terms) -> list[int]:
 
 def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     """Mean and biased variance of each token over the channels of each of ``groups`` equal groups: (R, groups) each."""
+    if layout.backend == "triton":
+        return triton_passes.row_moments(x, layout, groups)
     samples, channels, positions = layout.size
     if layout.order == "cols":
         tokens = samples * positions
@@ -138,6 +141,8 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
     ``weights`` (R,), in the type of the tables, tell how much each token counts; a token of weight 0 is not read.
     """
+    if layout.backend == "triton":
+        return triton_passes.column_moments(x, layout, weights)
     samples, channels, positions = layout.size
     if layout.order == "cols":
         mean, var = torch.empty((2, 1, channels), dtype=table_dtype(x.dtype)).unbind()
@@ -157,6 +162,8 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the type and memory order of ``x``."""
+    if layout.backend == "triton":
+        return triton_passes.token_affine(x, scale, shift, layout)
     samples, channels, positions = layout.size
     if layout.order == "cols":
         y, scale, shift = torch.empty_like(x), _dense(scale), _dense(shift)
@@ -176,6 +183,8 @@ def sums(
     ``sum g * x`` is taken about ``center``, (R, G) or (1, C), where it is given: ``sum g * (x - center) + center * sum
     g``: summed directly, that of an activation with a large mean would lose its digits.
     """
+    if layout.backend == "triton":
+        return triton_passes.token_sums(g, x, center, scale, shift, layout)
     samples, channels, positions = layout.size
     if layout.order == "cols":
         scale, shift = _dense(scale), _dense(shift)
@@ -232,6 +241,8 @@ def combine(
     For moments of each token, tables (R, G), ``(dmean + 2 * dvar * (x - mean)) / count``; the same for moments of the
     batch, tables (1, C), times the weight of the token. ``scale=None`` stands for one.
     """
+    if layout.backend == "triton":
+        return triton_passes.token_combine(g, x, scale, rows, columns, layout)
     samples, channels, positions = layout.size
     if layout.order == "cols":
         dx, scale_terms = torch.empty_like(x), _dense(scale or ())

@@ -45,7 +45,7 @@ def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
 def sums(g: Tensor, x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> tuple[list[Factor], list[Factor]]:
     """By automatic differentiation."""
     incoming = matrix(g, layout)
-    factors = [[None if t is None else t.double().requires_grad_() for t in term] for term in (*scale, *shift)]
+    factors = [[None if t is None else t.double().clone().requires_grad_() for t in term] for term in (*scale, *shift)]
     terms = tuple((row, column) for row, column in factors)
     y = affine(x, terms[: len(scale)], terms[len(scale) :], layout)
     leaves = [t for term in factors for t in term if t is not None]

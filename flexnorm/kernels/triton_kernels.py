@@ -1,0 +1,270 @@
+"""Kernels for GPUs in Triton's language. Imported only where they run (:mod:`flexnorm.kernels.gpu`).
+
+One view serves images and tokens: N samples of C channels at P positions, the value (n, c, p) at ``n * stride_n + c *
+stride_c + p * stride_p``, whose smaller stride is 1. A program works on tiles [BC, BP] of one sample. Tokens that lie
+one after the other, (R, C), are the R positions of one sample.
+
+A *term* (row, grouped, column, stride_n, stride_c) is an outer product: row (R,) or grouped (R, G) per token and group
+of ``width`` channels, column (N, C) with two strides (the first 0 if it is the same for all samples); ``None`` stands
+for ones. Sums and tables are of type ACC. Offsets within a tile fit 32 bits; where it begins may need 64.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _product(term, n, r, c, ok_r, ok_c, G, width, ACC: tl.constexpr):
+    """An outer product on the channels c and tokens r: a tile that broadcasts to [BC, BP]."""
+    value = tl.full((1, 1), 1, ACC)
+    if term[0] is not None:
+        value = value * tl.load(term[0] + r, mask=ok_r, other=0)[None, :]
+    if term[1] is not None:
+        inside = ok_c[:, None] & ok_r[None, :]
+        value = value * tl.load(term[1] + (r * G)[None, :] + (c // width)[:, None], mask=inside, other=0)
+    if term[2] is not None:
+        value = value * tl.load(term[2] + n * term[3] + c * term[4], mask=ok_c, other=0)[:, None]
+    return value
+
+
+@triton.jit
+def _sum(terms, n, r, c, ok_r, ok_c, G, width, ACC: tl.constexpr):
+    value = _product(terms[0], n, r, c, ok_r, ok_c, G, width, ACC)
+    if len(terms) > 1:
+        value = value + _product(terms[1], n, r, c, ok_r, ok_c, G, width, ACC)
+    return value
+
+
+@triton.jit
+def _tile(C, P, stride_n, stride_c, stride_p, BC: tl.constexpr, BP: tl.constexpr):
+    """Sample, channels and positions of a program of an elementwise pass, and the places of their values."""
+    blocks_p = tl.cdiv(P, BP)
+    blocks_c = tl.cdiv(C, BC)
+    pid = tl.program_id(0)
+    n = (pid // blocks_p // blocks_c).to(tl.int64)
+    first_c = pid // blocks_p % blocks_c * BC
+    first_p = pid % blocks_p * BP
+    i, j = tl.arange(0, BC), tl.arange(0, BP)
+    begin = n * stride_n + first_c.to(tl.int64) * stride_c + first_p.to(tl.int64) * stride_p
+    return n, first_c + i, first_p + j, begin, i[:, None] * stride_c + j[None, :] * stride_p
+
+
+@triton.jit(do_not_specialize=["P"])
+def affine(x, y, scale, shift, C, P, G, width, stride_n, stride_c, stride_p, ACC: tl.constexpr, BC: tl.constexpr,
+           BP: tl.constexpr):  # fmt: skip
+    """``scale * x + shift``; tuples of terms, no shift stands for zero."""
+    n, c, p, begin, offsets = _tile(C, P, stride_n, stride_c, stride_p, BC, BP)
+    ok_c, ok_p, r = c < C, p < P, n * P + p
+    inside = ok_c[:, None] & ok_p[None, :]
+    value = tl.load(x + begin + offsets, mask=inside, other=0).to(ACC)
+    value = value * _sum(scale, n, r, c, ok_p, ok_c, G, width, ACC)
+    if shift is not None:
+        value = value + _sum(shift, n, r, c, ok_p, ok_c, G, width, ACC)
+    tl.store(y + begin + offsets, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _through(source, x, n, r, c, ok_r, ok_c, G, width, ACC: tl.constexpr):
+    """What comes back through moments: (mean, dmean, dvar, count, weights), the tables as terms."""
+    value = tl.zeros((1, 1), ACC)
+    if source[2] is not None:
+        slope = _product(source[2], n, r, c, ok_r, ok_c, G, width, ACC)
+        value = 2 * slope * (x - _product(source[0], n, r, c, ok_r, ok_c, G, width, ACC))
+    if source[1] is not None:
+        value = value + _product(source[1], n, r, c, ok_r, ok_c, G, width, ACC)
+    value = value / source[3]
+    if source[4] is not None:
+        share = tl.load(source[4] + r, mask=ok_r, other=0).to(ACC)[None, :]
+        value = tl.where(share > 0, share * value, 0)
+    return value
+
+
+@triton.jit(do_not_specialize=["P"])
+def combine(g, x, dx, scale, rows, columns, C, P, G, width, stride_n, stride_c, stride_p, ACC: tl.constexpr,
+            BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+    """``scale * g`` (no scale stands for one) and what comes back through the moments of tokens and of channels."""
+    n, c, p, begin, offsets = _tile(C, P, stride_n, stride_c, stride_p, BC, BP)
+    ok_c, ok_p, r = c < C, p < P, n * P + p
+    inside = ok_c[:, None] & ok_p[None, :]
+    total = tl.load(g + begin + offsets, mask=inside, other=0).to(ACC)
+    value = tl.load(x + begin + offsets, mask=inside, other=0).to(ACC)
+    if scale is not None:
+        total = total * _sum(scale, n, r, c, ok_p, ok_c, G, width, ACC)
+    if rows is not None:
+        total = total + _through(rows, value, n, r, c, ok_p, ok_c, G, width, ACC)
+    if columns is not None:
+        total = total + _through(columns, value, n, r, c, ok_p, ok_c, G, width, ACC)
+    tl.store(dx + begin + offsets, total.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(N, C, P, length, stride_n, stride_c, BC: tl.constexpr):
+    """A program of a reduction: which partial result, sample, channels and positions; where the channels begin."""
+    blocks_c = tl.cdiv(C, BC)
+    part = tl.program_id(0) // blocks_c
+    n = (part % N).to(tl.int64)
+    first_c = tl.program_id(0) % blocks_c * BC
+    begin = part // N * length
+    end = tl.minimum(begin + length, P)
+    return part.to(tl.int64), n, first_c + tl.arange(0, BC), begin, end, n * stride_n + first_c.to(tl.int64) * stride_c
+
+
+@triton.jit(do_not_specialize=["N", "P", "length"])
+def moments(x, weights, mean, var, count, N, C, P, length, stride_n, stride_c, stride_p, ACC: tl.constexpr,
+            BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+    """Mean and biased variance (parts, N, C), and weight (parts, N), over ``length`` positions; zeros for no weight.
+
+    Each value of the tile follows moments of its own (Welford 1962), which are merged at the end (Chan et al. 1979).
+    """
+    part, n, c, begin, end, base = _part(N, C, P, length, stride_n, stride_c, BC)
+    ok_c, j = c < C, tl.arange(0, BP)
+    offsets = tl.arange(0, BC)[:, None] * stride_c + j[None, :] * stride_p
+    own, square, seen = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC), tl.zeros((BP,), ACC)
+    for start in range(begin, end, BP):
+        ok_p = start + j < end
+        share = ok_p.to(ACC)
+        if weights is not None:
+            share = tl.load(weights + n * P + start + j, mask=ok_p, other=0).to(ACC)
+        inside = ok_c[:, None] & (share > 0)[None, :]
+        place = x + base + tl.cast(start, tl.int64) * stride_p
+        value = tl.load(place + offsets, mask=inside, other=0).to(ACC)
+        seen += share
+        before = value - own
+        own += before * (share / tl.where(seen > 0, seen, 1))[None, :]
+        square += share[None, :] * before * (value - own)
+    total = tl.sum(seen, 0)
+    divisor = tl.where(total > 0, total, 1)
+    center = tl.sum(own * seen[None, :], 1) / divisor
+    between = own - center[:, None]
+    square = tl.sum(square + seen[None, :] * between * between, 1)
+    tl.store(mean + part * C + c, center, mask=ok_c)
+    tl.store(var + part * C + c, square / divisor, mask=ok_c)
+    tl.store(count + part, total)
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def merge(means, variances, counts, mean, var, M, K, C, ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Moments (M, K) of M disjoint parts of weights (M, K / C) become those of their union, (K,): Chan et al. 1979."""
+    k = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
+    total, first, second = tl.zeros((BK,), ACC), tl.zeros((BK,), ACC), tl.zeros((BK,), ACC)
+    for start in range(0, M, BM):
+        i = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
+        inside = (i < M) & (k < K)[None, :]
+        weight = tl.load(counts + i * (K // C) + (k // C)[None, :], mask=inside, other=0)
+        total += tl.sum(weight, 0)
+        first += tl.sum(weight * tl.load(means + i * K + k[None, :], mask=inside, other=0), 0)
+    total = tl.where(total > 0, total, 1)
+    center = first / total
+    for start in range(0, M, BM):
+        i = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
+        inside = (i < M) & (k < K)[None, :]
+        weight = tl.load(counts + i * (K // C) + (k // C)[None, :], mask=inside, other=0)
+        between = tl.load(means + i * K + k[None, :], mask=inside, other=0) - center[None, :]
+        within = tl.load(variances + i * K + k[None, :], mask=inside, other=0)
+        second += tl.sum(weight * (within + between * between), 0)
+    tl.store(mean + k, center, mask=k < K)
+    tl.store(var + k, second / total, mask=k < K)
+
+
+@triton.jit(do_not_specialize=["N", "P", "length"])
+def sums(g, x, center, center_n, s1, s0, N, C, P, length, stride_n, stride_c, stride_p, WHOLE: tl.constexpr,
+         ACC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+    """``sum g * (x - center)`` and ``sum g`` over ``length`` positions, (parts, N, C); if WHOLE, ``sum g * x``."""
+    part, n, c, begin, end, base = _part(N, C, P, length, stride_n, stride_c, BC)
+    ok_c, j = c < C, tl.arange(0, BP)
+    offsets = tl.arange(0, BC)[:, None] * stride_c + j[None, :] * stride_p
+    middle = tl.zeros((BC,), ACC)
+    if center is not None:
+        middle = tl.load(center + n * center_n + c, mask=ok_c, other=0)
+    first, zeroth = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC)
+    for start in range(begin, end, BP):
+        inside = ok_c[:, None] & (start + j < end)[None, :]
+        place = base + tl.cast(start, tl.int64) * stride_p
+        incoming = tl.load(g + place + offsets, mask=inside, other=0).to(ACC)
+        first += incoming * (tl.load(x + place + offsets, mask=inside, other=0).to(ACC) - middle[:, None])
+        zeroth += incoming
+    total = tl.sum(zeroth, 1)
+    product = tl.sum(first, 1)
+    if WHOLE:
+        product += middle * total
+    tl.store(s1 + part * C + c, product, mask=ok_c)
+    tl.store(s0 + part * C + c, total, mask=ok_c)
+
+
+@triton.jit
+def _contract(term, far, near, block, r, k, c, ok_r, ok_k, ok_c, C, G, ACC: tl.constexpr):
+    """Sums of the tile far + near [BP, BG, BW] times one factor, for the gradient of the other.
+
+    A term here goes on with where they belong: (..., of_row (R, G), of_column (blocks, C)). What belongs to the
+    channels is written, what belongs to the tokens returned.
+    """
+    rows = tl.zeros((r.shape[0], k.shape[0]), ACC)
+    if term[6] is not None:
+        factor = tl.full((1, 1), 1, ACC)
+        if term[0] is not None:
+            factor = tl.load(term[0] + r, mask=ok_r, other=0)[:, None]
+        if term[1] is not None:
+            factor = tl.load(term[1] + (r * G)[:, None] + k[None, :], mask=ok_r[:, None] & ok_k[None, :], other=0)
+        columns = tl.sum(far * factor[:, :, None], 0)
+        if near is not None:
+            columns += tl.sum(near * factor[:, :, None], 0)
+        tl.store(term[6] + block * C + c, columns, mask=ok_c)
+    if term[5] is not None:
+        weight = tl.full((1, 1), 1, ACC)
+        if term[2] is not None:
+            weight = tl.load(term[2] + c * term[4], mask=ok_c, other=0)
+        rows = tl.sum(far * weight[None, :, :], 2)
+        if near is not None:
+            rows += tl.sum(near * weight[None, :, :], 2)
+    return rows
+
+
+@triton.jit(do_not_specialize=["P"])
+def token_sums(g, x, center, scale0, scale1, shift0, shift1, C, P, G, width, stride_n, stride_c, stride_p,
+               ACC: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Gradients of the factors of scale (from g * x) and shift (from g), those of the channels in blocks of tokens."""
+    blocks_g, blocks_p = tl.cdiv(G, BG), tl.cdiv(P, BP)
+    block = (tl.program_id(0) // blocks_g).to(tl.int64)
+    n, first_p = block // blocks_p, block % blocks_p * BP
+    p, k, j = first_p + tl.arange(0, BP), tl.program_id(0) % blocks_g * BG + tl.arange(0, BG), tl.arange(0, BW)
+    ok_r, ok_k, r = p < P, k < G, n * P + p
+    a0, a1 = tl.zeros((BP, BG), ACC), tl.zeros((BP, BG), ACC)
+    b0, b1 = tl.zeros((BP, BG), ACC), tl.zeros((BP, BG), ACC)
+    for start in range(0, width, BW):
+        c = k[:, None] * width + (start + j)[None, :]
+        ok_c = ok_k[:, None] & (start + j < width)[None, :]
+        inside = ok_r[:, None, None] & ok_c[None, :, :]
+        offsets = n * stride_n + (p * stride_p)[:, None, None] + (c.to(tl.int64) * stride_c)[None, :, :]
+        incoming = tl.load(g + offsets, mask=inside, other=0).to(ACC)
+        far = tl.load(x + offsets, mask=inside, other=0).to(ACC)
+        near = None
+        if center is not None:
+            if center[0] is not None:
+                middle = tl.load(center[0] + r, mask=ok_r, other=0)[:, None, None]
+            elif center[1] is not None:
+                mask = ok_r[:, None] & ok_k[None, :]
+                middle = tl.load(center[1] + (r * G)[:, None] + k[None, :], mask=mask, other=0)[:, :, None]
+            else:
+                middle = tl.load(center[2] + c * center[4], mask=ok_c, other=0)[None, :, :]
+            far, near = far - middle, incoming * middle
+        far = far * incoming
+        if scale0 is not None:
+            a0 += _contract(scale0, far, near, block, r, k, c, ok_r, ok_k, ok_c, C, G, ACC)
+        if scale1 is not None:
+            a1 += _contract(scale1, far, near, block, r, k, c, ok_r, ok_k, ok_c, C, G, ACC)
+        if shift0 is not None:
+            b0 += _contract(shift0, incoming, None, block, r, k, c, ok_r, ok_k, ok_c, C, G, ACC)
+        if shift1 is not None:
+            b1 += _contract(shift1, incoming, None, block, r, k, c, ok_r, ok_k, ok_c, C, G, ACC)
+    _keep(scale0, a0, r, k, ok_r, ok_k, G)
+    _keep(scale1, a1, r, k, ok_r, ok_k, G)
+    _keep(shift0, b0, r, k, ok_r, ok_k, G)
+    _keep(shift1, b1, r, k, ok_r, ok_k, G)
+
+
+@triton.jit
+def _keep(term, rows, r, k, ok_r, ok_k, G):
+    """Write what belongs to the tokens."""
+    if term is not None:  # noqa: SIM102 - what an absent term has is not even looked at
+        if term[5] is not None:
+            tl.store(term[5] + (r * G)[:, None] + k[None, :], rows, mask=ok_r[:, None] & ok_k[None, :])
