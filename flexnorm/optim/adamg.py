@@ -8,7 +8,7 @@ so that the direction stays what it was.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class AdamG(SphereOptimizer):
         ValueError: If an argument is out of range, or a parameter without rows (a bias, say) is put on the manifold.
     """
 
+    _before: ClassVar[dict[str, object]] = {**SphereOptimizer._before, "off_manifold": "sgd"}
+
     def __init__(
         self,
         params: Params,
@@ -96,9 +98,7 @@ class AdamG(SphereOptimizer):
         check_at_least_zero(group, "eps")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore; groups of a state without ``off_manifold`` are older than the choice, and keep SGD."""
-        for group in state["param_groups"]:
-            group.setdefault("off_manifold", "sgd")
+        """Restore; a group without ``betas`` gets those of what moves it."""
         super().__setstate__(state)
         for group in self.param_groups:
             _fill_betas(group)

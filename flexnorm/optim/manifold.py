@@ -27,7 +27,7 @@ from torch import Tensor
 
 # A norm below this is the norm of no weight (its cube, which a kernel needs, underflows in float32).
 TINY = 1e-12
-_LARGE = 256  # rows from which on half of a Gram matrix is worth the copying
+_LARGE, _STRIP = 256, 128  # rows from which on half of a Gram matrix is worth the copying, and in strips of how many
 
 
 def row_norm(x: Tensor) -> Tensor:
@@ -143,15 +143,16 @@ def orthogonality_gradient(
     """
     p = _in_blocks(y, blocks)
     added = p if plus is None else _in_blocks(plus, blocks)
-    norm: Tensor = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
-    inv = norm.clamp_(min=TINY).reciprocal_()
     if p.shape[1] <= p.shape[2]:
-        # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
-        left = _gram(p).mul_(inv).mul_(inv.mT)
+        # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, which knows the lengths.
+        left = _gram(p)
+        inv = left.diagonal(dim1=-2, dim2=-1).clamp(min=TINY**2).rsqrt_().unsqueeze(-1)
+        left.mul_(inv).mul_(inv.mT)
         left.diagonal(dim1=-2, dim2=-1).sub_(1)
         left, right = left.mul_(inv.mT), p
     else:
-        left = p * inv
+        norm: Tensor = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+        left = p / norm.clamp_(min=TINY)
         right = _gram(left.mT)
         right.diagonal(dim1=-2, dim2=-1).sub_(1)
     result = torch.empty_like(y, memory_format=torch.contiguous_format) if out is None else out
@@ -190,22 +191,17 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _gram(p: Tensor) -> Tensor:
-    """Return ``p @ p.mT`` for a batch of matrices; large ones by halves, for the result is symmetric."""
+    """Return ``p @ p.mT`` for a batch of matrices; of large ones one half, for the result is symmetric."""
     batch, height, _ = p.shape
     if height < _LARGE or p.device.type != "cpu":
         return torch.bmm(p, p.mT)
     gram = p.new_empty((batch, height, height))
+    # Where float32 products may be taken in bfloat16 each call converts its operands, and one is faster.
+    precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "")
+    strip = height if precision == "bf16" else _STRIP
     for matrix, square in zip(p, gram, strict=True):
-        _symmetric(matrix, square)
+        for top in range(0, height, strip):
+            end = top + strip
+            torch.mm(matrix[top:end], matrix[top:].T, out=square[top:end, top:])
+            square[end:, top:end].copy_(square[top:end, end:].T)
     return gram
-
-
-def _symmetric(p: Tensor, out: Tensor) -> None:
-    half = len(p) // 2
-    if len(p) < _LARGE:
-        torch.mm(p, p.T, out=out)
-        return
-    _symmetric(p[:half], out[:half, :half])
-    _symmetric(p[half:], out[half:, half:])
-    torch.mm(p[:half], p[half:].T, out=out[:half, half:])
-    out[half:, :half].copy_(out[:half, half:].T)

@@ -127,11 +127,39 @@ def test_angle_is_accurate_where_the_arc_cosine_is_not(angle):
     torch.testing.assert_close(float(mf.angle(5 * y, 0.1 * z)), angle, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize(("rows", "n", "blocks"), [(3, 7, 1), (7, 3, 1), (4, 4, 1), (6, 5, 3), (6, 2, 2), (4, 3, 4)])
+SIZES = [(3, 7, 1), (7, 3, 1), (4, 4, 1), (6, 5, 3), (6, 2, 2), (4, 3, 4), (300, 310, 1), (310, 300, 1), (600, 310, 2)]
+
+
+@pytest.mark.parametrize(("rows", "n", "blocks"), SIZES)
 def test_orthogonality_gradient_is_the_gradient_of_the_penalty(rows, n, blocks):
     y = points(rows, n, 3).requires_grad_()
     mf.orthogonality_penalty(y, 0.3, blocks).backward()
     torch.testing.assert_close(mf.orthogonality_gradient(y.detach(), 0.3, blocks), y.grad)
+
+
+def test_orthogonality_gradient_of_directions_and_of_pruned_rows():
+    y = points(5, 8, 3)
+    lengths = torch.tensor([1e-5, 1.0, 0.0, 3.0, 1e5], dtype=torch.float64).unsqueeze(1)
+    expected = mf.orthogonality_gradient(y[[0, 1, 3, 4]], 0.3)
+    for many in (y * lengths, (y * lengths).T.contiguous().T):
+        got = mf.orthogonality_gradient(many, 0.3)
+        torch.testing.assert_close(got[[0, 1, 3, 4]], expected)
+        assert (got[2] == 0).all()
+    tall = mf.orthogonality_gradient((y * lengths)[:, :3], 0.3)
+    assert tall.isfinite().all()
+    assert (tall[2] == 0).all()
+
+
+def test_products_in_bfloat16_where_torch_is_told_so():
+    y = points(300, 310, 3, torch.float32)
+    expected = mf.orthogonality_gradient(y.double(), 0.3)
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        got = mf.orthogonality_gradient(y, 0.3)
+    finally:
+        settings.fp32_precision = before
+    assert float((got - expected).norm() / expected.norm()) < 0.02
 
 
 def test_penalty_of_unit_rows_is_the_sum_of_squared_cosines():
