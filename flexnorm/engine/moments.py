@@ -34,9 +34,7 @@ class Moments:
             communication with other processes, (N, 1) where a mask or segments give each sample its own (with weights
             their sum).
         process_group: Group over which ``pool("batch")`` and ``pool("all")`` also pool; ``None`` for this process only.
-
-    Attributes:
-        backend: Where the tables come from (:mod:`flexnorm.kernels`); what works on them goes on there.
+        backend: Where the tables come from (:mod:`flexnorm.kernels`): what works on them goes on there.
     """
 
     def __init__(
@@ -46,9 +44,9 @@ class Moments:
         count: int | Tensor = 1,
         *,
         process_group: ProcessGroup | None = None,
+        backend: str = "composed",
         _compute: Callable[[bool], Pair] | None = None,
         _square: Callable[[], Tensor] | None = None,
-        _backend: str = "composed",
     ) -> None:
         if _compute is None and (mean is None or var is None):
             raise TypeError("Moments needs both mean and var")
@@ -56,7 +54,7 @@ class Moments:
         self._var = var
         self._compute = _compute
         self._square = _square
-        self.backend = _backend
+        self.backend = backend
         self.count = count
         self.process_group = process_group
 
@@ -122,7 +120,7 @@ class Moments:
         return self._pool_batch() if over == "batch" else self._pool_all()
 
     def _with(self, mean: Tensor, var: Tensor, count: int | Tensor, backend: str = "composed") -> Moments:
-        return Moments(mean, var, count, process_group=self.process_group, _backend=backend)
+        return Moments(mean, var, count, process_group=self.process_group, backend=backend)
 
     def _pool_positions(self) -> Moments:
         return self
@@ -151,7 +149,7 @@ class Moments:
         elif samples == 1:
             local = Moments(*self.tables, self.count)
         else:
-            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, _backend=self.backend)
+            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, backend=self.backend)
         return self._over_processes(local)
 
     def _over_processes(self, local: Moments) -> Moments:

@@ -106,7 +106,14 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, center: Tensor | None, layout: Layout, pending: _Pending, shape: str, *factors: Tensor
+        ctx: Any,
+        through: Tensor,  # noqa: ARG004 - the same values; only this node may use it, so that its gradient is its own
+        x: Tensor,
+        center: Tensor | None,
+        layout: Layout,
+        pending: _Pending,
+        shape: str,
+        *factors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, center, *factors)
         ctx.layout, ctx.pending, ctx.shape = layout, pending, shape
@@ -125,23 +132,23 @@ class _Affine(torch.autograd.Function):
                 values = tokens.matrix(v, layout)
                 return tokens.like(values.to(table_dtype(v.dtype)) * scale + shift, v, layout)
 
-            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[5:]], (g,))
-            return of_x, None, None, None, None, *found
+            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[6:]], (g,))
+            return of_x, None, None, None, None, None, *found
         if g.stride() != x.stride():
             g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
         scale, shift = _unflatten(shape, factors)
         grads: list[Tensor | None] = [None] * len(factors)
-        if any(needed[5:]):
+        if any(needed[6:]):
             of_scale, of_shift = tokens.sums(g, x, center, scale, shift, layout)
             grads = [t for term in (*of_scale, *of_shift) for t in term if t is not None]
-            grads = [t if need else None for t, need in zip(grads, needed[5:], strict=True)]
+            grads = [t if need else None for t, need in zip(grads, needed[6:], strict=True)]
         dx: Tensor | None = None
         if needed[0] and ctx.pending is None:
             dx = tokens.affine(g, scale, (), layout)
         elif needed[0]:
             ctx.pending.append(scale)
             dx = g
-        return dx, None, None, None, None, *grads
+        return dx, None, None, None, None, None, *grads
 
 
 def _sum(terms: Terms, channels: int) -> Tensor | float:
@@ -234,7 +241,7 @@ class Tokens:
         if not torch.is_grad_enabled() or not (self._x.requires_grad or any(t.requires_grad for t in factors)):
             return tokens.affine(self._x, scale, shift, self.layout)
         link = self._pending if any(key[1] for key in self._found) else None
-        made = _Affine.apply(self._x, self._center, self.layout, link, shape, *factors)  # type: ignore[no-untyped-call]
+        made = _Affine.apply(self._x, self._origin, self._center, self.layout, link, shape, *factors)  # type: ignore[no-untyped-call]
         return cast("Tensor", made)
 
     def terms(self, table: Any, name: str) -> _Table:
@@ -315,7 +322,7 @@ class TokenMoments(Moments):
         source = self._source
         count = source.samples * source.positions if source.weights is None else source.weights.sum()
         found = source.reduce(("batch", 0), self._differentiable)
-        return self._over_processes(Moments(*found, count, _backend=source.backend))
+        return self._over_processes(Moments(*found, count, backend=source.backend))
 
     def _pool_positions(self) -> Moments:
         source = self._source

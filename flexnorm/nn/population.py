@@ -142,7 +142,7 @@ class _PopulationNorm(FlexNorm):
     @torch.no_grad()
     def _keep(self, batch: Pair) -> Pair:
         """Let a batch enter the statistics; return those to normalize it with."""
-        pooled = Moments(*batch, self._values, _backend="c")
+        pooled = Moments(*batch, self._values, backend="c")
         if self.statistics == "running":
             self.track(pooled)
         return self._bounded(pooled)
