@@ -1,6 +1,6 @@
 """Does it matter when the orthogonality regularizer acts? SGD-G and Adam-G with it in every step, and by turns.
 
-    python -m benchmarks.turns [--seeds 5] [--out results/turns.json]
+    python -m benchmarks.turns [--seeds 5] [--networks convnet,resnet8] [--no-clip] [--out results/turns.json]
 
 The digits, the plain network and the small residual one of the lab, batch normalization, the paper's rates (0.2 and
 0.05 on the sphere), 10 epochs of 22 updates of 64 images; by one cycle, as the demo, and with constant rates. For each
@@ -45,13 +45,15 @@ def distance(optimizer: SGDG | AdamG) -> float:
     return statistics.fmean(found)
 
 
-def train(network: str, optim: str, schedule: str, every: int | None, seed: int, data: ImageData) -> dict[str, float]:
+def train(
+    network: str, optim: str, schedule: str, every: int | None, seed: int, data: ImageData, clip: float | None = 0.1
+) -> dict[str, float]:
     """Train one network; return the measures. ``every=None`` is without the regularizer."""
     torch.manual_seed(seed)
     model = models.build(network, "batch", 1, 10, **NETWORKS[network])
     rate = {"sgdg": 0.2, "adamg": 0.05}[optim]
     images, labels, args = data.x_train, data.y_train, SCHEDULES[schedule]
-    groups = param_groups(model, 0.1, rate, 5e-4, images[:16])
+    groups = param_groups(model, 0.1, rate, 5e-4, images[:16], grad_clip=clip)
     for group in groups:
         group["measured"] = bool(group.get("ortho"))
         if every is None:
@@ -93,16 +95,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--no-clip", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, rows = load("digits"), []
+    clip = None if options.no_clip else 0.1
     for network in options.networks.split(","):
         for schedule in ("onecycle", "constant"):
             for optim in ("sgdg", "adamg"):
                 print(f"\n{network}, {optim}, {schedule}", flush=True)
                 for every in (*EVERY, None):
-                    runs = [train(network, optim, schedule, every, seed, data) for seed in range(options.seeds)]
+                    runs = [train(network, optim, schedule, every, seed, data, clip) for seed in range(options.seeds)]
                     row: dict[str, Any] = {"network": network, "optimizer": optim, "schedule": schedule}
                     row["ortho_every"] = every or "off"
                     for key in MEASURES:

@@ -51,10 +51,12 @@ class Norm(Checked):
             ``"none"``. Running statistics are those of batches, except of ``"sample"``: averages of the samples' own.
         options: The constructor arguments that decide the function. Each is an attribute of the same name.
         defaults: Arguments that the factory gives where the layer's own defaults do not suit a network.
-        torch_layer: The nearest layer of torch: ``"batch"``, ``"group"``, ``"layer"`` or ``"instance"``; ``""`` if
-            there is none.
+        torch_layer: The nearest layer of torch: ``"batch"``, ``"group"``, ``"layer"``, ``"instance"`` or ``"rms"`` (of
+            single positions); ``""`` if there is none.
         pools_positions: Whether it is made of the moments of each channel of each sample over its positions, so that a
             position cannot be a sample of its own.
+        positions_matter: Whether it makes a difference if each position is a sample of its own. It makes none to rules
+            that read the moments of the whole batch, or given ones, and nothing else.
         learned: Parameters of its own beside weight and bias: size (``None`` for one per channel) and initial value.
         no_decay: Names of parameters that take no weight decay, whatever other vectors take.
 
@@ -69,6 +71,7 @@ class Norm(Checked):
     defaults: ClassVar[Mapping[str, Any]] = {}
     torch_layer: ClassVar[str] = ""
     pools_positions: ClassVar[bool] = False
+    positions_matter: ClassVar[bool] = True
     learned: ClassVar[Mapping[str, tuple[int | None, float]]] = {}
     no_decay: ClassVar[tuple[str, ...]] = ()
 
@@ -98,6 +101,16 @@ class Norm(Checked):
         return tuple(sorted({max(axes - 2, 1) for axes in cls.ndims}))
 
     @classmethod
+    def placed(cls, channel_axis: int = 1, per_position: bool | None = None) -> type[Norm]:  # noqa: ARG003
+        """Return the class of the norm's layers for a place of the channels: this one, unless the norm has another.
+
+        Args:
+            channel_axis: 1 or -1, as of :func:`flexnorm.flex_norm`.
+            per_position: Whether each position is a sample of its own, as of :func:`flexnorm.flex_norm`.
+        """
+        return cls
+
+    @classmethod
     def build(cls, num_features: int, **kwargs: Any) -> Norm:
         """Build the layer for a number of channels, with the factory's defaults.
 
@@ -123,10 +136,10 @@ class Norm(Checked):
         """
         training = training and not getattr(self, "frozen", False)
         name = self.same_as(training) or f"{type(self).__module__}.{type(self).__qualname__}"
-        options = next(iter(NORMS[name].values())).options if name in NORMS else self.options
+        known = next(iter(NORMS[name].values())) if name in NORMS else type(self)
         running = not training and getattr(self, "running_mean", None) is not None
-        values = tuple(getattr(self, option) for option in options)
-        axes = getattr(self, "channel_axis", 1), getattr(self, "per_position", False)
+        values = tuple(getattr(self, option) for option in known.options)
+        axes = getattr(self, "channel_axis", 1), known.positions_matter and getattr(self, "per_position", False)
         return (name, running, *values, *(axes if axes != (1, False) else ()))
 
 

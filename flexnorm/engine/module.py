@@ -55,7 +55,7 @@ class FlexNorm(Norm):
         track_running_stats: Whether to keep ``running_mean``, ``running_var`` (of unbiased variances, as torch does)
             and ``num_batches_tracked`` for evaluation.
         bias: ``False`` leaves out the bias only.
-        channel_axis: Where the channels of the input are: 1, or -1 for (..., C).
+        channel_axis: Where the channels of the input are: 1, or -1 for (..., C) with any number of axes.
         per_position: Whether each position (token) is a sample of its own, as of :func:`flexnorm.flex_norm`. Default:
             with ``channel_axis=-1`` it is, unless the norm is made of the moments of each sample's positions.
         process_group: Pool the batch statistics over the processes of this group (any backend, gloo on CPU included);
@@ -134,9 +134,11 @@ class FlexNorm(Norm):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "rule" in cls.__dict__ and "twin" not in cls.__dict__ and not cls.__module__.startswith("flexnorm."):
+            cls.twin = FlexNorm.twin  # type: ignore[method-assign]  # torch's function is that of the rule above it
         for parent in cls.__bases__:
             # The 1d, 2d and 3d forms of a layer share a private parent, which documents them.
-            if parent.__name__.startswith("_") and cls.__doc__ and parent.__doc__:
+            if parent.__name__.startswith("_") and cls.__doc__ and parent.__doc__ and "\n    Args:" not in cls.__doc__:
                 cls.__doc__ = _documented(f"{cls.__doc__}\n\n{inspect.cleandoc(parent.__doc__)}", cls)
 
     def reset_running_stats(self) -> None:
@@ -226,10 +228,13 @@ class FlexNorm(Norm):
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError if ``x`` has the wrong number of axes or channels for this layer."""
-        if x.dim() not in self.ndims:
-            wanted = " or ".join(f"{ndim}-D" for ndim in self.ndims)
-            form = "(N, C, ...)" if self.channel_axis == 1 else "(N, ..., C)"
-            raise ValueError(f"{type(self).__name__} expects {wanted} input {form}, got shape {tuple(x.shape)}")
+        if self.channel_axis == -1:
+            fits, wanted = x.dim() > 1 + self.pools_positions, "(..., C)" if self.per_position else "(N, ..., C)"
+            wanted = f"{wanted} input with at least {2 + self.pools_positions} axes"
+        else:
+            fits, wanted = x.dim() in self.ndims, " or ".join(f"{n}-D" for n in self.ndims) + " input (N, C, ...)"
+        if not fits:
+            raise ValueError(f"{type(self).__name__} expects {wanted}, got shape {tuple(x.shape)}")
         if x.shape[self.channel_axis] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__} was built for {self.num_features} channels, got {x.shape[self.channel_axis]} "
@@ -247,7 +252,13 @@ class FlexNorm(Norm):
         Returns:
             A tensor of the shape, type and memory format of ``x``.
         """
-        self.check_input(x)
+        if segments is None:
+            self.check_input(x)
+        elif x.dim() != 2 or x.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__} with segments expects (R, {self.num_features}), one row for each position, got "
+                f"shape {tuple(x.shape)}"
+            )
         if mask is None and segments is None:
             y = in_one(x, self.channel_axis, self.per_position, self.twin, self.twin_at_any_size)
             if y is not None:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.probe import map_tensors
+from flexnorm._messages import nothing_done
+from flexnorm.nn import norm_of
+from flexnorm.probe import map_tensors, normalizes
 from flexnorm.shift import ShiftMonitor, ShiftRecord
 from flexnorm.statistics import PopulationEstimator
 
@@ -23,6 +25,7 @@ class ShiftWatch:
         self.monitor: ShiftMonitor | None = None
         self._probe, self._options = probe, dict(options)
         self._state: Mapping[str, Any] | None = None
+        self._idle = False
 
     @property
     def records(self) -> list[ShiftRecord]:
@@ -30,7 +33,20 @@ class ShiftWatch:
         return [] if self.monitor is None else self.monitor.records
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
-        """Make the monitor, or take up the state of the one before, and look for the first time."""
+        """Make the monitor, or take up the state of the one before, and look for the first time.
+
+        A model without normalization layers is no reason to stop a training: that is said once, and nothing measured.
+        """
+        if self._idle:
+            return
+        if self._options.get("layers", "norm") == "norm" and not any(map(normalizes, model.modules())):
+            self._idle = True
+            said, advice = (
+                f"{type(self).__name__} measures nothing",
+                "Choose others, by layers=.",
+            )
+            nothing_done(said, "normalization layers", [], advice)
+            return
         self._probe = inputs if self._probe is None else self._probe
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         monitor = ShiftMonitor(model, to_device(self._probe, device), **self._options)
@@ -65,7 +81,17 @@ class PopulationRenewal:
         self._samples, self._options = samples, options
         self._state: Mapping[str, Any] = {}
 
-    def _begin(self, model: nn.Module) -> PopulationEstimator:
+    def _begin(self, model: nn.Module) -> PopulationEstimator | None:
+        """Make the estimator; a model without layers to renew goes on without one, and that is said."""
+        norms = [(name, m) for name, m in model.named_modules() if norm_of(m) is not None]
+        if not any(getattr(module, "statistics", "") == "estimated" for _, module in norms):
+            nothing_done(
+                f"{type(self).__name__} renews nothing",
+                "PopulationNorm layers with estimated statistics",
+                [(name, type(module).__name__) for name, module in norms],
+                "flexnorm.convert(model, 'population', statistics='estimated') makes them.",
+            )
+            return None
         self.estimator = PopulationEstimator(model, self._samples, **self._options)
         if self._state:
             self.estimator.load_state_dict(dict(self._state))

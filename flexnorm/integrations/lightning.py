@@ -118,7 +118,7 @@ class LightningPopulationCallback(PopulationRenewal, _Base):
     _updates: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Look for the layers; an error here says what is missing."""
+        """Look for the layers; where there are none, a warning says so."""
         self._begin(pl_module)
         self._updates = None
 

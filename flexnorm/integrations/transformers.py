@@ -51,8 +51,7 @@ class TransformersShiftCallback(ShiftWatch, _Checkpointed):
             the first items of the training data, put together by the trainer's own collator.
         probe_size: How many items that are.
         **options: All other arguments of :class:`flexnorm.shift.ShiftMonitor`. ``layers`` is ``"norm"`` by default,
-            which finds torch's LayerNorm and RMSNorm; models with classes of their own take a pattern, for example
-            ``layers="re:.*norm.*"``.
+            which finds norms of whatever class; in a model without any a warning says so, and nothing is measured.
 
     Attributes:
         records: All measurements so far.
@@ -125,7 +124,7 @@ class TransformersPopulationCallback(PopulationRenewal, _Checkpointed):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **others: Any) -> None:
         """Look for the layers, and take up the counters of a checkpoint that the training resumes from."""
         estimator = self._begin(model)
-        if kept := self._kept(args, state):
+        if estimator is not None and (kept := self._kept(args, state)):
             estimator.load_state_dict(kept)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:

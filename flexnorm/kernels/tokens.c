@@ -7,7 +7,7 @@
  *   sums            the gradients of the factors of scale and shift for that of y
  *   combine         dx = scale * g + those through moments of the token and of the batch
  *
- * "cols": (R, C) contiguous. Every argument is a word of eight bytes; a call takes one address, that of all of them.
+ * Two orders: "cols", (R, C) contiguous, and "rows", (N, C, P) contiguous with R = N * P. Every argument is a word of eight bytes; a call takes one address, that of all of them.
  * Sums are taken in short blocks that are added in double. What is summed over tokens is cut by its shape alone, so that
  * results do not depend on the number of threads.
  */
@@ -18,9 +18,19 @@
 #define TILE 64      /* tokens whose moments are taken at once, of so many channels that all stay in the fastest cache */
 #define CHANNELS 128
 #define TILES 8      /* in a row, by one thread */
+#define POSITIONS 512 /* most tokens at once in "rows" order */
 
 typedef struct { const void *row; long long groups; const void *column; } Term; /* without either, there is none */
 
+/* From the last to the first, of those that each thread has: a pass reads first what the one before it, which went the
+ * other way, has left in the cache. */
+#define BACKWARDS(i, count) \
+  PARALLEL for (int part = 0; part < threads; part++) \
+    for (i64 i = (count) * (part + 1) / threads - 1; i >= (count) * part / threads; i--)
+
+#ifdef __AVX512F__
+#pragma GCC target("prefer-vector-width=512")
+#endif
 #include "each_type.h"
 
 #else
@@ -28,13 +38,13 @@ typedef struct { const void *row; long long groups; const void *column; } Term; 
 /* The sum of two terms on a span of channels: k0[c] * a[0] + k1[c] * a[1] + constant, with as many k as `columns`. */
 typedef struct { const A *k[2]; A a[2], constant; } NAME(Sum);
 
-/* The terms with a column first; how many those are. */
-static int NAME(sorted)(const Term *terms, Term *found) {
-  int columns = 0, n = 0;
-  for (int t = 0; t < 2; t++) if (terms[t].column) found[n++] = terms[t], columns++;
-  for (int t = 0; t < 2; t++) if (!terms[t].column && terms[t].row) found[n++] = terms[t];
+/* The terms with a factor along the span first, which is the column, or the row in "rows" order; how many those are. */
+static int NAME(sorted)(const Term *terms, int rows, Term *found) {
+  int along = 0, n = 0;
+  for (int t = 0; t < 2; t++) if (rows ? terms[t].row : terms[t].column) found[n++] = terms[t], along++;
+  for (int t = 0; t < 2; t++) if (rows ? !terms[t].row && terms[t].column : !terms[t].column && terms[t].row) found[n++] = terms[t];
   for (; n < 2; n++) found[n] = (Term){0};
-  return columns;
+  return along;
 }
 
 static i64 NAME(common)(i64 a, i64 b) { while (b) { i64 rest = a % b; a = b; b = rest; } return a; }
@@ -77,7 +87,7 @@ ALWAYS void NAME(merge)(double *count, double *mean, double *square, const doubl
   *count = total;
 }
 
-typedef struct { const T *x; A *mean, *var; i64 R, C, threads; const A *weights; } NAME(Columns);
+typedef struct { const T *x; A *mean, *var; i64 N, C, P, threads; const A *weights; } NAME(Columns);
 
 ALWAYS void NAME(tile)(const T *x, const A *weights, i64 rows, i64 C, i64 width, double *count, double *mean, double *square) {
   A center[CHANNELS], sum[CHANNELS] = {0}, rest[CHANNELS] = {0};
@@ -108,7 +118,7 @@ ALWAYS void NAME(tile)(const T *x, const A *weights, i64 rows, i64 C, i64 width,
 }
 
 void NAME(column_moments_cols)(const NAME(Columns) *call) {
-  const i64 R = call->R, C = call->C, length = TILE * TILES;
+  const i64 R = call->N * call->P, C = call->C, length = TILE * TILES;
   const i64 chunks = (R + length - 1) / length, blocks = (C + CHANNELS - 1) / CHANNELS;
   const int threads = (int)call->threads;
   double *means = calloc(chunks * (2 * C + blocks), sizeof(double)), *squares = means + chunks * C;
@@ -137,85 +147,91 @@ void NAME(column_moments_cols)(const NAME(Columns) *call) {
   free(means);
 }
 
-typedef struct { const T *x; T *y; i64 R, C, threads; Term scale[2], shift[2]; } NAME(Affine);
+typedef struct { const T *x; T *y; i64 N, C, P, threads; Term scale[2], shift[2]; } NAME(Affine);
 
 ALWAYS void NAME(affine_span)(const T *x, T *y, NAME(Sum) s, NAME(Sum) h, int ns, int nh, i64 width) {
   SIMD for (i64 c = 0; c < width; c++) y[c] = STORE(NAME(sum_at)(&s, ns, c) * LOAD(x[c]) + NAME(sum_at)(&h, nh, c));
 }
 
+static void NAME(affine_of)(const T *x, T *y, NAME(Sum) s, NAME(Sum) h, int ns, int nh, i64 width) {
+#define CASE(a, b) case 3 * a + b: NAME(affine_span)(x, y, s, h, a, b, width); break;
+  switch (3 * ns + nh) { CASE(0, 0) CASE(0, 1) CASE(0, 2) CASE(1, 0) CASE(1, 1) CASE(1, 2) CASE(2, 0) CASE(2, 1) CASE(2, 2) }
+#undef CASE
+}
+
 void NAME(affine_cols)(const NAME(Affine) *call) {
-  const i64 R = call->R, C = call->C;
+  const i64 R = call->N * call->P, C = call->C;
   const int threads = (int)call->threads;
   Term terms[4];
-  const int ns = NAME(sorted)(call->scale, terms), nh = NAME(sorted)(call->shift, terms + 2);
+  const int ns = NAME(sorted)(call->scale, 0, terms), nh = NAME(sorted)(call->shift, 0, terms + 2);
   const i64 width = NAME(span_of)(terms, 4, C);
-  PARALLEL for (i64 r = 0; r < R; r++)
+  BACKWARDS(r, R)
     for (i64 c = 0; c < C; c += width) {
       NAME(Sum) s = {0}, h = {0};
       NAME(at)(&s, terms, ns, r, c, C);
       NAME(at)(&h, terms + 2, nh, r, c, C);
-      const T *x = call->x + r * C + c;
-      T *y = call->y + r * C + c;
-#define CASE(a, b) case 3 * a + b: NAME(affine_span)(x, y, s, h, a, b, width); break;
-      switch (3 * ns + nh) { CASE(0, 0) CASE(0, 1) CASE(0, 2) CASE(1, 0) CASE(1, 1) CASE(1, 2) CASE(2, 0) CASE(2, 1) CASE(2, 2) }
-#undef CASE
+      NAME(affine_of)(call->x + r * C + c, call->y + r * C + c, s, h, ns, nh, width);
     }
 }
 
-typedef struct {
-  const T *g, *x; T *dx; i64 R, C, threads, one; Term scale[2];
-  const A *row_mean, *row_dmean, *row_dvar; i64 groups; double row_size;
-  const A *column_mean, *column_dmean, *column_dvar, *weights; double column_size;
-} NAME(Combine);
+typedef struct { const A *mean, *dmean, *dvar, *weights; i64 groups; double size; } NAME(Source); /* none: no mean */
+typedef struct { const T *x, *g; T *dx; i64 N, C, P, threads, one; Term scale[2]; NAME(Source) rows, columns; } NAME(Combine);
 
-typedef struct { A p, q, m, w; const A *P, *Q, *M; } NAME(Through);
+typedef struct { A p, q, m, w; const A *P, *Q, *M, *W; } NAME(Through);
 
-ALWAYS void NAME(combine_span)(const T *g, const T *x, T *dx, NAME(Sum) s, NAME(Through) t, int ns, int rows, int columns,
+/* Moments that are one number on the span, one for each of its entries, or both; weights of the entries, for the first. */
+ALWAYS void NAME(combine_span)(const T *g, const T *x, T *dx, NAME(Sum) s, NAME(Through) t, int ns, int one, int each,
                                i64 width) {
   SIMD for (i64 c = 0; c < width; c++) {
     A d = NAME(sum_at)(&s, ns, c) * LOAD(g[c]);
-    if (rows) d += t.p + t.q * (LOAD(x[c]) - t.m);
-    if (columns) d += t.w * (t.P[c] + t.Q[c] * (LOAD(x[c]) - t.M[c]));
+    if (one == 1) d += t.p + t.q * (LOAD(x[c]) - t.m);
+    if (one == 2) d += t.W[c] > 0 ? t.W[c] * (t.p + t.q * (LOAD(x[c]) - t.m)) : 0;
+    if (each) d += t.w * (t.P[c] + t.Q[c] * (LOAD(x[c]) - t.M[c]));
     dx[c] = STORE(d);
   }
 }
 
+static void NAME(combine_of)(const T *g, const T *x, T *dx, NAME(Sum) s, NAME(Through) t, int ns, int one, int each, i64 width) {
+#define CASE(a, b) \
+  case 6 * a + 2 * b: NAME(combine_span)(g, x, dx, s, t, a, b, 0, width); break; \
+  case 6 * a + 2 * b + 1: NAME(combine_span)(g, x, dx, s, t, a, b, 1, width); break;
+  switch (6 * ns + 2 * one + each) {
+    CASE(0, 0) CASE(0, 1) CASE(0, 2) CASE(1, 0) CASE(1, 1) CASE(1, 2) CASE(2, 0) CASE(2, 1) CASE(2, 2)
+  }
+#undef CASE
+}
+
 void NAME(combine_cols)(const NAME(Combine) *call) {
-  const i64 R = call->R, C = call->C;
+  const i64 R = call->N * call->P, C = call->C;
   const int threads = (int)call->threads;
-  const A *weights = call->weights;
+  const A *weights = call->columns.weights;
   Term terms[3] = {{0}};
-  const int ns = NAME(sorted)(call->scale, terms), rows = call->row_mean != NULL, columns = call->column_mean != NULL;
-  if (rows) terms[2] = (Term){call->row_mean, call->groups, NULL};
-  const i64 width = NAME(span_of)(terms, 3, C), groups = call->groups;
-  const A row_factor = (A)(1 / call->row_size), column_factor = (A)(1 / call->column_size);
+  const int ns = NAME(sorted)(call->scale, 0, terms), rows = call->rows.mean != NULL, columns = call->columns.mean != NULL;
+  if (rows) terms[2] = (Term){call->rows.mean, call->rows.groups, NULL};
+  const i64 width = NAME(span_of)(terms, 3, C), groups = call->rows.groups;
+  const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
   A *P = NULL;
   if (columns) {
     P = malloc(2 * C * sizeof(A));
     for (i64 c = 0; c < C; c++) {
-      P[c] = call->column_dmean ? call->column_dmean[c] * column_factor : 0;
-      P[C + c] = call->column_dvar ? 2 * call->column_dvar[c] * column_factor : 0;
+      P[c] = call->columns.dmean ? call->columns.dmean[c] * column_factor : 0;
+      P[C + c] = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
     }
   }
-  PARALLEL for (i64 r = 0; r < R; r++)
+  BACKWARDS(r, R)
     for (i64 c = 0; c < C; c += width) {
       NAME(Sum) s = {.constant = (A)call->one};
       NAME(at)(&s, terms, ns, r, c, C);
       NAME(Through) t = {0};
       if (rows) {
-        t.m = NAME(of_row)(call->row_mean, groups, r, c, C);
-        t.p = call->row_dmean ? NAME(of_row)(call->row_dmean, groups, r, c, C) * row_factor : 0;
-        t.q = call->row_dvar ? 2 * NAME(of_row)(call->row_dvar, groups, r, c, C) * row_factor : 0;
+        t.m = NAME(of_row)(call->rows.mean, groups, r, c, C);
+        t.p = call->rows.dmean ? NAME(of_row)(call->rows.dmean, groups, r, c, C) * row_factor : 0;
+        t.q = call->rows.dvar ? 2 * NAME(of_row)(call->rows.dvar, groups, r, c, C) * row_factor : 0;
       }
-      if (columns) t.P = P + c, t.Q = P + C + c, t.M = call->column_mean + c, t.w = weights ? weights[r] : 1;
+      if (columns) t.P = P + c, t.Q = P + C + c, t.M = call->columns.mean + c, t.w = weights ? weights[r] : 1;
       const T *g = call->g + r * C + c, *x = call->x + r * C + c;
       T *dx = call->dx + r * C + c;
-#define CASE(a, b, d) case 4 * a + 2 * b + d: NAME(combine_span)(g, x, dx, s, t, a, b, d, width); break;
-      switch (4 * ns + 2 * rows + (columns && t.w != 0)) {
-        CASE(0, 0, 0) CASE(0, 0, 1) CASE(0, 1, 0) CASE(0, 1, 1) CASE(1, 0, 0) CASE(1, 0, 1) CASE(1, 1, 0) CASE(1, 1, 1)
-        CASE(2, 0, 0) CASE(2, 0, 1) CASE(2, 1, 0) CASE(2, 1, 1)
-      }
-#undef CASE
+NAME(combine_of)(g, x, dx, s, t, ns, rows, columns && t.w > 0, width);
     }
   free(P);
 }
@@ -223,8 +239,8 @@ void NAME(combine_cols)(const NAME(Combine) *call) {
 /* What is summed for one term: of_row[r,g] = sum_c column * v, of_column[c] = sum_r row * v, where v is g * x for the
  * terms of scale and g for those of shift. */
 typedef struct {
-  const T *g, *x; i64 R, C, threads; const A *center; i64 center_groups; /* 0 for one per channel */
-  Term terms[4]; A *of_row[4], *of_column[4];
+  const T *x, *g; i64 N, C, P, threads; const A *center; i64 center_groups; /* 0 for one per channel */
+  Term terms[4]; struct { A *row, *column; } found[4];
 } NAME(Sums);
 
 enum { NAME(ROW) = 1, NAME(COLUMN) = 2 };
@@ -263,22 +279,43 @@ ALWAYS void NAME(sums_span)(const T *g, const T *x, NAME(Part) s, NAME(Part) h, 
   if (other & ROW) *e.dot += w;
 }
 
-ALWAYS int NAME(kind)(Term term) { return (term.row ? ROW : 0) | (term.column ? COLUMN : 0); }
-
-#define SPAN(a, b, c, d) case a + 4 * b + 16 * c + 64 * d: NAME(sums_span)(g, x, s, h, e, a, b, c, d, width); return 1;
-/* All of them at once for the shapes that layers have; 0 for others. */
-static int NAME(sums_of)(const T *g, const T *x, NAME(Part) s, NAME(Part) h, NAME(Part) e, int kinds, i64 width) {
-  switch (kinds) {
-    SPAN(3, 3, 2, 0) SPAN(3, 3, 2, 1) SPAN(3, 3, 0, 1) SPAN(1, 1, 0, 1) SPAN(2, 2, 0, 0) SPAN(2, 2, 0, 2) /* usual */
-    SPAN(1, 0, 0, 0) SPAN(1, 0, 0, 1) SPAN(1, 0, 0, 2) SPAN(2, 0, 0, 0) SPAN(2, 0, 0, 1) SPAN(2, 0, 0, 2)
-    SPAN(3, 0, 0, 0) SPAN(3, 0, 0, 1) SPAN(3, 0, 0, 2) SPAN(0, 1, 0, 0) SPAN(0, 2, 0, 0) SPAN(0, 3, 0, 0)
+/* All of them at once for the combinations that layers have, else one after the other: they are in the cache. */
+static void NAME(sums_of)(const T *g, const T *x, const NAME(Part) *parts, const int *kinds, int center, i64 width) {
+  const int some = kinds[0] + 4 * kinds[2] + 16 * kinds[3] + 64 * center;
+#define SPAN(a, b, c, d) \
+  case a + 4 * b + 16 * c + 64 * d: NAME(sums_span)(g, x, parts[0], parts[2], parts[3], a, b, c, d, width); return;
+  if (!kinds[1]) switch (some) {
+    SPAN(3, 3, 2, 0) SPAN(3, 3, 2, 1) SPAN(3, 3, 2, 2) SPAN(3, 3, 1, 2) SPAN(3, 3, 0, 1) SPAN(3, 3, 0, 2) SPAN(1, 1, 0, 1)
+    SPAN(2, 2, 0, 0) SPAN(2, 2, 0, 2) SPAN(1, 1, 0, 0)
   }
-  return 0;
-}
 #undef SPAN
+#define SPAN(a, d) case a + 4 * d: NAME(sums_span)(g, x, parts[t], parts[t], parts[t], a, 0, 0, d, width); break;
+  for (int t = 0; t < 2; t++)
+    switch (kinds[t] + 4 * center) {
+      SPAN(1, 0) SPAN(1, 1) SPAN(1, 2) SPAN(2, 0) SPAN(2, 1) SPAN(2, 2) SPAN(3, 0) SPAN(3, 1) SPAN(3, 2)
+    }
+#undef SPAN
+#define SPAN(a) case a: NAME(sums_span)(g, x, parts[t], parts[t], parts[t], 0, a, 0, 0, width); break;
+  for (int t = 2; t < 4; t++) switch (kinds[t]) { SPAN(1) SPAN(2) SPAN(3) }
+#undef SPAN
+}
+
+/* Sums over the chunks, plus those of what the center multiplies. */
+static void NAME(total)(const A *sums, const A *beside, const A *center, A *found, i64 chunks, i64 step, i64 C, int threads) {
+  PARALLEL for (i64 c0 = 0; c0 < C; c0 += CHANNELS) {
+    const i64 here = smaller(CHANNELS, C - c0);
+    double total[CHANNELS] = {0}, rest[CHANNELS] = {0};
+    for (i64 k = 0; k < chunks; k++) {
+      const A *of_chunk = sums + k * step + c0, *of_rest = beside ? beside + k * step + c0 : NULL;
+      for (i64 c = 0; c < here; c++) total[c] += of_chunk[c];
+      if (beside) for (i64 c = 0; c < here; c++) rest[c] += of_rest[c];
+    }
+    for (i64 c = 0; c < here; c++) found[c0 + c] = (A)(total[c] + (center ? center[c0 + c] : 1) * rest[c]);
+  }
+}
 
 void NAME(sums_cols)(const NAME(Sums) *call) {
-  const i64 R = call->R, C = call->C, chunks = (R + CHUNK - 1) / CHUNK;
+  const i64 R = call->N * call->P, C = call->C, chunks = (R + CHUNK - 1) / CHUNK;
   const int threads = (int)call->threads;
   const Term *terms = call->terms;
   Term all[5] = {terms[0], terms[1], terms[2], terms[3], {0}};
@@ -286,8 +323,9 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
   if (center == ROW) all[4] = (Term){call->center, call->center_groups, NULL};
   const i64 width = NAME(span_of)(all, 5, C);
   i64 slots = 0, slot[6];
-  int row_terms = 0;
+  int row_terms = 0, kinds[4];
   for (int t = 0; t < 4; t++) {
+    kinds[t] = (terms[t].row ? ROW : 0) | (terms[t].column ? COLUMN : 0);
     slot[t] = terms[t].column ? slots++ : -1;
     row_terms += terms[t].row != NULL;
   }
@@ -303,51 +341,215 @@ void NAME(sums_cols)(const NAME(Sums) *call) {
       for (i64 c = start; c < stop;) {
         const i64 here = smaller(smaller(stop - c, BLOCK), width - c % width); /* ends where a group does */
         const A m = center == ROW ? NAME(of_row)(call->center, call->center_groups, r, c, C) : 0;
-        NAME(Part) parts[5] = {{0}};
+        NAME(Part) parts[4];
         for (int t = 0; t < 4; t++)
           parts[t] = (NAME(Part)){
               terms[t].row ? NAME(of_row)(terms[t].row, terms[t].groups, r, c, C) : 1, m,
               (const A *)terms[t].column + c, call->center + c, mine + slot[t] * C + c,
               t < 2 ? mine + slot[4 + t] * C + c : NULL, dots + t};
         const T *g = call->g + r * C + c, *x = call->x + r * C + c;
-        const int s0 = NAME(kind)(terms[0]), s1 = NAME(kind)(terms[1]), h0 = NAME(kind)(terms[2]), h1 = NAME(kind)(terms[3]);
-        if (s1 || !NAME(sums_of)(g, x, parts[0], parts[2], parts[3], s0 + 4 * h0 + 16 * h1 + 64 * center, here)) {
-          if (s0) NAME(sums_of)(g, x, parts[0], parts[4], parts[4], s0 + 64 * center, here);
-          if (s1) NAME(sums_of)(g, x, parts[1], parts[4], parts[4], s1 + 64 * center, here);
-          if (h0) NAME(sums_of)(g, x, parts[4], parts[2], parts[4], 4 * h0, here);
-          if (h1) NAME(sums_of)(g, x, parts[4], parts[3], parts[4], 4 * h1, here);
-        }
+        NAME(sums_of)(g, x, parts, kinds, center, here);
         c += here;
         for (int t = 0; t < 4; t++) {
           if (!terms[t].row) continue;
           const i64 group = C / terms[t].groups;
           if (c % group) continue; /* the group goes on */
-          call->of_row[t][(c - 1) / group + r * terms[t].groups] = (A)dots[t];
+          call->found[t].row[(c - 1) / group + r * terms[t].groups] = (A)dots[t];
           dots[t] = 0;
         }
       }
     }
   }
-  for (int t = 0; t < 4; t++) {
-    if (!terms[t].column) continue;
-    PARALLEL for (i64 c0 = 0; c0 < C; c0 += CHANNELS) {
-      const i64 here = smaller(CHANNELS, C - c0);
-      double total[CHANNELS] = {0};
-      for (i64 k = 0; k < chunks; k++) {
-        const A *of_chunk = sums + (k * slots + slot[t]) * C + c0;
-        for (i64 c = 0; c < here; c++) total[c] += of_chunk[c];
+  for (int t = 0; t < 4; t++)
+    if (terms[t].column)
+      NAME(total)(sums + slot[t] * C, t < 2 && center ? sums + slot[4 + t] * C : NULL, center == COLUMN ? call->center : NULL,
+                  call->found[t].column, chunks, slots * C, C, threads);
+  free(sums);
+}
+
+/* "rows" order. The spans are those of the positions of one channel, and the factors change places: that of the tokens
+ * lies along the span, that of the channels is one number. */
+
+/* Equal spans, of whole vectors. */
+static i64 NAME(length)(i64 P) {
+  const i64 blocks = (P + POSITIONS - 1) / POSITIONS;
+  return ((P + blocks - 1) / blocks + 15) / 16 * 16;
+}
+
+/* A row factor at the positions of a span, for the group of channel c: in place, or collected when the group begins. */
+ALWAYS const A *NAME(along)(const void *row, i64 groups, i64 r, i64 c, i64 C, i64 width, A *collected) {
+  const A *table = row;
+  if (groups == 1) return table + r;
+  if (c % (C / groups) == 0) for (i64 p = 0; p < width; p++) collected[p] = table[(r + p) * groups + c / (C / groups)];
+  return collected;
+}
+
+ALWAYS void NAME(at_channel)(NAME(Sum) *sum, const Term *terms, int rows, i64 r, i64 c, i64 C, i64 width,
+                             A (*collected)[POSITIONS]) {
+  for (int t = 0; t < 2; t++) {
+    const A a = terms[t].column ? ((const A *)terms[t].column)[c] : t < rows;
+    if (t < rows) sum->k[t] = NAME(along)(terms[t].row, terms[t].groups, r, c, C, width, collected[t]), sum->a[t] = a;
+    else sum->constant += a;
+  }
+}
+
+typedef struct { const T *x; A *mean, *var; i64 N, C, P, threads, groups; } NAME(Rows);
+
+void NAME(row_moments_rows)(const NAME(Rows) *call) {
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length, size = C / call->groups;
+  const int threads = (int)call->threads;
+  PARALLEL for (i64 task = 0; task < N * blocks; task++) {
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length);
+    for (i64 group = 0; group < call->groups; group++) {
+      const T *x = call->x + (n * C + group * size) * P + p0;
+      double total[POSITIONS] = {0}, square[POSITIONS] = {0};
+      A m[POSITIONS], sum[POSITIONS], rest[POSITIONS];
+      for (i64 c0 = 0; c0 < size; c0 += TILE) {
+        for (i64 p = 0; p < width; p++) sum[p] = 0;
+        for (i64 c = c0; c < smaller(c0 + TILE, size); c++) SIMD for (i64 p = 0; p < width; p++) sum[p] += LOAD(x[c * P + p]);
+        for (i64 p = 0; p < width; p++) total[p] += sum[p];
       }
-      if (t < 2 && center) {
-        double beside[CHANNELS] = {0};
-        for (i64 k = 0; k < chunks; k++) {
-          const A *of_chunk = sums + (k * slots + slot[4 + t]) * C + c0;
-          for (i64 c = 0; c < here; c++) beside[c] += of_chunk[c];
-        }
-        for (i64 c = 0; c < here; c++) total[c] += (center == COLUMN ? call->center[c0 + c] : 1) * beside[c];
+      for (i64 p = 0; p < width; p++) m[p] = (A)(total[p] / (double)size), total[p] = 0;
+      for (i64 c0 = 0; c0 < size; c0 += TILE) {
+        for (i64 p = 0; p < width; p++) sum[p] = rest[p] = 0;
+        for (i64 c = c0; c < smaller(c0 + TILE, size); c++)
+          SIMD for (i64 p = 0; p < width; p++) { const A d = LOAD(x[c * P + p]) - m[p]; sum[p] += d * d; rest[p] += d; }
+        for (i64 p = 0; p < width; p++) total[p] += rest[p], square[p] += sum[p];
       }
-      for (i64 c = 0; c < here; c++) call->of_column[t][c0 + c] = (A)total[c];
+      for (i64 p = 0; p < width; p++) {
+        const double off = total[p] / (double)size, v = square[p] / (double)size - off * off;
+        const i64 at = (n * P + p0 + p) * call->groups + group;
+        call->mean[at] = (A)(m[p] + off);
+        call->var[at] = (A)(v < 0 ? 0 : v);
+      }
     }
   }
+}
+
+/* Moments (N, C) of each sample over the positions, which weigh (N, P). */
+void NAME(column_moments_rows)(const NAME(Columns) *call) {
+  const i64 N = call->N, C = call->C, P = call->P;
+  const int threads = (int)call->threads;
+  PARALLEL for (i64 task = 0; task < N * C; task++) {
+    const T *x = call->x + task * P;
+    const A *weights = call->weights + task / C * P;
+    double n = 0, total = 0, rest = 0, square = 0;
+    for (i64 p0 = 0; p0 < P; p0 += BLOCK) {
+      A sum = 0, count = 0;
+      ADDING(sum, count) for (i64 p = p0; p < smaller(p0 + BLOCK, P); p++) {
+        count += weights[p];
+        sum += weights[p] > 0 ? weights[p] * LOAD(x[p]) : 0;
+      }
+      total += sum, n += count;
+    }
+    const A m = (A)(n > 0 ? total / n : 0);
+    for (i64 p0 = 0; p0 < P; p0 += BLOCK) {
+      A sum = 0, off = 0;
+      ADDING(sum, off) for (i64 p = p0; p < smaller(p0 + BLOCK, P); p++) {
+        const A d = weights[p] > 0 ? LOAD(x[p]) - m : 0;
+        off += weights[p] * d;
+        sum += weights[p] * d * d;
+      }
+      square += sum, rest += off;
+    }
+    const double off = n > 0 ? rest / n : 0, v = n > 0 ? square / n - off * off : 0;
+    call->mean[task] = (A)(m + off);
+    call->var[task] = (A)(v < 0 ? 0 : v);
+  }
+}
+
+void NAME(affine_rows)(const NAME(Affine) *call) {
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
+  const int threads = (int)call->threads;
+  Term terms[4];
+  const int ns = NAME(sorted)(call->scale, 1, terms), nh = NAME(sorted)(call->shift, 1, terms + 2);
+  BACKWARDS(task, N * blocks) {
+    const i64 n = task / blocks, p = (task % blocks) * length, width = smaller(P - p, length), r = n * P + p;
+    A collected[4][POSITIONS];
+    for (i64 c = 0; c < C; c++) {
+      const i64 at = (n * C + c) * P + p;
+      NAME(Sum) s = {0}, h = {0};
+      NAME(at_channel)(&s, terms, ns, r, c, C, width, collected);
+      NAME(at_channel)(&h, terms + 2, nh, r, c, C, width, collected + 2);
+      NAME(affine_of)(call->x + at, call->y + at, s, h, ns, nh, width);
+    }
+  }
+}
+
+void NAME(combine_rows)(const NAME(Combine) *call) {
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
+  const int threads = (int)call->threads;
+  Term terms[2];
+  const int ns = NAME(sorted)(call->scale, 1, terms);
+  const A row_factor = (A)(1 / call->rows.size), column_factor = (A)(1 / call->columns.size);
+  BACKWARDS(task, N * blocks) {
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length), r = n * P + p0;
+    A collected[2][POSITIONS], mean[POSITIONS], dmean[POSITIONS], dvar[POSITIONS];
+    for (i64 c = 0; c < C; c++) {
+      const i64 at = (n * C + c) * P + p0;
+      NAME(Sum) s = {.constant = (A)call->one};
+      NAME(at_channel)(&s, terms, ns, r, c, C, width, collected);
+      NAME(Through) t = {.w = 1, .P = dmean, .Q = dvar, .M = mean, .W = call->columns.weights ? call->columns.weights + r : NULL};
+      if (call->rows.mean && c % (C / call->rows.groups) == 0)
+        for (i64 p = 0; p < width; p++) {
+          const i64 k = (r + p) * call->rows.groups + c / (C / call->rows.groups);
+          mean[p] = call->rows.mean[k];
+          dmean[p] = call->rows.dmean ? call->rows.dmean[k] * row_factor : 0;
+          dvar[p] = call->rows.dvar ? 2 * call->rows.dvar[k] * row_factor : 0;
+        }
+      if (call->columns.mean) {
+        t.m = call->columns.mean[c];
+        t.p = call->columns.dmean ? call->columns.dmean[c] * column_factor : 0;
+        t.q = call->columns.dvar ? 2 * call->columns.dvar[c] * column_factor : 0;
+      }
+      const int one = !call->columns.mean ? 0 : call->columns.weights ? 2 : 1;
+      NAME(combine_of)(call->g + at, call->x + at, call->dx + at, s, t, ns, one, call->rows.mean != NULL, width);
+    }
+  }
+}
+
+void NAME(sums_rows)(const NAME(Sums) *call) {
+  const i64 N = call->N, C = call->C, P = call->P, length = NAME(length)(P), blocks = (P + length - 1) / length;
+  const int threads = (int)call->threads;
+  const Term *terms = call->terms;
+  Term all[5] = {terms[0], terms[1], terms[2], terms[3], {0}};
+  const int center = !call->center ? 0 : call->center_groups ? COLUMN : ROW;
+  if (center == COLUMN) all[4] = (Term){call->center, call->center_groups, NULL};
+  const i64 whole = smaller(NAME(span_of)(all, 5, C), C);
+  int kinds[4];
+  for (int t = 0; t < 4; t++) kinds[t] = (terms[t].column ? ROW : 0) | (terms[t].row ? COLUMN : 0);
+  A *sums = malloc((N * blocks * 4 * C + 1) * sizeof(A)); /* of each span, over its positions */
+  PARALLEL for (i64 task = 0; task < N * blocks; task++) {
+    const i64 n = task / blocks, p0 = (task % blocks) * length, width = smaller(P - p0, length), r = n * P + p0;
+    A collected[5][POSITIONS], sum[4][POSITIONS] = {{0}}, beside[2][POSITIONS] = {{0}};
+    double total[4][POSITIONS] = {{0}};
+    for (i64 c = 0; c < C; c++) {
+      const i64 at = (n * C + c) * P + p0;
+      const A m = center == ROW ? call->center[c] : 0;
+      const A *M = center == COLUMN ? NAME(along)(call->center, call->center_groups, r, c, C, width, collected[4]) : NULL;
+      double dots[4] = {0};
+      NAME(Part) parts[4];
+      for (int t = 0; t < 4; t++)
+        parts[t] = (NAME(Part)){
+            terms[t].column ? ((const A *)terms[t].column)[c] : 1, m,
+            terms[t].row ? NAME(along)(terms[t].row, terms[t].groups, r, c, C, width, collected[t]) : NULL, M, sum[t],
+            beside[t % 2], dots + t};
+      NAME(sums_of)(call->g + at, call->x + at, parts, kinds, center, width);
+      for (int t = 0; t < 4; t++) sums[(task * 4 + t) * C + c] = (A)dots[t];
+      if ((c + 1) % whole && (c + 1) % TILE) continue;
+      for (int t = 0; t < 4; t++) {
+        if (!terms[t].row) continue;
+        for (i64 p = 0; p < width; p++) total[t][p] += sum[t][p], sum[t][p] = 0;
+        if (t < 2 && center)
+          for (i64 p = 0; p < width; p++) total[t][p] += (double)(M ? M[p] : 1) * beside[t][p], beside[t][p] = 0;
+        const i64 groups = terms[t].groups, size = C / groups;
+        if ((c + 1) % size) continue; /* the group goes on */
+        for (i64 p = 0; p < width; p++) call->found[t].row[(r + p) * groups + c / size] = (A)total[t][p], total[t][p] = 0;
+      }
+    }
+  }
+  for (int t = 0; t < 4; t++)
+    if (terms[t].column) NAME(total)(sums + t * C, NULL, NULL, call->found[t].column, N * blocks, 4 * C, C, threads);
   free(sums);
 }
 #undef ROW

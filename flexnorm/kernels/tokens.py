@@ -25,9 +25,11 @@ from flexnorm.kernels import triton_passes
 from flexnorm.kernels.build import declare, library
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES, call
-from flexnorm.kernels.tables import Pair
+from flexnorm.kernels.passes import moments
+from flexnorm.kernels.tables import Pair, pool, pool_unequal
 
 _SOURCE = Path(__file__).with_name("tokens.c")
+_NOTHING = [0] * 6
 _ALONE = 1 << 15  # values that one thread handles faster than it wakes another
 
 Factor: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -81,44 +83,63 @@ def load() -> dict[tuple[str, torch.dtype], Any] | None:
     found = library(_SOURCE, "token")
     if found is None:
         return None
-    names = ("column_moments", "affine", "sums", "combine")
+    names = [
+        f"{name}_{order}" for name in ("column_moments", "affine", "sums", "combine") for order in ("cols", "rows")
+    ]
     return {
-        (f"{name}_{order}", dtype): declare(kernel, "p")
-        for name in names
-        for order in ("cols", "rows")
+        (name, dtype): declare(kernel, "p")
+        for name in (*names, "row_moments_rows")
         for dtype, suffix in SUFFIXES.items()
-        if (kernel := getattr(found[0], f"{name}_{order}_{suffix}", None)) is not None
+        if (kernel := getattr(found[0], f"{name}_{suffix}", None)) is not None
     }
 
 
-def _run(name: str, x: Tensor, *words: Any, form: str) -> None:
+def _run(name: str, x: Tensor, form: str, *words: Any) -> None:
     """Run a kernel on one block of memory that holds all arguments: that costs less than handing over each of them."""
     kernels = load()
     assert kernels is not None
-    kernels[name, x.dtype](struct.pack(form, *words))
+    kernels[name, x.dtype](struct.pack(form, x.data_ptr(), *words))
 
 
 def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() > _ALONE else 1
 
 
-def _address(table: Tensor | None) -> int:
-    return 0 if table is None else table.data_ptr()
+def _address(table: Tensor | None, kept: list[Tensor]) -> int:
+    """Where a table lies; ``kept`` holds what had to be copied until the kernel has run."""
+    if table is None:
+        return 0
+    if not table.is_contiguous():
+        kept.append(table := table.contiguous())
+    return table.data_ptr()
 
 
-def _dense(terms: Terms) -> Terms:
-    return tuple((None if r is None else r.contiguous(), None if c is None else c.contiguous()) for r, c in terms)
+def _words(terms: Terms, kept: list[Tensor]) -> list[int]:
+    """Two terms as C takes them: address and number of groups of the row factor, address of the column."""
+    words: list[int] = []
+    for row, column in terms:
+        words += (_address(row, kept), 0 if row is None else row.size(1), _address(column, kept))
+    return words + _NOTHING[len(words) :]
 
 
-def _words(terms: Terms) -> list[int]:
-    """Two terms as C takes them: addresses and number of groups."""
-    words = [0] * 6
-    for at, (row, column) in zip((0, 3), terms, strict=False):
-        if row is not None:
-            words[at : at + 2] = row.data_ptr(), row.shape[1]
-        if column is not None:
-            words[at + 2] = column.data_ptr()
-    return words
+def _gradients(terms: Terms) -> tuple[list[Factor], list[int]]:
+    """Memory for the gradients of the factors, and its addresses for C."""
+    found: list[Factor] = []
+    words: list[int] = []
+    for row, column in terms:
+        of_row = None if row is None else torch.empty_like(row, memory_format=torch.contiguous_format)
+        of_column = None if column is None else torch.empty_like(column, memory_format=torch.contiguous_format)
+        found.append((of_row, of_column))
+        words += (0 if of_row is None else of_row.data_ptr(), 0 if of_column is None else of_column.data_ptr())
+    return found, words + _NOTHING[len(words) + 2 :]
+
+
+def _through(source: Source | None, kept: list[Tensor]) -> list[Any]:
+    """Mean, gradients, weights, groups and size of moments as C takes them."""
+    if source is None:
+        return [0, 0, 0, 0, 1, 1.0]
+    tables = (source.mean, source.dmean, source.dvar, source.weights)
+    return [*[_address(t, kept) for t in tables], source.mean.size(1), float(source.size)]
 
 
 def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
@@ -126,13 +147,12 @@ def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     if layout.backend == "triton":
         return triton_passes.row_moments(x, layout, groups)
     samples, channels, positions = layout.size
+    mean = torch.empty(samples * positions, groups, dtype=table_dtype(x.dtype))
+    var = torch.empty_like(mean)
     if layout.order == "cols":
-        tokens = samples * positions
-        mean, var = torch.empty((2, tokens, groups), dtype=table_dtype(x.dtype)).unbind()
-        call("moments_rows", x.dtype, x, mean, var, tokens, groups, channels // groups, _threads(x))
-        return mean, var
-    values = matrix(x, layout).to(table_dtype(x.dtype))
-    var, mean = torch.var_mean(values.view(len(values), groups, -1), 2, correction=0)
+        call("moments_rows", x.dtype, x, mean, var, len(mean), groups, channels // groups, _threads(x))
+    else:
+        _run("row_moments_rows", x, "8q", mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), groups)
     return mean, var
 
 
@@ -144,35 +164,27 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
     if layout.backend == "triton":
         return triton_passes.column_moments(x, layout, weights)
     samples, channels, positions = layout.size
-    if layout.order == "cols":
-        mean, var = torch.empty((2, 1, channels), dtype=table_dtype(x.dtype)).unbind()
-        weights = None if weights is None else weights.contiguous()
-        words = (x.data_ptr(), mean.data_ptr(), var.data_ptr(), samples * positions, channels, _threads(x))
-        _run("column_moments_cols", x, *words, _address(weights), form="7q")
+    if layout.order == "rows" and weights is None:
+        return pool(*moments(x, layout), 0, "c")
+    kept: list[Tensor] = []
+    mean = torch.empty(1 if layout.order == "cols" else samples, channels, dtype=table_dtype(x.dtype))
+    var = torch.empty_like(mean)
+    words = (mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), _address(weights, kept))
+    _run(f"column_moments_{layout.order}", x, "8q", *words)
+    if layout.order == "cols" or weights is None:
         return mean, var
-    values = matrix(x, layout).to(table_dtype(x.dtype))
-    if weights is None:
-        var, mean = torch.var_mean(values, 0, correction=0, keepdim=True)
-        return mean, var
-    share = (weights / weights.sum()).unsqueeze(1)
-    values = values.where(share > 0, 0)
-    mean = (share * values).sum(0, keepdim=True)
-    return mean, (share * (values - mean).square()).sum(0, keepdim=True)
+    return pool_unequal(mean, var, weights.view(samples, positions).sum(1, keepdim=True))
 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
     """``scale * x + shift`` in the type and memory order of ``x``."""
     if layout.backend == "triton":
         return triton_passes.token_affine(x, scale, shift, layout)
-    samples, channels, positions = layout.size
-    if layout.order == "cols":
-        y, scale, shift = torch.empty_like(x), _dense(scale), _dense(shift)
-        words = (x.data_ptr(), y.data_ptr(), samples * positions, channels, _threads(x))
-        _run("affine_cols", x, *words, *_words(scale), *_words(shift), form="17q")
-        return y
-    values = matrix(x, layout).to(table_dtype(x.dtype))
-    y = values * sum(expanded(term, layout.size[1]) for term in scale)
-    return like(y + sum(expanded(term, layout.size[1]) for term in shift), x, layout)
+    y = torch.empty_like(x)
+    kept: list[Tensor] = []
+    words = (y.data_ptr(), *layout.size, _threads(x), *_words(scale, kept), *_words(shift, kept))
+    _run(f"affine_{layout.order}", x, "18q", *words)
+    return y
 
 
 def sums(
@@ -185,52 +197,14 @@ def sums(
     """
     if layout.backend == "triton":
         return triton_passes.token_sums(g, x, center, scale, shift, layout)
-    samples, channels, positions = layout.size
-    if layout.order == "cols":
-        scale, shift = _dense(scale), _dense(shift)
-        center = None if center is None else center.contiguous()
-        of_scale, of_shift = _like_terms(scale), _like_terms(shift)
-        words = [g.data_ptr(), x.data_ptr(), samples * positions, channels, _threads(x), _address(center)]
-        groups = 0 if center is None or center.shape == (1, channels) else center.shape[1]
-        words += [groups, *_words(scale), *_words(shift)]
-        for side in (0, 1):
-            for terms in (of_scale, of_shift):
-                words += [_address(terms[t][side]) if t < len(terms) else 0 for t in (0, 1)]
-        _run("sums_cols", x, *words, form="27q")
-        return of_scale, of_shift
-    incoming, values = (matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
-    if center is not None:
-        about = _wide(center, center.shape[0] > 1, values)
-        return _contract(incoming * (values - about) + incoming * about, scale), _contract(incoming, shift)
-    return _contract(incoming * values, scale), _contract(incoming, shift)
-
-
-def _like_terms(terms: Terms) -> list[Factor]:
-    return [(None if r is None else torch.empty_like(r), None if c is None else torch.empty_like(c)) for r, c in terms]
-
-
-def _contract(g: Tensor, terms: Terms) -> list[Factor]:
-    found: list[Factor] = []
-    for row, column in terms:
-        of_column = None
-        if column is not None:
-            of_column = (g if row is None else g * expanded((row, None), g.shape[1])).sum(0).view(column.shape)
-        of_row = None
-        if row is not None:
-            weighted = g if column is None else g * column.reshape(1, -1)
-            of_row = weighted.view(len(g), row.shape[1], -1).sum(2)
-        found.append((of_row, of_column))
-    return found
-
-
-def _wide(table: Tensor, of_rows: bool, values: Tensor) -> Tensor:
-    return expanded((table, None), values.shape[1]) if of_rows else table
-
-
-def _tables(source: Source | None) -> list[Tensor | None]:
-    """Mean, its gradient, that of the variance, and weights."""
-    tables = (None,) * 4 if source is None else (source.mean, source.dmean, source.dvar, source.weights)
-    return [None if t is None else t.contiguous() for t in tables]
+    kept: list[Tensor] = []
+    groups = 0 if center is None or center.shape == (1, layout.size[1]) else center.size(1)
+    words = [g.data_ptr(), *layout.size, _threads(x), _address(center, kept), groups]
+    of_scale, at_scale = _gradients(scale)
+    of_shift, at_shift = _gradients(shift)
+    words += _words(scale, kept) + _words(shift, kept) + at_scale + at_shift
+    _run(f"sums_{layout.order}", x, "28q", *words)
+    return of_scale, of_shift
 
 
 def combine(
@@ -243,29 +217,8 @@ def combine(
     """
     if layout.backend == "triton":
         return triton_passes.token_combine(g, x, scale, rows, columns, layout)
-    samples, channels, positions = layout.size
-    if layout.order == "cols":
-        dx, scale_terms = torch.empty_like(x), _dense(scale or ())
-        words = [g.data_ptr(), x.data_ptr(), dx.data_ptr(), samples * positions, channels, _threads(x), scale is None]
-        of_rows, of_columns = _tables(rows), _tables(columns)
-        words += [*_words(scale_terms), *map(_address, of_rows[:3]), 1 if rows is None else rows.mean.shape[1]]
-        sizes = (1.0 if source is None else float(source.size) for source in (rows, columns))
-        _run("combine_cols", x, *words, next(sizes), *map(_address, of_columns), next(sizes), form="17qd4qd")
-        return dx
-    incoming, values = (matrix(t, layout).to(table_dtype(x.dtype)) for t in (g, x))
-    dx = incoming if scale is None else incoming * sum(expanded(term, layout.size[1]) for term in scale)
-    for source in (rows, columns):
-        if source is None:
-            continue
-        part = torch.zeros_like(values)
-        if source.dvar is not None:
-            mean, dvar = (_wide(t, source is rows, values) for t in (source.mean, source.dvar))
-            part = 2 * dvar * (values - mean)
-        if source.dmean is not None:
-            part = part + _wide(source.dmean, source is rows, values)
-        part = part / source.size
-        if source.weights is not None:
-            weights = source.weights.unsqueeze(1)
-            part = (weights * part).where(weights > 0, 0)
-        dx = dx + part
-    return like(dx, x, layout)
+    dx = torch.empty_like(x)
+    kept: list[Tensor] = []
+    words = [g.data_ptr(), dx.data_ptr(), *layout.size, _threads(x), scale is None, *_words(scale or (), kept)]
+    _run(f"combine_{layout.order}", x, "19qd5qd", *words, *_through(rows, kept), *_through(columns, kept))
+    return dx

@@ -1,8 +1,8 @@
 """Kernels for GPUs in Triton's language. Imported only where they run (:mod:`flexnorm.kernels.gpu`).
 
-One view serves images and tokens: N samples of C channels at P positions, the value (n, c, p) at ``n * stride_n + c *
-stride_c + p * stride_p``, whose smaller stride is 1. A program works on tiles [BC, BP] of one sample. Tokens that lie
-one after the other, (R, C), are the R positions of one sample.
+One view serves images and tokens: N samples of C channels at P positions, (N, C, P) in ROWS or else (N, P, C). What is
+contiguous is a multiple of ALIGN long, which the compiler must know to load several values at once. A program works on
+tiles [BC, BP] of one sample. Tokens that lie one after the other, (R, C), are the R positions of one sample.
 
 A *term* (row, grouped, column, stride_n, stride_c) is an outer product: row (R,) or grouped (R, G) per token and group
 of ``width`` channels, column (N, C) with two strides (the first 0 if it is the same for all samples); ``None`` stands
@@ -36,7 +36,16 @@ def _sum(terms, n, r, c, ok_r, ok_c, G, width, ACC: tl.constexpr):
 
 
 @triton.jit
-def _tile(C, P, stride_n, stride_c, stride_p, BC: tl.constexpr, BP: tl.constexpr):
+def _at(c, p, C, P, ROWS: tl.constexpr):
+    """Where the value of a channel at a position lies in its sample."""
+    if ROWS:
+        return c * P + p
+    else:  # noqa: RET505 - one of the two is compiled
+        return p * C + c
+
+
+@triton.jit
+def _tile(C, P, ROWS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
     """Sample, channels and positions of a program of an elementwise pass, and the places of their values."""
     blocks_p = tl.cdiv(P, BP)
     blocks_c = tl.cdiv(C, BC)
@@ -45,15 +54,19 @@ def _tile(C, P, stride_n, stride_c, stride_p, BC: tl.constexpr, BP: tl.constexpr
     first_c = pid // blocks_p % blocks_c * BC
     first_p = pid % blocks_p * BP
     i, j = tl.arange(0, BC), tl.arange(0, BP)
-    begin = n * stride_n + first_c.to(tl.int64) * stride_c + first_p.to(tl.int64) * stride_p
-    return n, first_c + i, first_p + j, begin, i[:, None] * stride_c + j[None, :] * stride_p
+    begin = n * C * P + _at(first_c.to(tl.int64), first_p.to(tl.int64), C, P, ROWS)
+    return n, first_c + i, first_p + j, begin, _at(i[:, None], j[None, :], C, P, ROWS)
 
 
-@triton.jit(do_not_specialize=["P"])
-def affine(x, y, scale, shift, C, P, G, width, stride_n, stride_c, stride_p, ACC: tl.constexpr, BC: tl.constexpr,
-           BP: tl.constexpr):  # fmt: skip
+@triton.jit
+def affine(x, y, scale, shift, C, P, G, width, ROWS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+           BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
     """``scale * x + shift``; tuples of terms, no shift stands for zero."""
-    n, c, p, begin, offsets = _tile(C, P, stride_n, stride_c, stride_p, BC, BP)
+    if ROWS:
+        P = P // ALIGN * ALIGN
+    else:
+        C = C // ALIGN * ALIGN
+    n, c, p, begin, offsets = _tile(C, P, ROWS, BC, BP)
     ok_c, ok_p, r = c < C, p < P, n * P + p
     inside = ok_c[:, None] & ok_p[None, :]
     value = tl.load(x + begin + offsets, mask=inside, other=0).to(ACC)
@@ -79,11 +92,15 @@ def _through(source, x, n, r, c, ok_r, ok_c, G, width, ACC: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["P"])
-def combine(g, x, dx, scale, rows, columns, C, P, G, width, stride_n, stride_c, stride_p, ACC: tl.constexpr,
+@triton.jit
+def combine(g, x, dx, scale, rows, columns, C, P, G, width, ROWS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
             BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
     """``scale * g`` (no scale stands for one) and what comes back through the moments of tokens and of channels."""
-    n, c, p, begin, offsets = _tile(C, P, stride_n, stride_c, stride_p, BC, BP)
+    if ROWS:
+        P = P // ALIGN * ALIGN
+    else:
+        C = C // ALIGN * ALIGN
+    n, c, p, begin, offsets = _tile(C, P, ROWS, BC, BP)
     ok_c, ok_p, r = c < C, p < P, n * P + p
     inside = ok_c[:, None] & ok_p[None, :]
     total = tl.load(g + begin + offsets, mask=inside, other=0).to(ACC)
@@ -98,35 +115,41 @@ def combine(g, x, dx, scale, rows, columns, C, P, G, width, stride_n, stride_c, 
 
 
 @triton.jit
-def _part(N, C, P, length, stride_n, stride_c, BC: tl.constexpr):
+def _part(N, C, P, steps, ROWS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
     """A program of a reduction: which partial result, sample, channels and positions; where the channels begin."""
     blocks_c = tl.cdiv(C, BC)
     part = tl.program_id(0) // blocks_c
     n = (part % N).to(tl.int64)
     first_c = tl.program_id(0) % blocks_c * BC
-    begin = part // N * length
-    end = tl.minimum(begin + length, P)
-    return part.to(tl.int64), n, first_c + tl.arange(0, BC), begin, end, n * stride_n + first_c.to(tl.int64) * stride_c
+    begin = part // N * steps * BP
+    end = tl.minimum(begin + steps * BP, P)
+    i, j = tl.arange(0, BC), tl.arange(0, BP)
+    base = n * C * P + _at(first_c.to(tl.int64), 0, C, P, ROWS)
+    return part.to(tl.int64), n, first_c + i, j, begin, end, base, _at(i[:, None], j[None, :], C, P, ROWS)
 
 
-@triton.jit(do_not_specialize=["N", "P", "length"])
-def moments(x, weights, mean, var, count, N, C, P, length, stride_n, stride_c, stride_p, ACC: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "steps"])
+def moments(x, weights, mean, var, count, N, C, P, steps, ROWS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
             BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """Mean and biased variance (parts, N, C), and weight (parts, N), over ``length`` positions; zeros for no weight.
+    """Mean and biased variance (parts, N, C), and weight (parts, N), over ``steps`` tiles of positions; 0 for none.
 
     Each value of the tile follows moments of its own (Welford 1962), which are merged at the end (Chan et al. 1979).
     """
-    part, n, c, begin, end, base = _part(N, C, P, length, stride_n, stride_c, BC)
-    ok_c, j = c < C, tl.arange(0, BP)
-    offsets = tl.arange(0, BC)[:, None] * stride_c + j[None, :] * stride_p
+    if ROWS:
+        P = P // ALIGN * ALIGN
+    else:
+        C = C // ALIGN * ALIGN
+    part, n, c, j, begin, end, base, offsets = _part(N, C, P, steps, ROWS, BC, BP)
+    ok_c = c < C
     own, square, seen = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC), tl.zeros((BP,), ACC)
     for start in range(begin, end, BP):
-        ok_p = start + j < end
+        ok_p = start + j < P
         share = ok_p.to(ACC)
         if weights is not None:
             share = tl.load(weights + n * P + start + j, mask=ok_p, other=0).to(ACC)
-        inside = ok_c[:, None] & (share > 0)[None, :]
-        place = x + base + tl.cast(start, tl.int64) * stride_p
+            ok_p = share > 0
+        inside = ok_c[:, None] & ok_p[None, :]
+        place = x + base + _at(0, tl.cast(start, tl.int64), C, P, ROWS)
         value = tl.load(place + offsets, mask=inside, other=0).to(ACC)
         seen += share
         before = value - own
@@ -166,20 +189,23 @@ def merge(means, variances, counts, mean, var, M, K, C, ACC: tl.constexpr, BM: t
     tl.store(var + k, second / total, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["N", "P", "length"])
-def sums(g, x, center, center_n, s1, s0, N, C, P, length, stride_n, stride_c, stride_p, WHOLE: tl.constexpr,
-         ACC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
-    """``sum g * (x - center)`` and ``sum g`` over ``length`` positions, (parts, N, C); if WHOLE, ``sum g * x``."""
-    part, n, c, begin, end, base = _part(N, C, P, length, stride_n, stride_c, BC)
-    ok_c, j = c < C, tl.arange(0, BP)
-    offsets = tl.arange(0, BC)[:, None] * stride_c + j[None, :] * stride_p
+@triton.jit(do_not_specialize=["N", "steps"])
+def sums(g, x, center, center_n, s1, s0, N, C, P, steps, WHOLE: tl.constexpr, ROWS: tl.constexpr,
+         ALIGN: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+    """``sum g * (x - center)`` and ``sum g`` over ``steps`` tiles: (parts, N, C). If WHOLE, ``sum g * x``."""
+    if ROWS:
+        P = P // ALIGN * ALIGN
+    else:
+        C = C // ALIGN * ALIGN
+    part, n, c, j, begin, end, base, offsets = _part(N, C, P, steps, ROWS, BC, BP)
+    ok_c = c < C
     middle = tl.zeros((BC,), ACC)
     if center is not None:
         middle = tl.load(center + n * center_n + c, mask=ok_c, other=0)
     first, zeroth = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC)
     for start in range(begin, end, BP):
-        inside = ok_c[:, None] & (start + j < end)[None, :]
-        place = base + tl.cast(start, tl.int64) * stride_p
+        inside = ok_c[:, None] & (start + j < P)[None, :]
+        place = base + _at(0, tl.cast(start, tl.int64), C, P, ROWS)
         incoming = tl.load(g + place + offsets, mask=inside, other=0).to(ACC)
         first += incoming * (tl.load(x + place + offsets, mask=inside, other=0).to(ACC) - middle[:, None])
         zeroth += incoming
@@ -219,10 +245,15 @@ def _contract(term, far, near, block, r, k, c, ok_r, ok_k, ok_c, C, G, ACC: tl.c
     return rows
 
 
-@triton.jit(do_not_specialize=["P"])
-def token_sums(g, x, center, scale0, scale1, shift0, shift1, C, P, G, width, stride_n, stride_c, stride_p,
-               ACC: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+@triton.jit
+def token_sums(g, x, center, scale0, scale1, shift0, shift1, C, P, G, width, ROWS: tl.constexpr,
+               ALIGN: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr,
+               BW: tl.constexpr):  # fmt: skip
     """Gradients of the factors of scale (from g * x) and shift (from g), those of the channels in blocks of tokens."""
+    if ROWS:
+        P = P // ALIGN * ALIGN
+    else:
+        C = C // ALIGN * ALIGN
     blocks_g, blocks_p = tl.cdiv(G, BG), tl.cdiv(P, BP)
     block = (tl.program_id(0) // blocks_g).to(tl.int64)
     n, first_p = block // blocks_p, block % blocks_p * BP
@@ -234,7 +265,7 @@ def token_sums(g, x, center, scale0, scale1, shift0, shift1, C, P, G, width, str
         c = k[:, None] * width + (start + j)[None, :]
         ok_c = ok_k[:, None] & (start + j < width)[None, :]
         inside = ok_r[:, None, None] & ok_c[None, :, :]
-        offsets = n * stride_n + (p * stride_p)[:, None, None] + (c.to(tl.int64) * stride_c)[None, :, :]
+        offsets = n * C * P + _at(c.to(tl.int64)[None, :, :], p[:, None, None], C, P, ROWS)
         incoming = tl.load(g + offsets, mask=inside, other=0).to(ACC)
         far = tl.load(x + offsets, mask=inside, other=0).to(ACC)
         near = None

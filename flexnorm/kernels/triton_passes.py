@@ -21,46 +21,44 @@ Factor: TypeAlias = tuple[Tensor | None, Tensor | None]
 Source: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, float | Tensor, Tensor | None]
 _Term: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, int, int]
 
-_TILE = 4096  # values in the tile of a program of four warps: 32 in each thread
+_TILE = 2048  # values in the tile of a program of four warps: 16 in each thread
 _PROGRAMS = 1024  # that keep a large GPU busy: a reduction over long axes is cut until there are so many
 
 
 class _View(NamedTuple):
-    """An activation as the kernels see it: ``samples`` x (channels, positions) with their strides, and a tile."""
+    """An activation as the kernels see it: samples of (channels, positions) if ``rows``, else (positions, channels)."""
 
     samples: int
     channels: int
     positions: int
-    stride_c: int
-    stride_p: int
+    rows: bool
 
     @classmethod
     def of(cls, layout: Layout, tokens: bool) -> _View:
         samples, channels, positions = layout.size
-        if layout.order == "rows":
-            return cls(samples, channels, positions, positions, 1)
-        if tokens:
+        rows = layout.order == "rows"
+        if tokens and not rows:
             samples, positions = 1, samples * positions
-        return cls(samples, channels, positions, 1, channels)
+        return cls(samples, channels, positions, rows)
 
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.channels * self.positions, self.stride_c, self.stride_p
+    def order(self) -> dict[str, int]:
+        """ROWS and ALIGN: 16 bytes are loaded at once where as many values, or a part of them, divide the length."""
+        return {"ROWS": self.rows, "ALIGN": math.gcd(16, self.positions if self.rows else self.channels)}
 
-    def tile(self, values: int = _TILE) -> dict[str, int]:
-        """BC and BP: as long as reasonable where memory is contiguous, the rest of the tile the other way."""
-        if self.stride_p == 1:
-            length = min(_power(self.positions), 1024)
-            return {"BC": min(_power(self.channels), max(values // length, 1)), "BP": length}
+    def tile(self) -> dict[str, int]:
+        """BC and BP, as long as reasonable where memory is contiguous, the rest of the tile the other way."""
+        if self.rows:
+            length = min(_power(self.positions), 1024, _TILE)
+            return {"BC": min(_power(self.channels), max(_TILE // length, 1)), "BP": length, **self.order()}
         length = min(_power(self.channels), 128)
-        return {"BC": length, "BP": min(_power(self.positions), values // length)}
+        return {"BC": length, "BP": min(_power(self.positions), max(_TILE // length, 1)), **self.order()}
 
     def parts(self, tile: dict[str, int]) -> tuple[int, int]:
-        """Into how many parts a sum over the positions is cut, and how long each is."""
+        """Into how many parts a sum over the positions is cut, and how many tiles each is long."""
         programs = self.samples * _blocks(self.channels, tile["BC"])
         wanted = min(_blocks(_PROGRAMS, programs), _blocks(self.positions, tile["BP"]))
-        length = _blocks(_blocks(self.positions, wanted), tile["BP"]) * tile["BP"]
-        return _blocks(self.positions, length), length
+        steps = _blocks(_blocks(self.positions, wanted), tile["BP"])
+        return _blocks(self.positions, steps * tile["BP"]), steps
 
     def everywhere(self, tile: dict[str, int]) -> tuple[int]:
         """The grid of an elementwise pass."""
@@ -83,18 +81,18 @@ def moments(x: Tensor, layout: Layout) -> Pair:
 def _moments(x: Tensor, view: _View, weights: Tensor | None, over_samples: bool) -> Pair:
     """Moments (N, C) of each channel of each sample, or (1, C) over the samples too."""
     tile = view.tile()
-    parts, length = view.parts(tile)
+    parts, steps = view.parts(tile)
     mean = torch.empty((parts, view.samples, view.channels), dtype=table_dtype(x.dtype), device=x.device)
     var, count = torch.empty_like(mean), mean.new_empty((parts, view.samples))
-    sizes = (view.samples, view.channels, view.positions, length, *view.strides)
+    sizes = (view.samples, view.channels, view.positions, steps)
     grid = (parts * view.samples * _blocks(view.channels, tile["BC"]),)
     launch("moments", grid, x, weights, mean, var, count, *sizes, **tile)
     if parts == 1 and weights is None and (view.samples == 1 or not over_samples):
         return mean[0], var[0]
     pieces, shape = (parts * view.samples, (1, view.channels)) if over_samples else (parts, mean.shape[1:])
     merged = mean.new_empty(shape), mean.new_empty(shape)
-    columns, block = merged[0].numel(), {"BM": min(_power(pieces), 32), "BK": 64}
-    grid = (_blocks(columns, 64),)
+    columns, block = merged[0].numel(), {"BM": min(_power(pieces), 128), "BK": 16}
+    grid = (_blocks(columns, 16),)
     launch("merge", grid, mean, var, count, *merged, pieces, columns, view.channels, **block)
     return merged
 
@@ -108,7 +106,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor | None, layout: Layout) -> Te
 
 def _affine(x: Tensor, scale: Sequence[_Term], shift: Sequence[_Term] | None, groups: int, view: _View) -> Tensor:
     y, tile = torch.empty_like(x), view.tile()
-    sizes = (view.channels, view.positions, groups, view.channels // groups, *view.strides)
+    sizes = (view.channels, view.positions, groups, view.channels // groups)
     launch("affine", view.everywhere(tile), x, y, scale, shift, *sizes, **tile)
     return y
 
@@ -129,14 +127,14 @@ def sums(
 
 def _sums(g: Tensor, x: Tensor, center: Tensor | None, view: _View) -> Pair:
     tile = view.tile()
-    parts, length = view.parts(tile)
+    parts, steps = view.parts(tile)
     shape = (2, parts, view.samples, view.channels)
     both = torch.empty(shape, dtype=table_dtype(x.dtype), device=x.device)
     center = None if center is None else center.expand(view.samples, view.channels)
     if center is not None and center.stride(1) != 1:
         center = center.contiguous()
     middle = (center, 0 if center is None else center.stride(0))
-    sizes = (view.samples, view.channels, view.positions, length, *view.strides)
+    sizes = (view.samples, view.channels, view.positions, steps)
     grid = (parts * view.samples * _blocks(view.channels, tile["BC"]),)
     launch("sums", grid, g, x, *middle, both[0], both[1], *sizes, WHOLE=parts == 1, **tile)
     if parts == 1:
@@ -157,7 +155,7 @@ def combine(
 
 def _combine(g: Tensor, x: Tensor, scale: Any, rows: Any, columns: Any, groups: int, view: _View) -> Tensor:
     dx, tile = torch.empty_like(x), view.tile()
-    sizes = (view.channels, view.positions, groups, view.channels // groups, *view.strides)
+    sizes = (view.channels, view.positions, groups, view.channels // groups)
     launch("combine", view.everywhere(tile), g, x, dx, scale, rows, columns, *sizes, **tile)
     return dx
 
@@ -168,10 +166,10 @@ def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     width = channels // groups
     if layout.order == "cols":
         rows = samples * positions
-        mean, var = _moments(x, _View(1, rows * groups, width, width, 1), None, over_samples=False)
+        mean, var = _moments(x, _View(1, rows * groups, width, True), None, over_samples=False)
         return mean.view(rows, groups), var.view(rows, groups)
     # The channels of a group are what a sum runs over, the positions what it is kept for.
-    found = _moments(x, _View(samples * groups, positions, width, 1, positions), None, over_samples=False)
+    found = _moments(x, _View(samples * groups, positions, width, False), None, over_samples=False)
     mean, var = (t.view(samples, groups, positions).movedim(1, 2).reshape(-1, groups) for t in found)
     return mean, var
 
@@ -254,7 +252,7 @@ def token_sums(
     terms = [(*_term(f, groups), *out) for f, out in zip((*scale, *shift), kept, strict=True)]
     first, second = terms[: len(scale)], terms[len(scale) :]
     padded = [*first, *[None] * (2 - len(first)), *second, *[None] * (2 - len(second))]
-    sizes = (channels, view.positions, groups, channels // groups, *view.strides)
+    sizes = (channels, view.positions, groups, channels // groups)
     launch("token_sums", (blocks * _blocks(groups, tile["BG"]),), g, x, middle, *padded, *sizes, **tile)
     totals, found = iter(partial.sum(1)), []
     for (row, column), (of_row, _) in zip((*scale, *shift), kept, strict=True):
@@ -276,13 +274,10 @@ def _column_sums(
 
 def _token_tile(view: _View, groups: int) -> dict[str, int]:
     """BP tokens by BG groups by BW of their channels, fewer tokens where that leaves a GPU idle."""
-    width = _power(view.channels // groups)
-    if view.stride_p == 1:
-        tokens, wide = min(_power(view.positions), 64), 64
-    else:
-        tokens, wide = min(_power(view.positions), 32), 128
-    bw = min(width, wide)
+    wide = 32 if view.rows else 128
+    bw = min(_power(view.channels // groups), wide)
     bg = min(_power(groups), wide // bw)
+    tokens = min(_power(view.positions), max(_TILE // (bw * bg), 1))
     while tokens > 4 and view.samples * _blocks(view.positions, tokens) * _blocks(groups, bg) < _PROGRAMS // 4:
         tokens //= 2
-    return {"BP": tokens, "BG": bg, "BW": bw}
+    return {"BP": tokens, "BG": bg, "BW": bw, **view.order()}

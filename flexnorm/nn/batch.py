@@ -35,6 +35,7 @@ class _BatchNorm(BatchStatistics):
     """
 
     norm_name = torch_layer = "batch"
+    positions_matter = False
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize with the statistics of the batch in training, with the running ones in evaluation."""

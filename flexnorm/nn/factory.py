@@ -62,7 +62,7 @@ def norm_class(name: str, ndim: int | None = None) -> type[Norm]:
     return layers[max(ndim, 1)]
 
 
-def make_norm(name: str, num_features: int, ndim: int = 2, **kwargs: Any) -> nn.Module:
+def make_norm(name: str, num_features: int, ndim: int | None = 2, **kwargs: Any) -> Norm:
     """Build the normalization of that name for inputs with ``ndim`` spatial axes.
 
     Args:
@@ -71,9 +71,11 @@ def make_norm(name: str, num_features: int, ndim: int = 2, **kwargs: Any) -> nn.
             any activation may follow), ``"renorm"``, ``"switchable"``, ``"batch_instance"``, ``"mean_only"``,
             ``"variance_only"``; or the ``norm_name`` of a layer of your own.
         num_features: Number of channels C.
-        ndim: Number of spatial axes, 0 to 3 (0 and 1 give the 1d layers).
-        **kwargs: Handed to the layer. For ``"group"``, ``num_groups`` defaults to 16 channels a group where that
-            divides C, else to one group.
+        ndim: Number of spatial axes, 0 to 3 (0 and 1 give the 1d layers); ``None`` for any class of the norm. It does
+            not matter with ``channel_axis=-1``.
+        **kwargs: Handed to the layer: ``channel_axis=-1`` for tokens (``"layer"`` and ``"rms"`` are then
+            :class:`LayerNorm` and :class:`RMSNorm`), ``per_position=True`` for each position by itself. For
+            ``"group"``, ``num_groups`` defaults to 16 channels a group where that divides C, else to one group.
 
     Raises:
         ValueError: For an unknown name or a wrong ``ndim``.
@@ -82,8 +84,11 @@ def make_norm(name: str, num_features: int, ndim: int = 2, **kwargs: Any) -> nn.
         >>> make_norm("unitized", 16, track_running_stats=False)
         UnitizedBatchNorm2d(16, eps=1e-05, momentum=0.1, affine=True, track_running_stats=False, unit_norm='paper', \
 constrain_alpha=False)
+        >>> make_norm("layer", 16, channel_axis=-1)
+        LayerNorm((16,), eps=1e-05, elementwise_affine=True)
     """
-    return norm_class(name, ndim).build(num_features, **kwargs)
+    where = {key: kwargs[key] for key in ("channel_axis", "per_position") if key in kwargs}
+    return norm_class(name, ndim).placed(**where).build(num_features, **kwargs)
 
 
 TORCH_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {

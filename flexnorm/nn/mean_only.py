@@ -26,6 +26,7 @@ class _MeanOnlyBatchNorm(BatchStatistics):
     """
 
     norm_name = "mean_only"
+    positions_matter = False
     options = ()
     torch_layer = "batch"
 

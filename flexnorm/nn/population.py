@@ -91,6 +91,7 @@ class _PopulationNorm(FlexNorm):
     """
 
     norm_name = "population"
+    positions_matter = False
     statistics_from = "population"
     options = ("eps", "momentum", "statistics", "gradient", "max_ratio")
     torch_layer = "batch"

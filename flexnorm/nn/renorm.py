@@ -88,6 +88,7 @@ class _BatchRenorm(BatchStatistics):
     """
 
     norm_name = "renorm"
+    positions_matter = False
     options = ("eps", "r_max", "d_max", "warmup", "ramp")
     torch_layer = "batch"
 

@@ -27,6 +27,7 @@ class _VarianceOnlyBatchNorm(BatchStatistics):
     """
 
     norm_name = "variance_only"
+    positions_matter = False
     torch_layer = "batch"
 
     def rule(self, moments: Moments) -> Pair:

@@ -78,6 +78,7 @@ class AdamG(SphereOptimizer):
         maximize: bool = False,
         row_dim: int = 0,
         row_groups: int = 1,
+        row_units: int = 1,
         foreach: bool | None = None,
         compile: bool = False,
         ortho_every: int = 4,
@@ -177,6 +178,7 @@ def adamg(
     maximize: bool = False,
     row_dim: int = 0,
     row_groups: int = 1,
+    row_units: int = 1,
     foreach: bool | None = None,
     compile: bool = False,
     workspace: Workspace | None = None,
@@ -187,8 +189,8 @@ def adamg(
     ``params``, ``grads``, ``workspace`` and ``observe`` are as for :func:`flexnorm.optim.sgdg`. ``exp_avgs`` are first
     moments, of the shapes of the weights, ``exp_avg_sqs`` second moments, ``(rows,)`` each, ``state_steps`` the steps
     taken so far, scalar tensors on the CPU, counted up here. ``lr``, ``betas``, ``eps``, ``grad_clip``, ``ortho``,
-    ``maximize``, ``row_dim``, ``row_groups``, ``foreach`` and ``compile`` are those of the class.
+    ``maximize``, ``row_dim``, ``row_groups``, ``row_units``, ``foreach`` and ``compile`` are those of the class.
     """
-    options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile)
+    options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile, row_units)
     state = State(exp_avgs if betas[0] else [], exp_avg_sqs, state_steps)
     take_step(params, grads, state, adam_rotation(lr, betas, eps), options, workspace, observe)

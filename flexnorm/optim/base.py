@@ -169,6 +169,9 @@ class SphereOptimizer(ExactState):
         if group["row_dim"] not in (0, 1):
             where = "row_dim is the axis of the outputs: 0, or 1 of transposed convolutions and weights (in, out)"
             raise ValueError(f"{where}; got {group['row_dim']!r}")
+        units = group["row_units"]
+        if type(units) is not int or units < 0:
+            raise ValueError(f"row_units must be a whole number of output units, or 0 for all; got {units!r}")
         if group["weight_decay"] != 0:
             raise ValueError(
                 f"weight_decay={group['weight_decay']} in a manifold group: rows of unit length have nothing to decay; "
@@ -177,7 +180,7 @@ class SphereOptimizer(ExactState):
         for p in group["params"]:
             if p.is_complex():
                 raise TypeError(f"a complex parameter of shape {tuple(p.shape)} cannot go on the manifold of real rows")
-            RowLayout.of(p, group["row_dim"], group["row_groups"])
+            RowLayout.of(p, group["row_dim"], group["row_groups"], group["row_units"])
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
         if any(p.grad is not None and p.grad.is_sparse for p in params):
@@ -227,8 +230,8 @@ class SphereOptimizer(ExactState):
 
     def _put_on_sphere(self, p: Tensor, options: StepOptions) -> int:
         """Bring the rows of a weight to unit length, whatever their length is; return their number."""
-        p = local_part(p, options.row_dim, needs_whole=options.ortho != 0)
-        layout = RowLayout.of(p, options.row_dim, options.row_groups)
+        p = local_part(p, options.row_dim, needs_whole=options.ortho != 0 or options.row_units != 1)
+        layout = RowLayout.of(p, options.row_dim, options.row_groups, options.row_units)
         if p.numel():
             from_rows(unit(to_rows(p, layout).to(compute_dtype(p))), p, layout)
         return layout.rows
@@ -264,7 +267,7 @@ def _tell(
 
 def _products(p: Tensor, group: dict[str, Any]) -> int:
     """Return what the products of the regularizer cost for a weight, up to a factor."""
-    layout = RowLayout.of(p, group["row_dim"], group["row_groups"])
+    layout = RowLayout.of(p, group["row_dim"], group["row_groups"], group["row_units"])
     return layout.rows * layout.n * min(layout.rows // layout.blocks, layout.n)
 
 

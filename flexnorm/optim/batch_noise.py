@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import none_of, unknown_name
-from flexnorm.probe import Selection, batch_norm_layers
+from flexnorm.probe import Selection, batch_norm_layers, channels_first
 from flexnorm.theory.regularization import (
     DISTRIBUTIONS,
     LayerStrength,
@@ -80,7 +80,8 @@ class BatchNoise:
         return self._noisy(name, module, output) if module.training else output
 
     def _noisy(self, name: str, module: nn.Module, y: Tensor) -> Tensor:
-        known = self._strengths.get(name)
+        given, known = y, self._strengths.get(name)
+        y = channels_first(module, given)
         ones = torch.ones(y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
         r, s = sample_noise(
             (ones if known is None else known.mean_variance.to(ones)) * float(self._mean),
@@ -97,7 +98,8 @@ class BatchNoise:
 
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         gamma, beta = 1.0 if weight is None else table(weight), 0.0 if bias is None else table(bias)
-        return beta + (y - beta) * table(r.to(y.dtype)) + gamma * table(s.to(y.dtype))
+        noisy = beta + (y - beta) * table(r.to(y.dtype)) + gamma * table(s.to(y.dtype))
+        return noisy if y is given else noisy.movedim(1, -1)
 
     def remove(self) -> None:
         """Take the noise off again."""

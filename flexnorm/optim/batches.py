@@ -71,10 +71,12 @@ def take_step(
     ``observe`` is told index, angle walked and tangent norm of the rows of every weight.
     """
     workspace, whole = workspace or Workspace(), options.ortho != 0
-    params, grads, moments = (local_parts(t, options.row_dim, whole) for t in (params, grads, state.moments))
+    params, grads, moments = (
+        local_parts(t, options.row_dim, whole or options.row_units != 1) for t in (params, grads, state.moments)
+    )
     state = State(moments, state.seconds, state.steps)
     lists = (params, state.moments, state.seconds, state.steps)
-    how = (options.row_dim, options.row_groups, options.foreach is False, options.compile, whole)
+    how = (options.row_dim, options.row_groups, options.row_units, options.foreach is False, options.compile, whole)
     key = (*how, *map(len, lists), *(t.data_ptr() for kind in lists for t in kind))
     plan = workspace.plan(key, lambda: _plan(params, state, options))
     if plan.steps:
@@ -130,7 +132,7 @@ def _plan(params: Sequence[Tensor], state: State, options: StepOptions) -> Plan:
     kinds: dict[tuple[bool, torch.device, torch.dtype, tuple[int, ...]], list[Job]] = {}
     steps = []
     for i, p in enumerate(params):
-        layout = RowLayout.of(p, options.row_dim, options.row_groups)
+        layout = RowLayout.of(p, options.row_dim, options.row_groups, options.row_units)
         job = Job(i, layout, p, *(kind[i] if kind else None for kind in (state.moments, state.seconds, state.steps)))
         in_c = c and p.numel() > 0 and job.suits_c()
         if job.step is not None and not in_c:

@@ -106,7 +106,8 @@ class SphereMonitor:
 def _stats(view: StepView) -> StepStats:
     options = view.options
     weight = local_part(view.param.detach(), options.row_dim, needs_whole=False)
-    rows = to_rows(weight, RowLayout.of(weight, options.row_dim, options.row_groups))
+    layout = RowLayout.of(weight, options.row_dim, options.row_groups, options.row_units)
+    rows = to_rows(weight, layout)
     clipped = 0.0 if options.grad_clip is None else float((view.tangent_norm > options.grad_clip).float().mean())
     angles = float(view.angle.mean()), float(view.angle.max())
-    return StepStats(*angles, float(view.tangent_norm.mean()), clipped, *coherence(rows, options.row_groups))
+    return StepStats(*angles, float(view.tangent_norm.mean()), clipped, *coherence(rows, layout.blocks))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexnorm._messages import nothing_done
+from flexnorm._messages import nothing_done, unknown_name
 from flexnorm.optim.invariance import InvarianceReport, WeightReport, probing, scale_invariant_weights
 from flexnorm.optim.manifold import row_norm, unit
 from flexnorm.optim.rows import RowLayout, compute_dtype, from_rows, to_rows
@@ -49,6 +49,7 @@ def param_groups(
     example_input: Any = None,
     *,
     select: str = "probe",
+    spheres: str = "rows",
     grad_clip: float | None = 0.1,
     ortho: float = 0.1,
     decay_vectors: bool = False,
@@ -73,9 +74,13 @@ def param_groups(
         example_input: What the model is called with; see :func:`scale_invariant_weights`. Not needed for
             ``select="paper"``.
         select: ``"probe"`` or ``"paper"``, see :func:`scale_invariant_weights`.
+        spheres: What may be on a sphere: ``"rows"``, each the weights of one output unit, as in the paper; ``"heads"``:
+            also blocks of rows that are scale invariant together only (query and key, where each head is normalized);
+            ``"matrices"``: also whole weights (in front of a LayerNorm, RMSNorm or GroupNorm). A vector of many numbers
+            turns by the same angle at the same ``lr_manifold``.
         grad_clip: Bound on the Riemannian gradient of a weight vector, :math:`\nu`.
         ortho: Weight :math:`\alpha` of the orthogonality regularizer. Weights with more rows than inputs get 0: their
-            rows cannot be orthogonal, and pushing them apart only makes them unstable.
+            rows cannot be orthogonal, and pushing them apart only makes them unstable. So do heads and matrices.
         decay_vectors: Whether biases and gains are decayed too, except those for which a norm declares ``no_decay``.
         exclude: Parameters to keep off the manifold, as in :func:`flexnorm.probe.select_parameters`: names, patterns
             (``"head.*"``), modules, or classes of modules that hold them, ..., or a list of these.
@@ -90,7 +95,8 @@ def param_groups(
         flexnorm.NothingDone: If no weight goes on the manifold; it says why not, and stands in ``notes`` too.
 
     Raises:
-        ValueError: As :func:`scale_invariant_weights`, or if a name or pattern of ``exclude`` matches nothing.
+        ValueError: As :func:`scale_invariant_weights`; if ``spheres`` is unknown; or if a name or pattern of
+            ``exclude`` matches nothing.
 
     Examples:
         >>> from flexnorm.optim import SGDG
@@ -102,28 +108,37 @@ def param_groups(
     """
     from flexnorm.nn import undecayed  # here, not above: the layers bring in the compiler
 
+    if spheres not in _SPHERES:
+        raise ValueError(unknown_name("spheres", spheres, _SPHERES))
     report = scale_invariant_weights(model, example_input, select=select)
     excluded = set(select_parameters(model, report, exclude, "exclude"))
-    chosen = [r for r in report.values() if r.selected and r.parameter.requires_grad and r.name not in excluded]
+    free = [r for r in report.values() if r.parameter.requires_grad and r.name not in excluded]
+    chosen = [r for r in free if r.together and _SPHERES[spheres](r)]
     notes = _normalize(model, chosen, example_input, exact=select == "probe") if normalize else []
     if not chosen:
-        notes.append(_nothing_chosen(report, excluded))
+        coarse = sum(r.together > 1 for r in free)
+        more = f"spheres='matrices' takes {coarse} as heads or matrices. " if coarse and spheres != "matrices" else ""
+        notes.append(_nothing_chosen(report, excluded, more))
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in chosen:
-        alpha = ortho if r.rows // r.row_groups <= r.n else 0.0
-        # Blocks are of no concern to a weight without the orthogonality term, so all such share one group.
-        blocks = r.row_groups if alpha or r.row_dim else 1
+        alpha = ortho if r.together == 1 and r.rows // r.row_groups <= r.n else 0.0
+        whole = r.together == r.rows > 1
+        # Blocks are of no concern to a weight without the orthogonality term, so all such share one group; nor are
+        # rows to a whole weight.
+        blocks = r.row_groups if (alpha or r.row_dim) and not whole else 1
+        units, row_dim = (0, 0) if whole else (r.together, r.row_dim)
         new: dict[str, Any] = {"params": [], "lr": lr_manifold, "weight_decay": 0.0, "manifold": True}
-        new |= {"grad_clip": grad_clip, "ortho": alpha, "row_dim": r.row_dim, "row_groups": blocks}
-        groups.setdefault((r.row_dim, blocks, alpha), new)["params"].append(r.parameter)
+        new |= {"grad_clip": grad_clip, "ortho": alpha, "row_dim": row_dim, "row_groups": blocks}
+        new |= {"row_units": units} if units != 1 else {}
+        groups.setdefault((row_dim, blocks, units, alpha), new)["params"].append(r.parameter)
     on = {r.parameter for r in chosen}
     rest = [r.parameter for r in report.values() if r.parameter.requires_grad and r.parameter not in on]
     # Norms may declare parameters that take no decay; without decay_vectors, no vector does.
-    free = {p for p in undecayed(model) if decay_vectors or p.ndim >= 2}
+    undecaying = {p for p in undecayed(model) if decay_vectors or p.ndim >= 2}
     for parameters, decay in (
-        ([p for p in rest if p.ndim >= 2 and p not in free], weight_decay),
-        ([p for p in rest if p.ndim < 2 and p not in free], weight_decay if decay_vectors else 0.0),
-        ([p for p in rest if p in free], 0.0),
+        ([p for p in rest if p.ndim >= 2 and p not in undecaying], weight_decay),
+        ([p for p in rest if p.ndim < 2 and p not in undecaying], weight_decay if decay_vectors else 0.0),
+        ([p for p in rest if p in undecaying], 0.0),
     ):
         if parameters:
             groups[(decay, len(groups))] = {"params": parameters, "lr": lr, "weight_decay": decay, "manifold": False}
@@ -133,7 +148,14 @@ def param_groups(
     return result
 
 
-def _nothing_chosen(report: InvarianceReport, excluded: set[str]) -> str:
+_SPHERES: dict[str, Callable[[WeightReport], bool]] = {
+    "rows": lambda r: r.together == 1,
+    "heads": lambda r: r.together == 1 or r.together < r.rows,
+    "matrices": lambda _: True,
+}
+
+
+def _nothing_chosen(report: InvarianceReport, excluded: set[str], more: str) -> str:
     """Warn that no weight goes on the manifold."""
 
     def reason(r: WeightReport) -> str:
@@ -144,9 +166,9 @@ def _nothing_chosen(report: InvarianceReport, excluded: set[str]) -> str:
         "param_groups puts nothing on the sphere",
         "weights",
         [(r.name, reason(r)) for r in report.values() if r.parameter.ndim >= 2],
-        "All are in groups off the sphere: SGDG moves those by SGD, AdamG by AdamW. Rows are scale invariant where a "
-        "norm per output, such as BatchNorm, reads what they give; a LayerNorm, RMSNorm or GroupNorm behind them mixes "
-        "outputs, and one in front of them (pre-norm transformers) does not see them.",
+        f"{more}All are in groups off the sphere: SGDG moves those by SGD, AdamG by AdamW. Rows are scale invariant "
+        "where a norm per output, such as BatchNorm, reads what they give; a LayerNorm, RMSNorm or GroupNorm behind "
+        "them mixes outputs, and one in front of them (pre-norm transformers) does not see them.",
         stacklevel=4,
     )
 
@@ -160,7 +182,7 @@ def _normalize(model: nn.Module, chosen: list[WeightReport], example_input: Any,
     followers = _followers(model, layers, used, example_input) if used and example_input is not None else []
     notes = []
     for r in chosen:
-        layout = RowLayout.of(r.parameter, r.row_dim, r.row_groups)
+        layout = RowLayout.of(r.parameter, r.row_dim, r.row_groups, r.together)
         rows = to_rows(r.parameter.detach(), layout).to(compute_dtype(r.parameter))
         length = row_norm(rows).squeeze(1)
         lengths = f"{r.name}: rows had lengths {float(length.min()):.3g} to {float(length.max()):.3g}"
@@ -169,9 +191,9 @@ def _normalize(model: nn.Module, chosen: list[WeightReport], example_input: Any,
         if not exact:
             notes.append(f"{lengths}; if no normalization follows directly, bringing them to 1 changed the function")
         from_rows(unit(rows), r.parameter.data, layout)
-        length = torch.where(length > 0, length, 1.0)
+        length = torch.where(length > 0, length, 1.0).repeat_interleave(r.together)
         mine = {modules[name] for name in r.modules}
-        behind = [(layer, norm) for layer, norm in followers if layer in mine and len(norm.running_var) == layout.rows]
+        behind = [(layer, norm) for layer, norm in followers if layer in mine and len(norm.running_var) == r.rows]
         for layer, norm in behind:
             _scale_statistics(layer, norm, length)
         if used and exact and not behind and not torch.allclose(length, torch.ones_like(length), rtol=1e-5):

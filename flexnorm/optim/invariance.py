@@ -2,12 +2,16 @@ r"""Which weights of a network are scale invariant, found by trying.
 
 A weight vector is scale invariant if the output of the network in training mode does not change when the vector is
 multiplied by a positive number. Whether that holds depends on what comes behind it, so it is not read off the code but
-tested: every row of one weight gets its own factor, a power of two, and the outputs are compared. Parameters and inputs
-are random meanwhile, and eps constants nearly nothing: docs/optim.md says why.
+tested. By Euler's identity the inner product of such a vector with the gradient of any output vanishes: one forward and
+one backward, of a random projection of the output, tell that of every row of every weight at once, and of blocks of
+rows that are only invariant together (heads, matrices). What passes is confirmed sharply: every vector gets its own
+factor, a power of two, all in one forward, and the outputs are compared; where that fails, weight by weight. Parameters
+and inputs are random meanwhile, and eps constants nearly nothing: docs/optim.md says why.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.optim.rows import RowLayout, from_rows, row_axis, to_rows
-from flexnorm.probe import arguments, isolated, private_randomness, tensors
+from flexnorm.probe import arguments, isolated, map_tensors, private_randomness, tensors
 
 _PROBE_BATCH = 16  # batch normalization of two values gives +-1 whatever the weight, so a tiny batch proves nothing
 _EPS_NAMES = ("eps", "epsilon", "variance_epsilon")
@@ -34,13 +38,16 @@ class WeightReport:
         parameter: The parameter itself.
         selected: Whether it belongs on the manifold.
         reason: Why, or why not, in words.
-        change: Change of the output when rows are rescaled, relative to the change when their direction is; NaN where
-            this was not tried.
+        change: How much the output depends on the lengths of rows. Where rows, or blocks of them, are invariant: its
+            change when they are rescaled, relative to that when their direction is. Elsewhere the part of its
+            derivatives that is along a row, 0 to 1, at most over rows. NaN where this was not tried.
         rows: Number of weight vectors; 0 for vectors and scalars.
         n: Length of one weight vector.
         row_dim: Axis of the output units (1 for transposed convolutions and weights ``(in, out)``).
         row_groups: Groups of the convolution.
         modules: Names of all modules that use the parameter (several for tied weights).
+        together: How many neighbouring rows are scale invariant together: 1 if every row is by itself, the size of a
+            head, or the number of rows for a whole matrix; 0 if not even that is.
     """
 
     name: str
@@ -53,6 +60,7 @@ class WeightReport:
     row_dim: int = 0
     row_groups: int = 1
     modules: tuple[str, ...] = ()
+    together: int = 0
 
 
 class InvarianceReport(dict[str, WeightReport]):
@@ -114,7 +122,8 @@ def scale_invariant_weights(
     if example_input is None:
         raise ValueError("probing needs example_input: what the model is called with, for example one batch of images")
     with probing(model, example_input) as probe:
-        return InvarianceReport([r if r.reason else _test(r, probe, tolerance) for r in candidates], select)
+        found = _verdicts([r for r in candidates if not r.reason], probe, tolerance)
+        return InvarianceReport([found.get(r.name, r) for r in candidates], select)
 
 
 def _candidates(model: nn.Module) -> list[WeightReport]:
@@ -153,6 +162,7 @@ def _paper_rule(report: WeightReport, model: nn.Module) -> WeightReport:
     if report.parameter.ndim < 3 or not hasattr(model.get_submodule(report.modules[0]), "kernel_size"):
         return replace(report, reason="not a convolution")
     selected = report.n > report.rows
+    report = replace(report, together=int(selected))
     kind = "undercomplete" if selected else "overcomplete"
     reason = f"{kind} convolution: {report.n} inputs, {report.rows} outputs"
     return replace(report, selected=selected, reason=reason)
@@ -169,11 +179,98 @@ def _test(report: WeightReport, probe: Probe, tolerance: float) -> WeightReport:
     from_rows(to_rows(weight, layout) * factors.to(weight).unsqueeze(1), scaled, layout)
     change = probe.distance(name, scaled) / influence
     if change <= tolerance:
-        return replace(report, selected=True, reason="scale invariant", change=change)
-    reason = f"rescaling rows changes the output ({change:.2g} of what a new direction does)"
+        return _invariant(report, 1, change)
     if probe.distance(name, weight * 4) / influence <= tolerance:
+        return _invariant(report, report.rows, change)
+    return replace(report, reason=_CHANGES.format(change), change=change, together=0)
+
+
+def _invariant(report: WeightReport, together: int, change: float) -> WeightReport:
+    reason = f"invariant only in blocks of {together} rows: heads, each with a norm of its own behind it"
+    if together == report.rows:
         reason = "invariant only when all rows are scaled alike: the norm behind it mixes its outputs"
-    return replace(report, reason=reason, change=change)
+    if together == 1:
+        reason = "scale invariant"
+    return replace(report, selected=together == 1, reason=reason, change=change, together=together)
+
+
+_ROUNDING = 1e-4  # of a deep network in float32; what is not invariant, and passed by chance, changes far more
+_CHANGES = "rescaling rows changes the output ({:.2g} of what a new direction does)"
+
+
+def _verdicts(reports: list[WeightReport], probe: Probe, tolerance: float) -> dict[str, WeightReport]:
+    """Verdicts on parameters that could be invariant: by Euler's identity, confirmed in one forward."""
+    try:
+        slopes = probe.slopes([report.name for report in reports])
+    except Exception:  # noqa: BLE001 - what has no gradient is tried forwards
+        return {report.name: _test(report, probe, tolerance) for report in reports}
+    found, hopeful = {}, []
+    for report in reports:
+        weight, grad = probe.parameters[report.name], slopes[report.name]
+        if not bool(grad.any()):
+            found[report.name] = _test(report, probe, tolerance)
+            continue
+        share, together = _euler(report, weight, grad, tolerance)
+        if together:
+            hopeful.append(replace(report, together=together))
+        else:
+            found[report.name] = replace(report, reason=_CHANGES.format(share), change=share)
+    return found | {report.name: report for report in _confirmed(hopeful, probe, tolerance)}
+
+
+def _euler(report: WeightReport, weight: Tensor, grad: Tensor, tolerance: float) -> tuple[float, int]:
+    """Return the largest part of a gradient along a row, and how many rows together have none of it (0: no number)."""
+    layout = RowLayout.of(weight, report.row_dim, report.row_groups)
+    products = to_rows(weight * grad, layout)
+    along, size = products.sum(1, dtype=torch.float64), products.abs().sum(1, dtype=torch.float64)
+    share = along.abs() / size.clamp_min(torch.finfo(size.dtype).tiny)
+    if float(share.max()) <= tolerance:
+        return float(share.max()), 1
+    for units in range(2, layout.rows + 1):
+        if (layout.rows // layout.blocks) % units == 0 or units == layout.rows:
+            # Blocks whose rows do depend on their length, but in sum do not; the rest is rounding. Few blocks may
+            # seem to by chance, hence sharper.
+            total, parts = along.view(-1, units).sum(1).abs(), along.abs().view(-1, units).sum(1)
+            rounding = 1e-6 * size.view(-1, units).sum(1)
+            if bool((total <= tolerance / 10 * parts + rounding).all()):
+                return float(share.max()), units
+    return float(share.max()), 0
+
+
+def _confirmed(
+    reports: list[WeightReport], probe: Probe, tolerance: float, change: float | None = None
+) -> list[WeightReport]:
+    """Rescale all vectors of all these weights in one forward; where that shows, halves of them, then single ones."""
+    change = _joint_change(reports, probe) if change is None else change
+    if change <= _ROUNDING or (len(reports) == 1 and change <= tolerance):
+        return [_invariant(report, report.together, change) for report in reports]
+    if len(reports) == 1:
+        return [_test(reports[0], probe, tolerance)]
+    middle = len(reports) // 2
+    halves = [(half, _joint_change(half, probe)) for half in (reports[:middle], reports[middle:])]
+    if all(change > _ROUNDING for _, change in halves):  # few are sharply invariant: eps constants in functions
+        return [found for report in reports for found in _confirmed([report], probe, tolerance)]
+    return [found for half, change in halves for found in _confirmed(half, probe, tolerance, change)]
+
+
+def _joint_change(reports: list[WeightReport], probe: Probe) -> float:
+    """Change of the output when all vectors are rescaled, relative to that when all have new directions.
+
+    If that is more than rounding in the precision of the model, it is measured in float64.
+    """
+    scaled, other = {}, {}
+    for report in reports:
+        weight = probe.parameters[report.name]
+        layout = RowLayout.of(weight, report.row_dim, report.row_groups, report.together)
+        factors = 2.0 ** (torch.arange(layout.rows) % 5 - 1)  # neighbours get different ones, 1/2 to 8
+        scaled[report.name] = torch.empty_like(weight)
+        from_rows(to_rows(weight, layout) * factors.to(weight).unsqueeze(1), scaled[report.name], layout)
+        other[report.name] = probe.another(weight)
+    influence = probe.change(other)
+    if not influence > 0:
+        return math.inf
+    change = probe.change(scaled) / influence
+    return change if change <= _ROUNDING else probe.change(scaled, exact=True) / influence
 
 
 @contextmanager
@@ -196,6 +293,7 @@ class Probe:
         self.device = next(model.parameters()).device
         self._generator = torch.Generator().manual_seed(0)
         self.args, self.kwargs = self._noise(example_input)
+        self._exact_base: Tensor | None = None
         self._eps = [
             (module, name, value)
             for module in model.modules()
@@ -245,24 +343,77 @@ class Probe:
 
         return tuple(like(t) for t in args), {name: like(t) for name, t in kwargs.items()}
 
-    def run(self, changed: dict[str, Tensor]) -> Tensor:
-        """Return the outputs as one vector, with some parameters exchanged, from one state of buffers and one seed."""
+    def run(self, changed: dict[str, Tensor], *, exact: bool = False) -> Tensor:
+        """Return the outputs as one vector, with some parameters exchanged, from one state of buffers and one seed.
+
+        ``exact``: in float64.
+        """
         buffers = {name: _wide(b).clone() for name, b in self.model.named_buffers()}
+        state, args, kwargs = {**self.parameters, **changed, **buffers}, self.args, self.kwargs
+        if exact:
+            state, args, kwargs = map_tensors(_exact, (state, args, kwargs))
         with private_randomness({self.device}, 0):
-            state = {**self.parameters, **changed, **buffers}
-            output = torch.func.functional_call(self.model, state, self.args, self.kwargs)
-        return torch.cat([t.detach().double().flatten() for t in tensors(output) if t.is_floating_point()])
+            output = torch.func.functional_call(self.model, state, args, kwargs)
+        return _flat(output).detach().double()
 
     def distance(self, name: str, weight: Tensor) -> float:
         """Return the length of the change of the outputs when one parameter is exchanged, relative to their length.
 
         Zero if it is below rounding, infinity if an output is no number.
         """
-        other = self.run({name: weight})
-        relative = float((other - self._base).norm() / self._base.norm().clamp(min=1e-300))
-        if relative != relative:
-            return float("inf")
-        return relative if relative > 1e-9 else 0.0
+        return _relative(self.run({name: weight}), self._base)
+
+    def change(self, changed: dict[str, Tensor], *, exact: bool = False) -> float:
+        """Return the same for many parameters exchanged at once; ``exact``: in float64 where the model runs in it."""
+        if exact and self._exact_base is None:
+            try:
+                self._exact_base = self.run({}, exact=True)
+            except Exception:  # noqa: BLE001 - what a model that is not ours raises for another dtype
+                self._exact_base = self._base
+        if not exact or self._exact_base is None or self._exact_base is self._base:
+            return _relative(self.run(changed), self._base)
+        return _relative(self.run(changed, exact=True), self._exact_base)
+
+    def slopes(self, names: list[str]) -> dict[str, Tensor]:
+        """Return the gradients of a random projection of the outputs with respect to some parameters."""
+        buffers = {name: _wide(b).clone() for name, b in self.model.named_buffers()}
+        leaves = {name: self.parameters[name].detach().requires_grad_() for name in names}
+        state = {f"model.{name}": t for name, t in {**self.parameters, **buffers, **leaves}.items()}
+        call = _Projected(self.model, list(leaves.values()), self._generator)
+        with private_randomness({self.device}, 0), torch.enable_grad():
+            grads = torch.func.functional_call(call, state, (self.args, self.kwargs))
+        return {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), grads, strict=True)
+        }
+
+
+class _Projected(nn.Module):
+    """Runs a model and its backward, for some leaves, in one call: whatever is computed anew in it sees the leaves."""
+
+    def __init__(self, model: nn.Module, leaves: list[Tensor], generator: torch.Generator) -> None:
+        super().__init__()
+        self.model, self.leaves, self.generator = model, leaves, generator
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        output = _flat(self.model(*args, **kwargs))
+        along = torch.randn(output.shape, generator=self.generator).to(output)
+        return torch.autograd.grad(output, self.leaves, along, allow_unused=True)
+
+
+def _flat(output: Any) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors(output) if t.is_floating_point()])
+
+
+def _relative(other: Tensor, base: Tensor) -> float:
+    relative = float((other - base).norm() / base.norm().clamp(min=1e-300))
+    if relative != relative:
+        return math.inf
+    return relative if relative > 1e-9 else 0.0
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -143,16 +143,15 @@ def orthogonality_gradient(
     """
     p = _in_blocks(y, blocks)
     added = p if plus is None else _in_blocks(plus, blocks)
+    norm: Tensor = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
+    inv = norm.clamp_(min=TINY).reciprocal_()
     if p.shape[1] <= p.shape[2]:
-        # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, which knows the lengths.
-        left = _gram(p)
-        inv = left.diagonal(dim1=-2, dim2=-1).clamp(min=TINY**2).rsqrt_().unsqueeze(-1)
-        left.mul_(inv).mul_(inv.mT)
+        # (G - I) Y = (G - I) diag(1/|p|) P: the scaling is done on the small Gram matrix, not on the rows.
+        left = _gram(p).mul_(inv).mul_(inv.mT)
         left.diagonal(dim1=-2, dim2=-1).sub_(1)
         left, right = left.mul_(inv.mT), p
     else:
-        norm: Tensor = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
-        left = p / norm.clamp_(min=TINY)
+        left = p * inv
         right = _gram(left.mT)
         right.diagonal(dim1=-2, dim2=-1).sub_(1)
     result = torch.empty_like(y, memory_format=torch.contiguous_format) if out is None else out

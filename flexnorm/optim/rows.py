@@ -2,7 +2,9 @@ r"""Which numbers of a parameter form one weight vector, and how to lay them out
 
 The weight vector of an output unit is a slice along the output axis: axis 0 for linear layers and convolutions, axis 1
 for transposed convolutions, whose weight is ``(in, out / groups, *kernel)`` with the groups hidden in axis 0, and for
-linear maps that hold their weight as ``(in, out)``, as GPT-2's ``Conv1D`` does: that is found out by trying.
+linear maps that hold their weight as ``(in, out)``, as GPT-2's ``Conv1D`` does: that is found out by trying. The slices
+of several neighbouring units may be one vector together: those of a head, or all, which is the matrix with its
+Frobenius length.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ class RowLayout:
 
     Attributes:
         rows: Number of weight vectors.
-        n: Length of one weight vector.
+        n: Numbers in one weight vector.
         row_dim: Axis of the output units, 0 or 1.
         blocks: Groups of the convolution; rows come in this many equal blocks.
+        units: Output units whose weights are one vector together.
         order: Permutation of the axes behind the first, so that memory is walked in its own order.
         plain: Whether that order is the natural one.
     """
@@ -36,13 +39,17 @@ class RowLayout:
     blocks: int
     order: tuple[int, ...]
     plain: bool
+    units: int = 1
 
     @classmethod
-    def of(cls, weight: Tensor, row_dim: int = 0, blocks: int = 1) -> RowLayout:
+    def of(cls, weight: Tensor, row_dim: int = 0, blocks: int = 1, units: int = 1) -> RowLayout:
         """Derive the layout from a weight, ``(out, *)`` for ``row_dim`` 0, ``(in, out / blocks, *)`` for ``row_dim`` 1.
 
+        ``units`` output units are one vector, 0 stands for all.
+
         Raises:
-            ValueError: If the weight has fewer than two axes, or its first axis does not divide into the blocks.
+            ValueError: If the weight has fewer than two axes, its first axis does not divide into the blocks, or the
+                output units of a block do not divide into vectors.
         """
         if weight.ndim < 2:
             raise ValueError(
@@ -52,18 +59,31 @@ class RowLayout:
         if weight.shape[0] % blocks:
             raise ValueError(f"row_groups={blocks} does not divide axis 0 of a weight of shape {tuple(weight.shape)}")
         rows = weight.shape[0] if row_dim == 0 else weight.shape[1] * blocks
+        if units == 0 or units == rows > 1:
+            units, rows, blocks = rows, min(rows, 1), 1
+        elif units > 1:
+            if (rows // blocks) % units:
+                raise ValueError(
+                    f"row_units={units} does not divide the {rows // blocks} output units of a weight of shape "
+                    f"{tuple(weight.shape)}: give the size of a head, or 0 for the whole matrix"
+                )
+            rows //= units
         axes = range(1, weight.ndim)
         # Within a row the order of the elements is free, so take the one in memory: channels_last needs no copy.
         order = tuple(axes) if weight.is_contiguous() else tuple(sorted(axes, key=weight.stride, reverse=True))
-        return cls(rows, weight.numel() // rows if rows else 0, row_dim, blocks, order, order == tuple(axes))
+        return cls(rows, weight.numel() // rows if rows else 0, row_dim, blocks, order, order == tuple(axes), units)
 
     def view(self, t: Tensor) -> Tensor:
-        """View a tensor of the shape of the weight with the row axis (or axes: block, unit) in front."""
+        """View a tensor of the shape of the weight with the row axis (or axes: block, row, unit) in front."""
+        if self.rows == 1 and self.units > 1:
+            return t.unsqueeze(0)  # the whole weight, whose elements may come in any order
         if self.row_dim == 0:
             if self.plain and t.is_contiguous():
                 return t.view(self.rows, self.n)
-            return t.permute(0, *self.order)
-        return t.view(self.blocks, t.shape[0] // self.blocks, *t.shape[1:]).movedim(2, 1)
+            t = t.permute(0, *self.order)
+            return t if self.units == 1 else t.view(self.rows, self.units, *t.shape[1:])
+        t = t.view(self.blocks, t.shape[0] // self.blocks, *t.shape[1:]).movedim(2, 1)
+        return t if self.units == 1 else t.view(self.blocks, -1, self.units, *t.shape[2:])
 
 
 def row_axis(module: nn.Module, weight: Tensor) -> tuple[int, int]:
@@ -145,7 +165,7 @@ def local_parts(tensors: Sequence[Tensor], row_dim: int, needs_whole: bool) -> l
 def local_part(t: Tensor, row_dim: int, needs_whole: bool) -> Tensor:
     """Return the tensor of this process behind a DTensor (FSDP2, tensor parallel), or ``t`` itself.
 
-    ``needs_whole`` says that the step looks at several rows together, as the orthogonality term does.
+    ``needs_whole`` says that the step looks at several rows together, as the orthogonality term and heads do.
 
     Raises:
         RuntimeError: If weight vectors are split between processes, or rows are and the step needs them together.
@@ -166,7 +186,7 @@ def local_part(t: Tensor, row_dim: int, needs_whole: bool) -> Tensor:
             )
         if needs_whole:
             raise RuntimeError(
-                "the orthogonality term looks at all rows of a weight together, but this one is sharded between "
-                "processes: set ortho=0 for its group"
+                "the orthogonality term and vectors of several output units look at rows of a weight together, but "
+                "this one is sharded between processes: set ortho=0 and row_units=1 for its group"
             )
     return t.to_local()

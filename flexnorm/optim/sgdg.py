@@ -45,12 +45,15 @@ class SGDG(SphereOptimizer):
         maximize: Maximize the objective (the regularizer is still minimized).
         row_dim: Axis of the output units: 0, or 1 for transposed convolutions and weights ``(in, out)``.
         row_groups: Groups of a grouped convolution; ``ortho`` does not compare rows of different groups.
+        row_units: How many neighbouring output units are one vector on a sphere: 1, the size of a head, or 0 for the
+            whole matrix (whose length is Frobenius').
         foreach: Work on many parameters at once (None and True), on the CPU in a compiled kernel where there is a C
             compiler; or on one after the other (False, slow).
         compile: Compile the arithmetic of the manifold step with TorchInductor.
         ortho_every: The regularizer's gradient is added every so many steps of a weight, as many times as strong,
             before the clip, and at other steps for other weights, so that all steps cost about the same. 1 is the
-            paper's form; groups saved before there was a choice go on with it.
+            paper's form; groups saved before there was a choice go on with it. 4 is for ``lr * ortho`` up to 0.06,
+            three times the paper's; beyond, rows may swing.
 
     All arguments but ``params`` are keys of the param groups. On the manifold ``nesterov`` has no effect, and a
     ``weight_decay`` is an error.
@@ -85,6 +88,7 @@ class SGDG(SphereOptimizer):
         maximize: bool = False,
         row_dim: int = 0,
         row_groups: int = 1,
+        row_units: int = 1,
         foreach: bool | None = None,
         compile: bool = False,
         ortho_every: int = 4,
@@ -128,6 +132,7 @@ def sgdg(
     maximize: bool = False,
     row_dim: int = 0,
     row_groups: int = 1,
+    row_units: int = 1,
     foreach: bool | None = None,
     compile: bool = False,
     workspace: Workspace | None = None,
@@ -138,10 +143,10 @@ def sgdg(
     ``params`` are weights whose rows have unit length (or any: they are taken as directions), ``grads`` their
     gradients, not written to, ``momentum_buffers`` tangent vectors of the shapes of the weights, or None where
     ``momentum`` is 0. The regularizer is added in every call, at strength ``ortho``: by turns is with 0 between.
-    ``lr``, ``momentum``, ``grad_clip``, ``ortho``, ``maximize``, ``row_dim``, ``row_groups``,
+    ``lr``, ``momentum``, ``grad_clip``, ``ortho``, ``maximize``, ``row_dim``, ``row_groups``, ``row_units``,
     ``foreach`` and ``compile`` are those of the class; ``workspace`` holds buffers from step to step; ``observe`` is
     called per parameter with its index, the angle walked and the tangent norm of its rows.
     """
     state = State([buffer for buffer in momentum_buffers if buffer is not None])
-    options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile)
+    options = StepOptions(grad_clip, ortho, maximize, row_dim, row_groups, foreach, compile, row_units)
     take_step(params, grads, state, sgd_rotation(lr, momentum), options, workspace, observe)

@@ -46,6 +46,7 @@ class StepOptions:
     row_groups: int = 1
     foreach: bool | None = None
     compile: bool = False
+    row_units: int = 1
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> StepOptions:

@@ -1,11 +1,11 @@
 """Look into a model without leaving a trace: isolation, side forwards, points, one language to select layers."""
 
+from flexnorm.probe.axes import channel_axes, channel_axis, channels_first
 from flexnorm.probe.capture import CURVED_LOSSES, ImageTables, Loss, batch_norm_layers, capture
 from flexnorm.probe.forward import (
     Look,
     Mode,
     Samples,
-    channel_axis,
     hooked,
     isolated,
     private_randomness,
@@ -14,7 +14,7 @@ from flexnorm.probe.forward import (
     watched,
 )
 from flexnorm.probe.nested import arguments, batch_inputs, call, detached, first_tensor, map_tensors, tensors
-from flexnorm.probe.recognition import NormBehavior, Over, recognize, unread_norm
+from flexnorm.probe.recognition import NormBehavior, Over, normalizes, recognize, unread_norm
 from flexnorm.probe.select import (
     Place,
     Selection,
@@ -43,7 +43,9 @@ __all__ = [
     "batch_norm_layers",
     "call",
     "capture",
+    "channel_axes",
     "channel_axis",
+    "channels_first",
     "check_watchable",
     "detached",
     "find_places",
@@ -51,6 +53,7 @@ __all__ = [
     "hooked",
     "isolated",
     "map_tensors",
+    "normalizes",
     "private_randomness",
     "recognize",
     "select",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
+from flexnorm.probe.axes import channels_first
 from flexnorm.probe.forward import isolated, watched
 from flexnorm.probe.select import Selection, select, unwrap
 
@@ -127,12 +128,12 @@ def capture(
         raise ValueError(unknown_name("loss", loss, CURVED_LOSSES))
     if not isinstance(loss, str) and targets is None:
         raise ValueError("a callable loss needs targets; give them, or name the loss to use its curvature instead")
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
 
-    def tap(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def tap(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not output.requires_grad:  # all parameters before and in this layer are frozen
             output = output.detach().requires_grad_()
-        seen.append((name, args[0], output))
+        seen.append((name, module, args[0], output))
         return output.clone()  # what follows may work in place; the gradient asked for is that of `output` itself
 
     inner = unwrap(model)
@@ -145,12 +146,14 @@ def capture(
             total = (outputs * CURVED_LOSSES[loss](outputs.detach(), generator)).sum()
         else:
             total = loss(outputs, targets) * len(outputs)  # type: ignore[arg-type]
-        gradients = torch.autograd.grad(total, [y for _, _, y in seen], allow_unused=True)
+        gradients = torch.autograd.grad(total, [y for *_, y in seen], allow_unused=True)
     tables = []
-    for (name, values, y), gradient in zip(seen, gradients, strict=True):
+    for (name, module, values, y), gradient in zip(seen, gradients, strict=True):
         dtype = torch.promote_types(values.dtype, torch.float32)
-        x = values.detach().to(dtype).reshape(values.shape[0], values.shape[1], -1)
-        g = (torch.zeros_like(y) if gradient is None else gradient).detach().to(dtype).reshape(x.shape)
+        x, g = (
+            channels_first(module, t.detach().to(dtype)).flatten(2) if t.ndim > 2 else t.detach().to(dtype)[..., None]
+            for t in (values, torch.zeros_like(y) if gradient is None else gradient)
+        )
         var, mean = torch.var_mean(x, dim=2, correction=0)
         tables.append(ImageTables(name, mean, var, g.sum(2), (g * (x - mean[..., None])).sum(2)))
     return tables

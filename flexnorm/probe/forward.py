@@ -28,7 +28,6 @@ Look = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 Mode = Literal["train", "eval"]
 Samples = Literal["position", "image"]
 
-_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase)
 _TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
@@ -203,13 +202,6 @@ def side_forward(
         elif not model.training:
             model.train()
         forward(model, probe)
-
-
-def channel_axis(module: nn.Module) -> int:
-    """The axis of the channels of ``module``: the last for layers that work on it (LayerNorm, Linear), else 1."""
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return -1 if len(module.normalized_shape) == 1 else 1
-    return -1 if isinstance(module, _CHANNELS_LAST) else 1
 
 
 def take_points(

@@ -96,6 +96,13 @@ class NormBehavior:
             self.over, "batch"
         )
 
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Names of the layer's weight, bias and running statistics, by those that torch's layers have for them."""
+        names = {"weight": self.weight, "bias": self.bias}
+        names |= dict(zip(("running_mean", "running_var"), self.running or (), strict=False))
+        return {new: old for new, old in names.items() if old is not None}
+
     def axis(self, ndim: int) -> int | None:
         """The axis of the channels (1 or -1) of an input with so many axes; ``None`` if it was not verified on such.
 
@@ -177,6 +184,17 @@ def unread_norm(module: nn.Module) -> str | None:
         (None, None)
     """
     return _look(module)[1]
+
+
+def normalizes(module: nn.Module) -> bool:
+    """Whether a module normalizes: a layer of this package, of torch, recognized by trying, or one that is not read.
+
+    Args:
+        module: Any module.
+    """
+    from flexnorm.nn import is_norm  # here, not above: the layers bring in the compiler
+
+    return is_norm(module) or any(_look(module))
 
 
 _Answer = tuple[NormBehavior | None, str | None]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flexnorm._messages import unknown_name
+from flexnorm.probe.recognition import normalizes
 
 Selection: TypeAlias = (
     str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool] | Iterable["Selection"]
@@ -117,8 +118,9 @@ def select(
     A selection is one of these, or a list of them:
 
     * a full name (``"layer1.0.bn1"``); where no candidate has it, all candidates below the module of that name;
-    * ``"norm"``: all normalization layers, a candidate that is itself called ``norm`` being ``"re:norm"`` (but where
-      only normalization layers are candidates, the name goes first);
+    * ``"norm"``: all normalization layers, whatever their class (:func:`flexnorm.probe.normalizes`); a candidate that
+      is itself called ``norm`` is ``"re:norm"`` (but where only normalization layers are candidates, the name goes
+      first);
     * a glob pattern (``"layer?.*.bn*"``), or a regular expression, compiled or as ``"re:..."``, for the whole name;
     * a class of modules, which may fit nothing;
     * a module; where it is no candidate, all candidates inside it;
@@ -153,9 +155,7 @@ def select(
         return {name for name, module in candidates.items() if fits(name, module)}
 
     def by_name(text: str) -> set[str]:
-        from flexnorm.nn import is_norm  # here, not above: the layers bring in the compiler
-
-        norms = where(lambda _, module: is_norm(module)) if text == "norm" else set()
+        norms = where(lambda _, module: normalizes(module)) if text == "norm" else set()
         if 0 < len(norms) < len(candidates):
             return norms
         if found := text and named_like(lambda name: name == text):

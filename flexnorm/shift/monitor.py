@@ -22,10 +22,12 @@ from flexnorm.probe import (
     Samples,
     Selection,
     call,
+    channel_axes,
     channel_axis,
     check_watchable,
     detached,
     first_tensor,
+    select,
     select_layers,
     side_forward,
     take_points,
@@ -149,8 +151,8 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         mode: ``"train"``: layers work as in training (batch statistics, dropout); ``"eval"``: as in evaluation.
         forward: How to call the model on the probe, ``forward(model, probe)``, where the default does not do.
         autocast: Type to run the side forward in under autocast; ``None`` for the state at the call of :meth:`step`.
-        channel_dim: Axis of the channels where the default (last for LayerNorm, RMSNorm, Linear, Embedding and
-            attention, else 1) is wrong.
+        channel_dim: Axis of the channels, of all layers, or as a mapping from layers (names, patterns, classes: what
+            ``layers`` takes) to axes. By default it is found, layer by layer: see :func:`flexnorm.probe.channel_axes`.
         sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks such
             as :class:`flexnorm.shift.TensorBoardSink`, or functions of a record.
         seed: Seed of the choice of points and of the noise in the side forward.
@@ -196,7 +198,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         mode: Mode = "train",
         forward: Callable[[nn.Module, Any], Any] = call,
         autocast: torch.dtype | None = None,
-        channel_dim: int | None = None,
+        channel_dim: int | Mapping[Any, int] | None = None,
         sinks: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
@@ -213,13 +215,15 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         self._options = {"samples": samples, "max_samples": max_samples, "mode": mode, "seed": seed}
         self._side: dict[str, Any] = {"forward": forward, "mode": mode, "seed": seed, "autocast": autocast}
         self._points = partial(take_points, samples=samples, limit=max_samples, seed=seed)
-        self._channel_dim = channel_dim
+        self._axes = self._given_axes(channel_dim)
+        self._found: dict[str, int | None] | None = None
         self._numbers: dict[str, dict[str, float]] = {}
 
     def look(self) -> Snapshot:
         """The points of each layer's output for the probe, (n, d) on the CPU. Changes nothing in the model."""
         points: Snapshot = {}
         numbers: dict[str, dict[str, float | Tensor]] = {}
+        refused: list[str] = []
         buffers = {module: dict(module.named_buffers(recurse=False)) for module in self._layers.values()}
 
         def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -229,16 +233,41 @@ class ShiftMonitor(Monitor[ShiftRecord]):
                     f"layer {name} ({type(module).__name__}) returns no floating-point tensor with axes to measure"
                 )
             tensor = tensor.unsqueeze(-1) if tensor.ndim == 1 else tensor
-            axis = channel_axis(module) if self._channel_dim is None else self._channel_dim
+            axis = self._axis(name, module, tensor)
+            if axis is None:
+                refused.append(f"{name} ({type(module).__name__}, {tuple(tensor.shape)})")
+                return
             points[name] = self._points(tensor, axis, layer=name)
             seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module])
             numbers[name] = {key: value for metric in self._metrics for key, value in metric(seen).items()}
 
+        untold = {n: m for n, m in self._layers.items() if n not in self._axes and channel_axis(m) is None}
+        if untold and self._found is None:
+            self._found = channel_axes(self._model, self._probe, untold, **self._side)
         side_forward(self._model, self._probe, self._layers, keep, **self._side)
+        if refused:
+            base = refused[0].split()[0].split("#")[0]
+            raise ValueError(
+                f"nothing tells which axis of the output of {len(refused)} layers holds the channels: "
+                f"{', '.join(refused[:5])}{', ...' if len(refused) > 5 else ''}. Say so, for example by "
+                f"channel_dim={{{base!r}: -1}}, or choose other layers"
+            )
         if not points:
             raise RuntimeError(f"the forward on the probe called none of the layers {', '.join(self._layers)}")
         self._numbers = {name: {key: float(value) for key, value in row.items()} for name, row in numbers.items()}
         return {name: value.cpu() for name, value in points.items()}
+
+    def _given_axes(self, channel_dim: int | Mapping[Any, int] | None) -> dict[str, int]:
+        if not isinstance(channel_dim, Mapping):
+            return {} if channel_dim is None else dict.fromkeys(self._layers, channel_dim)
+        return {name: axis for key, axis in channel_dim.items() for name in select(self._layers, key, "channel_dim")}
+
+    def _axis(self, name: str, module: nn.Module, output: Tensor) -> int | None:
+        """The axis of the channels of a call: as given, as the layer tells, or as it was found at the first look."""
+        if (given := self._axes.get(name.split("#")[0])) is not None:
+            return given
+        told = channel_axis(module, output.ndim)
+        return told if told is not None else 1 if output.ndim == 2 else (self._found or {}).get(name)
 
     def _compare(self, before: Snapshot, now: Snapshot) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for layer, points in now.items():

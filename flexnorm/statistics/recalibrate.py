@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from flexnorm._messages import none_of, nothing_done
 from flexnorm.engine import Pool, active_group, pool_processes
 from flexnorm.nn import called_norms, norm_of
-from flexnorm.probe import Selection, batch_inputs, find_places, hooked, isolated, map_tensors, select_places, unwrap
+from flexnorm.probe import (
+    Selection,
+    batch_inputs,
+    channels_first,
+    find_places,
+    hooked,
+    isolated,
+    map_tensors,
+    select_places,
+    unwrap,
+)
 from flexnorm.statistics.frozen import has_statistics, is_frozen, without_statistics
 
 if TYPE_CHECKING:
@@ -60,7 +70,7 @@ def watching(
         x, channels = inputs[0].detach(), module.get_buffer("running_mean").numel()
         if x.dim() >= 2 and x.shape[1] != channels and x.shape[0] == channels:
             x = x.unsqueeze(0)  # torch's instance normalization also takes (C, *spatial)
-        look(module, x)
+        look(module, channels_first(module, x))
 
     return hooked(modules, before)
 

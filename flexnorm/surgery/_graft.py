@@ -20,7 +20,7 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
 _HALF = (torch.float16, torch.bfloat16)
 # What layers of torch, and those that freezing and conversion have made, have besides what the norm's own layer has.
 _ALSO_OWN = {"num_channels", "num_groups", "normalized_shape", "elementwise_affine", "plain", "drop", "act"}
-_ALSO_OWN |= {"_origin", "_ndim", "_training_when_thawed"}
+_ALSO_OWN |= {"_origin", "_template", "_ndim", "_training_when_thawed"}
 
 
 def effect(source: Source, new: nn.Module) -> str:
@@ -41,8 +41,8 @@ def effect(source: Source, new: nn.Module) -> str:
 
 def _loses(source: Source, new: nn.Module, name: str, neutral: int) -> bool:
     """Whether a weight or bias has an effect and no place in the new layer."""
-    old: dict[str, Tensor | None] = {**source.module._buffers, **source.module._parameters}
-    value = old.get(name)
+    held: Tensor | None = source.parameter(name)
+    value = source.tables.get(name, source.buffer(name) if held is None else held)
     if value is None or new._parameters.get(name) is not None:
         return False
     return value.is_meta or not bool((value == neutral).all())
@@ -52,7 +52,9 @@ def notes(source: Source, new: nn.Module) -> tuple[str, ...]:
     """What a report should say about the step besides its effect."""
     kept = {**new._parameters, **new._buffers}
     own = _own(source)
-    gone = [n for n, p in source.module._parameters.items() if p is not None and kept.get(n) is None and n in own]
+    known = {old: new for new, old in source.names.items()}
+    gone = [n for n, p in source.module._parameters.items() if p is not None and n in own]
+    gone = [n for n in gone if kept.get(known.get(n, n)) is None]
     if source.tracks and kept.get("running_mean") is None:
         gone.append("running statistics")
     found = [f"drops {', '.join(gone)}"] if gone else []
@@ -75,22 +77,23 @@ def move_tensors(source: Source, new: nn.Module) -> None:
         if name in source.tables:
             with torch.no_grad():
                 parameter.copy_(source.tables[name])
-            parameter.requires_grad_(old.get_parameter(name).requires_grad)
+            present = source.parameter(name)
+            parameter.requires_grad_(present is not None and present.requires_grad)
             continue
-        present = old._parameters.get(name)
+        present = source.parameter(name)
         if present is not None and present.shape == parameter.shape:
             new._parameters[name] = present
-        elif isinstance(buffer := old._buffers.get(name), Tensor):
+        elif isinstance(buffer := source.buffer(name), Tensor):
             # Frozen layers of torchvision and timm keep weight and bias in buffers.
             new._parameters[name] = nn.Parameter(buffer, requires_grad=False)
-        elif name == "bias" and present is None and old._parameters.get("weight") is not None:
+        elif name == "bias" and present is None and source.parameter("weight") is not None:
             new._parameters[name] = None
-        elif (trainable or "weight" in old._buffers) and not any(trainable):
+        elif (trainable or source.buffer("weight") is not None) and not any(trainable):
             # A frozen layer does not become trainable by what is new in it.
             parameter.requires_grad_(False)
     weight = new._parameters.get("weight")
     for name, own in new._buffers.items():
-        buffer = old._buffers.get(name)
+        buffer = source.buffer(name)
         if own is None or buffer is None or buffer.shape != own.shape:
             continue
         if isinstance(new, FlexNorm):
@@ -113,7 +116,8 @@ def final_class(source: Source, new: nn.Module, *, restore: bool) -> type[nn.Mod
 
 
 def _has_act(source: Source) -> bool:
-    return "act" in source.module._modules and (source.origin is not None or isinstance(source.module, ThenAct))
+    knows = source.origin is not None or source.tried is not None or isinstance(source.module, ThenAct)
+    return "act" in source.module._modules and knows
 
 
 def graft(source: Source, new: nn.Module, ndim: int | None, *, restore: bool = False) -> nn.Module:
@@ -133,6 +137,8 @@ def graft(source: Source, new: nn.Module, ndim: int | None, *, restore: bool = F
         new._modules["act"] = old._modules["act"]
     if source.origin is not None and isinstance(new, FlexNorm):
         new.__dict__["_origin"] = source.origin
+    if source.template is not None and isinstance(new, FlexNorm):
+        new.__dict__["_template"] = source.template
     if ndim is not None and isinstance(new, Norm) and len(new.spatial()) > 1:
         new.__dict__["_ndim"] = ndim
     # What somebody has added to this one module: attributes, buffers, parameters and submodules.
@@ -162,7 +168,9 @@ def _own(source: Source) -> set[str]:
     norm, features = source.norm, int(source.norm.num_features)  # type: ignore[arg-type]
     fresh = blank(norm.norm_name, source.ndim, features, source.config)
     annotated = {name for base in type(norm).__mro__ for name in inspect.get_annotations(base)}
-    return {*fresh.__dict__, *fresh._parameters, *fresh._buffers, *annotated, *_ALSO_OWN}
+    # Of a layer that was tried nobody knows what else belongs to its kind: all of it.
+    tried = {*source.module.__dict__, *source.module._parameters, *source.module._buffers} if source.tried else set()
+    return {*tried, *fresh.__dict__, *fresh._parameters, *fresh._buffers, *annotated, *_ALSO_OWN}
 
 
 def _buffers_only(origin: type[nn.Module], new: nn.Module) -> nn.Module:

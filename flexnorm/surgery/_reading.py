@@ -13,8 +13,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
-from flexnorm.nn import TORCH_LAYERS, NormPropUnits, is_norm, norm_class
-from flexnorm.probe import side_forward, unwrap
+from flexnorm.nn import TORCH_LAYERS, LayerNorm, NormPropUnits, RMSNorm, make_norm
+from flexnorm.probe import NormBehavior, normalizes, recognize, side_forward, unread_norm, unwrap
 from flexnorm.statistics import Frozen, is_frozen
 
 # timm's and torchvision's layers, known by name and shape so that neither has to be imported.
@@ -22,6 +22,7 @@ WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "GroupNormAct")
 BUFFERS_ONLY = ("FrozenBatchNormAct2d", "FrozenBatchNorm2d")
 
 _HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "reset_parameters", "reset_running_stats"})
+_OF_TORCH = frozenset(vars(nn.Module()))
 _SPATIAL = re.compile(r"(?:Conv|NormProp).*([123])d$")
 
 
@@ -77,18 +78,31 @@ class Source:
     origin: type[nn.Module] | None = None  # class to restore on the way back, for layers of other packages
     tables: Mapping[str, Tensor] = field(default_factory=dict)  # per channel: parameters whose shape changes on the way
     notes: tuple[str, ...] = ()  # what a report should say
+    names: Mapping[str, str] = field(default_factory=dict)  # the old layer's for tensors, by the new ones, where other
+    template: nn.Module | None = None  # a layer of another package without its tensors, for the way back
+    tried: NormBehavior | None = None  # what a layer does that was recognized by trying it
+    flat: bool = False  # whether its input has been seen to be (N, C), where all places of the channels are the same
 
     @property
     def tracks(self) -> bool:
         """Whether the layer has running statistics."""
-        return self.module._buffers.get("running_mean") is not None
+        return self.buffer("running_mean") is not None
+
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer of the old layer, by its name in the new one."""
+        return self.module._buffers.get(self.names.get(name, name))
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """A parameter of the old layer, by its name in the new one."""
+        return self.module._parameters.get(self.names.get(name, name))
 
 
 def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
     """Norm name and spatial axes (``None`` for any) of a declared layer class or one of torch's."""
     if issubclass(cls, Norm):
         axes = cls.spatial()
-        known = cls in NORMS.get(cls.norm_name, {}).values()
+        layers = NORMS.get(cls.norm_name, {}).values()
+        known = cls in layers or any(cls is layer.placed(-1) for layer in layers)
         return (cls.norm_name, axes[0] if len(axes) == 1 else None) if known else None
     for name, classes in TORCH_LAYERS.items():
         if cls in classes:
@@ -99,13 +113,13 @@ def name_of(cls: type[nn.Module]) -> tuple[str, int | None] | None:
 def blank(name: str, ndim: int | None, features: int, config: Mapping[str, Any], *, frozen: bool = False) -> Norm:
     """A layer of that norm as the constructor leaves it, without memory."""
     with torch.device("meta"):
-        layer = norm_class(name, ndim).build(features, **config)
+        layer = make_norm(name, features, ndim, **config)
     return layer.freeze() if frozen and isinstance(layer, FlexNorm) else layer
 
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether a conversion has something to say about the module."""
-    return is_norm(module) or _buffers_only(module)
+    return normalizes(module) or _buffers_only(module)
 
 
 def _buffers_only(module: nn.Module) -> bool:
@@ -125,7 +139,7 @@ def read(module: nn.Module) -> Source:
         raise RefusedError("Normalization Propagation: linear map and normalization are one layer; see fold()")
     if isinstance(module, nn.LocalResponseNorm):
         raise RefusedError("local response normalization divides by a window of neighbouring channels")
-    if computed := {"weight", "bias"} & module.__dict__.keys():
+    if computed := {name for name in ("weight", "bias") if isinstance(module.__dict__.get(name), Tensor)}:
         why = f"its {max(computed)} is computed by a hook (weight_norm, spectral_norm or pruning); remove that first"
         raise RefusedError(why)
     frozen = is_frozen(module)
@@ -134,14 +148,22 @@ def read(module: nn.Module) -> Source:
         config = {"eps": module.eps, "affine": True, "track_running_stats": True}
         norm = blank("batch", 2, module.get_buffer("weight").numel(), config, frozen=True)
         return Source(module, norm, 2, config, True, type(module), notes=("statistics frozen",))
-    known, name, ndim, origin = _known_class(type(module))
+    try:
+        known, name, ndim, origin = _known_class(type(module))
+    except RefusedError as refusal:
+        if isinstance(module, Norm):
+            raise
+        return _read_tried(module, refusal)
     if known in (nn.LayerNorm, nn.RMSNorm):
-        return _read_last_axes(module, name)
-    arguments = constructor_arguments(known) - {"num_features", "num_channels", "bias"}
+        return _read_last_axes(module, known, name)
+    arguments = constructor_arguments(known) - {"num_features", "num_channels", "normalized_shape", "bias"}
     config = {argument: getattr(module, argument) for argument in arguments if hasattr(module, argument)}
+    if "elementwise_affine" in config:
+        config["affine"] = config.pop("elementwise_affine")
     if isinstance(module, Norm):
         ndim = module.__dict__.get("_ndim", ndim)
-        return Source(module, module, ndim, config, frozen, getattr(module, "_origin", None))
+        origin, template = getattr(module, "_origin", None), module.__dict__.get("_template")
+        return Source(module, module, ndim, config, frozen, origin, template=template)
     if bool(getattr(module, "track_running_stats", False)) != (module._buffers.get("running_mean") is not None):
         raise RefusedError("track_running_stats was changed after construction and does not agree with the buffers")
     if "process_group" in config and config["process_group"] is None:
@@ -167,31 +189,126 @@ def _known_class(cls: type[nn.Module]) -> tuple[type[nn.Module], str, int | None
             for name, value in base.__dict__.items()
             if callable(value) and name not in _HARMLESS and name[:2] != "__"
         )
-        if overridden:
+        if overridden and (issubclass(cls, Norm) or any(map(name_of, cls.__mro__[:-1]))):
             raise RefusedError(f"{base.__name__} is a subclass with its own {', '.join(overridden)}")
         if base is nn.Module:
             break
     raise RefusedError(f"{cls.__name__} is no layer that convert() knows; pass a function (module) -> module as `to`")
 
 
-def _read_last_axes(module: nn.Module, name: str) -> Source:
-    """``nn.LayerNorm`` and ``nn.RMSNorm``, which normalize the last axes, where these are channels and positions."""
+def _read_tried(module: nn.Module, refusal: RefusedError) -> Source:
+    """A layer of whatever class that computes what one of this package does, found by trying it."""
+    found = recognize(module)
+    if found is None:
+        why = unread_norm(module)
+        raise RefusedError(f"{why}; pass a function (module) -> module as `to`" if why else str(refusal)) from None
+    if not found.norm_name or found.then not in ((), ("drop", "act")) or (found.over == "channel" and found.running):
+        raise RefusedError(f"recognized by trying, but no layer here {found}") from None
+    if found.channels is None:
+        raise RefusedError("takes any number of channels, the layers here one; pass a function as `to`") from None
+    held = {**module._buffers, **module._parameters}
+    tables = {}
+    for new, old in found.tensors.items():
+        tensor, offset = held[old], found.weight_offset if new == "weight" else 0.0
+        if tensor is not None and (offset or tensor.dim() != 1):
+            tables[new] = tensor.detach().flatten() + offset
+    config: dict[str, Any] = {"eps": found.eps, "affine": bool(found.weight or found.bias)}
+    frozen = found.over == "running"
+    if found.norm_name == "batch":
+        config |= {"track_running_stats": bool(found.running), "momentum": found.momentum or 0.1}
+    elif found.norm_name == "group":
+        config["num_groups"] = found.groups
+    if found.eps is None and found.norm_name != "rms":
+        config["eps"] = torch.finfo(torch.float32).eps
+    axis = found.channel_axis or 1
+    place: dict[str, Any] = {} if axis == 1 else {"channel_axis": -1}
+    if found.norm_name in ("layer", "rms"):
+        place["per_position"] = found.over == "position"
+    spatial = {max(ndim - 2, 1) for ndim, _ in found.axes}
+    ndim = spatial.pop() if len(spatial) == 1 else None
+    norm = blank(found.norm_name, ndim, found.channels, {**config, **place}, frozen=frozen)
+    told = [f"recognized by trying: {found}", *(["statistics frozen"] if frozen else [])]
+    told += ["the weight becomes 1 + weight"] if found.weight_offset else []
+    told += [f"{old} becomes {new}" for new, old in found.tensors.items() if new != old]
+    if found.running and found.momentum is None and not frozen:
+        told.append("updates its running statistics in a way of its own, from now on with momentum 0.1")
+    return Source(
+        module,
+        norm,
+        ndim,
+        {**config, **place},
+        frozen,
+        tables=tables,
+        notes=tuple(told),
+        names=found.tensors,
+        template=_template(module),
+        tried=found,
+    )
+
+
+def _template(module: nn.Module) -> nn.Module:
+    """A layer of the same class and attributes without values and hooks."""
+    template: nn.Module = object.__new__(type(module))
+    template.__dict__ |= {**vars(nn.Module()), **{k: v for k, v in module.__dict__.items() if k not in _OF_TORCH}}
+    for kind in ("_parameters", "_buffers"):
+        tensors = {
+            name: None if t is None else torch.empty_like(t, device="meta") for name, t in getattr(module, kind).items()
+        }
+        if kind == "_parameters":
+            tensors = {name: None if t is None else nn.Parameter(t) for name, t in tensors.items()}
+        template.__dict__[kind] = tensors
+    template.__dict__["_modules"] = dict(module._modules)
+    return template
+
+
+def restored(source: Source) -> nn.Module | None:
+    """The layer of another package that this one was made of, with its tensors of now; ``None`` if it cannot be."""
+    if source.template is None or (found := recognize(source.template)) is None:
+        return None
+    norm, axes = source.norm, (found.channel_axis, found.over == "position")
+    eps = getattr(norm, "eps", None)
+    where = getattr(norm, "channel_axis", 1), getattr(norm, "per_position", False)
+    same = norm.norm_name == found.norm_name and eps == found.eps and found.channels == norm.num_features
+    if not same or (norm.norm_name in ("layer", "rms") and axes != where):
+        return None
+    new = _template(source.template)
+    now, held = {**source.module._buffers, **source.module._parameters}, {**new._buffers, **new._parameters}
+    kept = {name for name in ("weight", "bias", "running_mean", "running_var") if now.get(name) is not None}
+    empty = {name for name, t in held.items() if t is not None and t.numel() > 1 and name not in found.tensors.values()}
+    if kept != found.tensors.keys() or empty:
+        return None
+    for name, old in found.tensors.items():
+        value, shape = now[name], held[old].shape  # type: ignore[union-attr]
+        assert value is not None
+        offset = found.weight_offset if name == "weight" else 0.0
+        if offset or value.shape != shape:
+            grad = value.requires_grad
+            value = nn.Parameter((value.detach() - offset).view(shape), requires_grad=grad)
+        if old in new._buffers:
+            new._buffers[old] = value.detach()
+        else:
+            new._parameters[old] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    return new
+
+
+def _read_last_axes(module: nn.Module, known: type[nn.Module], name: str) -> Source:
+    """``nn.LayerNorm`` and ``nn.RMSNorm``: of the last axis, tokens; of several, channels and positions if they can."""
     shape: tuple[int, ...] = tuple(module.normalized_shape)  # type: ignore[arg-type]
-    if len(shape) > 4:
-        raise RefusedError(f"normalizes {len(shape)} axes; the layers here take channels and up to 3 spatial axes")
+    config = {"eps": module.eps, "affine": bool(module.elementwise_affine)}
+    values = {key: value for key in ("weight", "bias") if (value := module._parameters.get(key)) is not None}
     tables: dict[str, Tensor] = {}
-    for key in ("weight", "bias"):
-        value = module._parameters.get(key)
-        if value is None or len(shape) == 1:
-            continue
+    of_channels = 1 < len(shape) < 5
+    for key, value in values.items() if of_channels else ():
         table = value.detach().flatten(1)
-        if not torch.equal(table, table[:, :1].expand_as(table)):
-            raise RefusedError(f"its {key} differs from position to position, the layers here have one per channel")
+        of_channels = of_channels and torch.equal(table, table[:, :1].expand_as(table))
         tables[key] = table[:, 0].clone()
+    if not of_channels:
+        cls = LayerNorm if known is nn.LayerNorm else RMSNorm
+        with torch.device("meta"):
+            norm = cls(shape, eps=module.eps, elementwise_affine=config["affine"])  # type: ignore[arg-type]
+        return Source(module, norm, None, {**config, "channel_axis": -1})
+    config["eps"] = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
     notes = (f"parameters {shape} become ({shape[0]},)",) if tables else ()
-    eps = module.eps if module.eps is not None else torch.finfo(torch.float32).eps
-    config = {"eps": eps, "affine": bool(module.elementwise_affine)}
-    # (C,) on the last axis is (N, C) only where the input has two axes; ndim 0 says so to the conversion.
     ndim = len(shape) - 1
     return Source(module, blank(name, ndim, shape[0], config), ndim, config, tables=tables, notes=notes)
 

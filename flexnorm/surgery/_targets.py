@@ -11,7 +11,7 @@ from torch import nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import NORMS, Norm, constructor_arguments
-from flexnorm.nn import TORCH_LAYERS, GroupNorm, norm_class
+from flexnorm.nn import TORCH_LAYERS, GroupNorm, RMSNorm, norm_class
 from flexnorm.surgery._reading import RefusedError, Source, name_of
 
 To: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], nn.Module | None]
@@ -23,7 +23,9 @@ _TORCH: dict[str, tuple[type[nn.Module], ...]] = {
     "group": (nn.GroupNorm,) * 3,
     "layer": (nn.GroupNorm,) * 3,  # one group: nn.LayerNorm has to know the sizes of the input
     "instance": TORCH_LAYERS["instance"],
+    "rms": (nn.RMSNorm,) * 3,
 }
+_OF_TOKENS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 _ALWAYS = frozenset({"eps", "momentum", "affine", "process_group"})
 
 
@@ -55,17 +57,48 @@ class Target:
 
     def needs_axes(self, source: Source) -> bool:
         """Whether the number of spatial axes decides which class is built."""
+        if self.where(source)[0] == -1:
+            return False
         known = NORMS.get(self.name, {}) if self.cls is None and not self.of_torch else (1, 2, 3)
         return len({self.class_for(source, ndim) for ndim in known}) > 1
 
     def class_for(self, source: Source, ndim: int) -> type[nn.Module]:
         """The class that this layer would become, for inputs with ``ndim`` spatial axes."""
-        if self.cls is not None:
-            return self.cls
-        return _TORCH[self._torch_name(source)][ndim - 1] if self.of_torch else norm_class(self.name, ndim)
+        cls = self.cls or (self._torch_class(source, ndim) if self.of_torch else norm_class(self.name, ndim))
+        if self.cls is None and issubclass(cls, Norm):
+            cls = cls.placed(*self.where(source))
+        shape = getattr(source.norm, "normalized_shape", ())
+        if len(shape) > 1 and "normalized_shape" not in constructor_arguments(cls):
+            raise RefusedError(
+                f"normalizes the last {len(shape)} axes with parameters of shape {shape}, {cls.__name__} has one per "
+                "channel"
+            )
+        return cls
+
+    def where(self, source: Source) -> tuple[int, bool | None]:
+        """Where the new layer has its channels, and whether each position is a sample, ``None`` for the default.
+
+        As the old layer and the arguments of the conversion say.
+        """
+        axis = self.kwargs.get("channel_axis", getattr(source.norm, "channel_axis", 1))
+        own = getattr(source.norm, "per_position", False)
+        usual = getattr(source.norm, "channel_axis", 1) == -1 and not source.norm.pools_positions
+        kept = None if own == usual or "channel_axis" in self.kwargs else own
+        return axis, self.kwargs.get("per_position", kept)
+
+    def _torch_class(self, source: Source, ndim: int) -> type[nn.Module]:
+        name, (axis, apart) = self._torch_name(source), self.where(source)
+        tokens = apart or (apart is None and axis == -1)
+        if tokens and axis == -1 and name in _OF_TOKENS:
+            return _OF_TOKENS[name]
+        matters = name not in NORMS or norm_class(name).positions_matter
+        if name == "rms" or (axis == -1 and not source.flat) or (axis == 1 and apart and matters):
+            place = "the last axis" if axis == -1 else "each position of axis 1" if apart else "channels and positions"
+            raise RefusedError(f"torch's {name} layer has no form for {place}")
+        return _TORCH[name][ndim - 1]
 
     def _torch_name(self, source: Source) -> str:
-        name = self.name or source.norm.torch_layer
+        name = self.name or source.norm.placed(*self.where(source)).torch_layer
         if not name:
             raise RefusedError(f"torch has no {source.norm.norm_name} layer; name another, such as to='torch.batch'")
         synchronized = source.config.get("process_group") is not None
@@ -75,12 +108,25 @@ class Target:
         """Build the new layer with the arguments of the old one; tensors are not moved yet."""
         cls = self.class_for(source, ndim)
         names, features = constructor_arguments(cls), int(source.norm.num_features)  # type: ignore[arg-type]
+        if "normalized_shape" in names:
+            features = getattr(source.norm, "normalized_shape", features)
+        if "elementwise_affine" in names:
+            names |= {"affine"}
         settings = {n: v for n, v in source.config.items() if n in names and _carries(n, source.norm, cls)}
+        axis, apart = self.where(source)
+        if "channel_axis" in names:
+            settings["channel_axis"] = axis
+        if "per_position" in names and apart is not None and not (issubclass(cls, Norm) and cls.pools_positions):
+            settings["per_position"] = apart
+        if settings.get("eps", 0) is None and not issubclass(cls, (RMSNorm, nn.RMSNorm)):
+            settings["eps"] = torch.finfo(torch.float32).eps
         if self.of_torch and settings.get("process_group") == "world":
             settings["process_group"] = None
         if self.of_torch and cls is nn.GroupNorm and self._torch_name(source) == "layer":
             settings["num_groups"] = 1
         settings.update(self.kwargs)
+        if "elementwise_affine" in names and "affine" in settings:
+            settings["elementwise_affine"] = settings.pop("affine")
         settings.update({n: v for n, v in (("device", device), ("dtype", dtype)) if n in names})
         if self.cls is None and issubclass(cls, Norm):
             return cls.build(features, **settings)
@@ -138,7 +184,8 @@ def _resolve(to: To, kwargs: Mapping[str, Any]) -> Target:
         if to in (nn.LayerNorm, nn.RMSNorm):
             raise ValueError(
                 f"nn.{to.__name__} normalizes the last axes and wants their sizes, which a conversion does not know; "
-                "to='torch.layer' gives nn.GroupNorm with one group, which normalizes channels and positions"
+                "to='torch.layer' gives it for the last axis, else nn.GroupNorm with one group, which normalizes "
+                "channels and positions"
             )
         found = name_of(to)
         name = "sync" if to is nn.SyncBatchNorm else found[0] if found else ""

@@ -16,7 +16,7 @@ from flexnorm.engine import Norm
 from flexnorm.nn import NormPropUnits
 from flexnorm.probe import Place, Selection, find_places, select_places
 from flexnorm.surgery._graft import UNKNOWN, effect, final_class, graft, graft_hooks, move_tensors, notes
-from flexnorm.surgery._reading import RefusedError, Source, axes_of, common_ndim, is_candidate, read
+from flexnorm.surgery._reading import RefusedError, Source, axes_of, common_ndim, is_candidate, read, restored
 from flexnorm.surgery._targets import Target, To, resolve
 from flexnorm.surgery.plan import ConversionPlan, ConversionRow, difference, first_three, outputs
 
@@ -105,8 +105,9 @@ def convert(
 
     Args:
         model: Any model with normalization layers of torch (``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, ``GroupNorm``,
-            ``InstanceNorm1d/2d/3d``, ``LayerNorm`` and ``RMSNorm`` over channels and positions), of this package, or
-            timm's ``BatchNormAct2d``, ``GroupNormAct``, ``FrozenBatchNormAct2d``.
+            ``InstanceNorm1d/2d/3d``, ``LayerNorm``, ``RMSNorm``), of this package, timm's ``BatchNormAct2d``,
+            ``GroupNormAct`` and ``FrozenBatchNormAct2d``, or of any class that :func:`flexnorm.probe.recognize`
+            recognizes by trying it. Those that it cannot read stay, with the reason.
         to: A name of :func:`flexnorm.nn.make_norm` (``"unitized"``, ``"population"``, ``"group"``, ...); ``"torch"``
             for the nearest layer of torch (and back to timm's, where it was one), or ``"torch.batch"``, ``".sync"``,
             ``".group"``, ``".layer"``, ``".instance"``; a class; or a function that gets the old layer and returns
@@ -168,14 +169,29 @@ def _chosen(model: nn.Module, include: Selection | None, exclude: Selection | No
     """Names that mean the same layers in a copy of the model, whose modules are other objects."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a scripted model cannot be converted; convert the model first, then script it")
-    if not (places := find_places(model, is_candidate)):
+    meant = _meant(model, include)
+    if not (places := find_places(model, lambda module: is_candidate(module) or module in meant)):
         raise ValueError(f"{type(model).__name__} has no normalization layer that could be converted")
     return {place.name for place in select_places(places, include, exclude)}
 
 
+def _meant(model: nn.Module, include: Selection | None) -> set[nn.Module]:
+    """Layers that are no candidates, nor hold any, but are named outright: by class, full name, or themselves."""
+    parts = include if isinstance(include, (list, tuple, set, frozenset)) else [include]
+    classes = tuple(part for part in parts if isinstance(part, type))
+    found = {
+        module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, classes) or any(part is module or (part == name and name) for part in parts)
+    }
+    return {module for module in found if not any(map(is_candidate, module.modules()))}
+
+
 def _steps(model: nn.Module, target: Target, chosen: set[str], example_input: Any, *, dry: bool = False) -> list[_Step]:
     """What happens to the layers of these names; in a dry run a user's function gets copies of them."""
-    places = [place for place in find_places(model, is_candidate) if place.name in chosen]
+    meant = {module for name, module in model.named_modules(remove_duplicate=False) if name in chosen}
+    found = find_places(model, lambda module: is_candidate(module) or module in meant)
+    places = [place for place in found if place.name in chosen]
     axes = {} if example_input is None else axes_of(model, [p.module for p in places], example_input)
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.empty(0))
     neighbours = common_ndim(model)
@@ -208,7 +224,9 @@ def _step(
         return _Step(place, replace(row, target=type(new).__name__, effect="changes"), None, new)
     if target.restores and not isinstance(module, (Norm, NormPropUnits)):
         return _Step(place, replace(row, status="keep", reason="not a layer of this package"), fits=True)
-    source = read(module)
+    source = replace(read(module), flat=seen == {2})
+    if target.restores and (new := restored(source)) is not None:
+        return _Step(place, replace(row, target=type(new).__name__), None, new)
     ndim = _spatial_axes(source, target, seen, neighbours)
     cls = target.class_for(source, ndim)
     if not target.kwargs and cls in type(module).__mro__ and not source.origin:
@@ -228,9 +246,8 @@ def _step(
 def _spatial_axes(source: Source, target: Target, seen: set[int], neighbours: int | None) -> int:
     name = type(source.module).__name__
     last_axes = isinstance(source.module, (nn.LayerNorm, nn.RMSNorm))
-    if last_axes and source.ndim == 0 and seen != {2}:
-        found = f"its input has {sorted(seen)} axes" if seen else "no example_input shows how many axes its input has"
-        raise RefusedError(f"normalizes the last axis, which is the channels only of (N, C) input; {found}")
+    if target.where(source)[0] == -1:
+        return target.ndim or source.ndim or 1
     if last_axes and source.ndim and seen - {source.ndim + 2}:
         raise RefusedError(f"normalizes the last {source.ndim + 1} of {sorted(seen)} axes, not channels and positions")
     if source.ndim is not None:

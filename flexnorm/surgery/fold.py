@@ -18,7 +18,7 @@ from flexnorm._messages import nothing_done
 from flexnorm.engine import FlexNorm, Moments
 from flexnorm.nn import NoNorm, NormPropUnits, called_norms
 from flexnorm.nn.rules import standardize
-from flexnorm.probe import Place, Selection, find_places, select_places, unwrap
+from flexnorm.probe import Place, Selection, channel_axis, find_places, select_places, unwrap
 from flexnorm.surgery._producers import LINEAR, Producers, executed, traced
 from flexnorm.surgery._reading import RefusedError, ThenAct, is_candidate, name_of, read
 from flexnorm.surgery._targets import of_batches
@@ -193,9 +193,12 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,), in float64, by which a layer acts in evaluation; RefusedError if its input matters."""
     if isinstance(norm, NoNorm):
         raise RefusedError("is no normalization, only the place of one")
-    declared = norm if isinstance(norm, FlexNorm) else read(norm).norm
+    source = None if isinstance(norm, FlexNorm) else read(norm)
+    declared: Any = norm if source is None else source.norm
     plain = norm.plain if isinstance(norm, ThenAct) else type(norm)
     held = {**norm._buffers, **norm._parameters}
+    if source is not None:
+        held |= {new: held[old] for new, old in source.names.items()} | dict(source.tables)
     tensors = {name: None if tensor is None else tensor.double() for name, tensor in held.items()}
     mean, var = tensors.get("running_mean"), tensors.get("running_var")
     why = "normalizes each sample by its own statistics"
@@ -204,7 +207,7 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     if (declared is not norm or name_of(plain)) and declared.same_as(training=False) == "batch":
         if mean is None or var is None:
             raise RefusedError(why)
-        return standardize(mean, var, tensors.get("weight"), tensors.get("bias"), float(norm.eps))  # type: ignore[arg-type]
+        return standardize(mean, var, tensors.get("weight"), tensors.get("bias"), float(declared.eps))
     if not isinstance(norm, FlexNorm):
         raise RefusedError(why)
     exact = copy.deepcopy(norm).double().eval()
@@ -302,7 +305,8 @@ def _fold_one(
     if reason:
         return replace(row, reason=reason)
     absorb(linear, scale, shift)
-    rest: list[nn.Module] = [MatrixOnly()] if isinstance(linear, nn.Linear) else []
+    matrix = isinstance(linear, nn.Linear) and channel_axis(norm) == 1
+    rest: list[nn.Module] = [MatrixOnly()] if matrix else []
     if "act" in norm._modules:
         rest += [m for m in norm._modules.values() if m is not None and type(m) is not nn.Identity]
     substitute = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
@@ -324,7 +328,9 @@ def _why_not(linear: nn.Module, norm: nn.Module, channels: int, axes: set[int], 
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (linear, norm)):
         return "it, or the linear map before it, has forward hooks or a replaced forward"
     matrix = isinstance(linear, nn.Linear)
-    if channels != (linear.out_features if matrix else linear.out_channels) or (matrix and axes - {2}):
+    last = channel_axis(norm) == -1
+    elsewhere = axes - {2} if matrix and not last else last and not matrix
+    if channels != (linear.out_features if matrix else linear.out_channels) or elsewhere:
         return "its channels are not the outputs of the linear map before it"
     return ""
 

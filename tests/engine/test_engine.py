@@ -14,7 +14,7 @@ import flexnorm
 from flexnorm.engine import Moments, flex_norm
 from flexnorm.kernels import layout, normalization
 from flexnorm.kernels.layout import Layout, layout_of, memory_order, positions_of
-from flexnorm.nn import reference, rules
+from flexnorm.nn import BatchNorm2d, reference, rules
 
 BACKENDS = ["c", "torch", "composed"]
 SHAPES = [(6, 4), (5, 3, 7), (4, 6, 5, 3), (2, 3, 4, 3, 2), (1, 4, 6, 6), (3, 1, 4, 4), (3, 4, 1, 1), (3, 300, 2, 2)]
@@ -447,3 +447,10 @@ def test_a_loss_of_the_output_and_of_its_gradient(backend: str, where: dict[str,
         (first,) = torch.autograd.grad((y**3).sum(), leaf, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum() + (y**3).sum(), leaf)[0])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_a_rule_of_ones_own_is_what_small_inputs_are_normalized_by() -> None:
+    own = type("Own", (BatchNorm2d,), {"rule": lambda self, moments: (self.weight, self.bias)})
+    x = torch.randn(2, 6, 3, 3)
+    for layer in (own(6).train(), own(6).eval()):
+        torch.testing.assert_close(layer(x), x)

@@ -66,9 +66,10 @@ def by_token(x: torch.Tensor, layout: Layout, groups: int) -> None:
 if __name__ == "__main__":
     backend, arch, warp = sys.argv[1:]
     compiled = compile_instead_of_launching(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp)))
-    for dtype, order in ((torch.bfloat16, "rows"), (torch.float32, "cols")):
+    for dtype, order, groups in ((torch.bfloat16, "rows", 1), (torch.float32, "cols", 8)):
         layout = Layout("triton", order, (2, 96, 1600))
         images(torch.ones(2, 96, 1600, dtype=dtype), layout)
-        by_token(torch.ones(2, 96, 1600, dtype=dtype), layout, 1 if order == "rows" else 8)
+        by_token(torch.ones(2, 96, 1600, dtype=dtype), layout, groups)
+    by_token(torch.ones(1, 1), Layout("triton", "cols", (1, 1, 1)), 1)  # sizes of 1 become constants
     for name, variants in sorted(compiled.items()):
         sys.stdout.write(f"{name} {len(variants)} {max(variants.values())}\n")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import flexnorm.integrations as integrations
+from flexnorm import NothingDone
 from flexnorm.integrations import LightningShiftCallback, TransformersShiftCallback
 from flexnorm.integrations._watch import base_class, to_device
 from flexnorm.shift import MemorySink
@@ -295,6 +296,20 @@ def test_transformers_watches_on_one_process_and_says_when_it_needs_a_probe(tmp_
 
 
 # Both.
+
+
+def test_a_model_without_norms_is_trained_all_the_same() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    lightning, transformers = LightningShiftCallback(), TransformersShiftCallback({"input": X})
+    trainer = types.SimpleNamespace(global_step=0, is_global_zero=True)
+    with pytest.warns(NothingDone, match=r"LightningShiftCallback measures nothing: .* no normalization layers"):
+        lightning.on_train_batch_start(trainer, model, X, 0)
+    lightning.on_train_batch_start(trainer, model, X, 1)  # says so once
+    state = types.SimpleNamespace(is_world_process_zero=True, global_step=0)
+    with pytest.warns(NothingDone, match="TransformersShiftCallback"):
+        transformers.on_train_begin(types.SimpleNamespace(output_dir="."), state, None, model)
+    for callback in (lightning, transformers):
+        assert (callback.monitor, callback.records, callback.state_dict()) == (None, [], {})
 
 
 def test_probes_go_to_the_device_whole() -> None:

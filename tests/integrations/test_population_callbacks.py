@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import flexnorm.integrations as integrations
+from flexnorm import NothingDone
 from flexnorm.integrations import LightningPopulationCallback, TransformersPopulationCallback
 from flexnorm.nn import PopulationNorm1d
 
@@ -114,9 +115,16 @@ def test_transformers_renews_every_few_updates_and_resumes(tmp_path: Any) -> Non
     assert later.estimator.steps == 5
 
 
-def test_they_are_exported_and_say_what_is_missing() -> None:
+def test_they_are_exported_and_say_what_is_missing_without_stopping_the_training() -> None:
     assert {"LightningPopulationCallback", "TransformersPopulationCallback"} <= set(dir(integrations))
-    with pytest.raises(ValueError, match="no PopulationNorm layer"):
-        LightningPopulationCallback(X).on_train_start(None, nn.Linear(4, 1))
-    with pytest.raises(ValueError, match="no PopulationNorm layer"):
-        TransformersPopulationCallback(X).on_train_begin(None, None, None, model=nn.Linear(4, 1))
+    lightning, transformers = LightningPopulationCallback(X), TransformersPopulationCallback(X)
+    trainer = SimpleNamespace(global_step=0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.warns(NothingDone, match=r"renews nothing: 0 of 1 PopulationNorm .* \(1: BatchNorm1d\)"):
+        lightning.on_train_start(trainer, model)
+    with pytest.warns(NothingDone, match="has no PopulationNorm layers"):
+        transformers.on_train_begin(None, None, None, model=nn.Linear(4, 1))
+    lightning.on_train_batch_start(trainer, model, None, 0)
+    transformers.on_step_begin(None, None, None)
+    transformers.on_train_end(None, None, None)
+    assert (lightning.estimator, transformers.estimator) == (None, None)

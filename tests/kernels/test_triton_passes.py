@@ -33,11 +33,10 @@ TOKENS = [(2, 6, 5, 3), (1, 1, 1, 1), (2, 36, 5, 12), (1, 192, 3, 64), (1, 300, 
 
 @pytest.fixture(params=["whole", "in parts"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small shapes in one program, and in several, each of several steps, as large ones are."""
+    """Small shapes in one tile, and in parts of several tiles, as large ones are."""
     if request.param == "in parts":
-        monkeypatch.setattr(triton_passes, "_TILE", 64)
-    else:
-        monkeypatch.setattr(triton_passes, "_PROGRAMS", 1)
+        monkeypatch.setattr(triton_passes, "_TILE", 256)
+        monkeypatch.setattr(triton_passes, "_PROGRAMS", 8)
 
 
 def cases(shapes: list[tuple[int, ...]]) -> Any:
@@ -247,3 +246,16 @@ def test_flex_norm_equals_the_composition(rule: str, way: str, monkeypatch: pyte
     else:
         assert way.startswith(("tokens", "masked", "features"))
         assert rule == "unitized"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5, 3)], ids=str)
+def test_gradcheck_and_gradgradcheck(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward by the kernels is right, and one that is itself differentiated leaves them."""
+    monkeypatch.setattr(gpu, "available", lambda x: x.dtype in gpu.DTYPES)
+    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in (shape, (3,), (3,))]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return flex_norm(x, rules.batch, weight, bias)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)

@@ -59,6 +59,27 @@ def _renorm(m: FlexNorm, x: Tensor) -> Tensor:
     return reference.renorm(x, *start, m.weight, m.bias, r_max=r_max, d_max=d_max)
 
 
+def _last_axes(m: FlexNorm, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    x = x if m.channel_axis == -1 else x.movedim(1, -1)
+    return x, tuple(range(-len(m.normalized_shape), 0))
+
+
+def _back(m: FlexNorm, y: Tensor) -> Tensor:
+    return y if m.channel_axis == -1 else y.movedim(-1, 1)
+
+
+def _last_layer(m: FlexNorm, x: Tensor) -> Tensor:
+    x, axes = _last_axes(m, x)
+    centered = x - x.mean(axes, keepdim=True)
+    return _back(m, centered / (centered.square().mean(axes, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias)
+
+
+def _last_rms(m: FlexNorm, x: Tensor) -> Tensor:
+    x, axes = _last_axes(m, x)
+    eps = torch.finfo(x.dtype).eps
+    return _back(m, x / (x.square().mean(axes, keepdim=True) + eps).sqrt() * m.weight)
+
+
 IMAGE, SEQUENCE, VOLUME, FLAT = (4, 6, 5, 3), (4, 6, 7), (3, 6, 2, 3, 4), (5, 6)
 LAYERS = {
     "BatchNorm1d flat": LayerInfo(
@@ -159,6 +180,19 @@ for _d, _shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
             True,
         ),
     }
+
+for _name, _place, _shape, _torch in (
+    ("", {}, (4, 5, 6), lambda name: getattr(nn, name)(6)),
+    (" of axes", {}, (4, 2, 3, 6), lambda name: getattr(nn, name)((2, 3, 6))),
+    (" at each position", {"channel_axis": 1}, IMAGE, None),
+):
+    for _norm, _rule in (("LayerNorm", _last_layer), ("RMSNorm", _last_rms)):
+        LAYERS[_norm + _name] = LayerInfo(
+            lambda n=_norm, s=(2, 3, 6) if "axes" in _name else 6, p=_place, **k: getattr(fx, n)(s, **p, **k),
+            _shape,
+            _rule,
+            _torch and (lambda n=_norm, t=_torch: t(n)),
+        )
 
 every_layer = pytest.mark.parametrize("info", LAYERS.values(), ids=LAYERS)
 
@@ -361,10 +395,12 @@ def test_empty_batch_leaves_statistics_alone(info: LayerInfo) -> None:
 @every_layer
 def test_wrong_inputs_are_named(info: LayerInfo) -> None:
     module = info.build()
-    with pytest.raises(ValueError, match="built for 6 channels, got 5"):
-        module(torch.zeros((2, 5, *info.shape[2:])))
-    with pytest.raises(ValueError, match=r"shape \(6,\)|shape \(2, 6, 1, 1, 1, 1\)"):
-        module(torch.zeros(6))
+    other = (2, *(5 if size == 6 else size for size in info.shape[1:]))
+    with pytest.raises(ValueError, match=r"built for (6 channels.*got|the last axes).* 5"):
+        module(torch.zeros(other))
+    if getattr(module, "channel_axis", 1) == 1:
+        with pytest.raises(ValueError, match=r"shape \(6,\)|shape \(2, 6, 1, 1, 1, 1\)"):
+            module(torch.zeros(6))
 
 
 @pytest.mark.parametrize("shape", [IMAGE, (16, 6, 16, 16)], ids=["small", "large"])

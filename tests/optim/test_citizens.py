@@ -10,7 +10,7 @@ import torch
 from sphere_cases import PAIRS, SMALL, drive, gradients, parameters
 from torch import nn
 
-from flexnorm.optim import SGDG, AdamG
+from flexnorm.optim import SGDG, AdamG, SphereMonitor
 
 DATA = Path(__file__).parent / "data"
 CLASSES = [cls for cls, _ in PAIRS.values()]
@@ -37,6 +37,7 @@ def test_every_argument_reaches_the_groups(cls):
         "maximize": True,
         "row_dim": 1,
         "row_groups": 2,
+        "row_units": 3,
         "foreach": False,
         "compile": True,
         **({"betas": (0.5, 0.6), "eps": 1e-3, "off_manifold": "sgd"} if cls is AdamG else {"momentum": 0.4}),
@@ -73,6 +74,8 @@ def test_groups_override_arguments_and_the_callers_dict_is_left_alone(cls):
         ({"lr": 1.0, "ortho_every": 2.0}, "ortho_every must be a whole number of at least 1; got 2.0"),
         ({"lr": 1.0, "row_dim": 2}, "row_dim is the axis of the outputs: 0, or 1"),
         ({"lr": 1.0, "row_groups": 3}, "row_groups=3 does not divide"),
+        ({"lr": 1.0, "row_units": 3}, "row_units=3 does not divide the 4 output units.*the size of a head, or 0"),
+        ({"lr": 1.0, "row_units": -1}, "row_units must be a whole number"),
         ({"lr": 1.0, "weight_decay": 0.1}, "nothing to decay"),
     ],
 )
@@ -297,6 +300,77 @@ def test_rows_of_transposed_convolutions(cls, foreach, groups):
     torch.testing.assert_close(got, b.detach(), rtol=0, atol=1e-13)
 
 
+def by_group(t):
+    """Transposed convolution of two groups, (4, 6, 2, 2): its twelve filters, written out."""
+    return torch.stack([t.view(2, 2, 6, 2, 2)[g, :, o].flatten() for g in range(2) for o in range(6)])
+
+
+def last(t):
+    return t.to(memory_format=torch.channels_last)
+
+
+SPHERES = {
+    "heads": ((12, 5), {"row_units": 4}, lambda t: t.reshape(3, 20), None),
+    "matrix": ((12, 5), {"row_units": 0}, lambda t: t.reshape(1, 60), None),
+    "matrix by its height": ((12, 5), {"row_units": 12}, lambda t: t.reshape(1, 60), None),
+    "filters": ((6, 4, 3, 3), {"row_units": 2}, lambda t: t.reshape(3, 72), None),
+    "filters, channels last": ((6, 4, 3, 3), {"row_units": 2}, lambda t: t.reshape(3, 72), last),
+    "all filters, channels last": ((6, 4, 3, 3), {"row_units": 0}, lambda t: t.reshape(1, 216), last),
+    "heads of (in, out)": ((5, 12), {"row_dim": 1, "row_units": 4}, lambda t: t.T.reshape(3, 20), None),
+    "matrix (in, out)": ((5, 12), {"row_dim": 1, "row_units": 0}, lambda t: t.T.reshape(1, 60), None),
+    "transposed": (
+        (4, 6, 2, 2),
+        {"row_dim": 1, "row_groups": 2, "row_units": 3},
+        lambda t: by_group(t).view(4, 24),
+        None,
+    ),
+    "heads in groups": ((12, 5), {"row_groups": 3, "row_units": 2}, lambda t: t.reshape(6, 10), None),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("case", SPHERES)
+def test_heads_and_matrices_take_the_steps_of_rows_of_the_papers(name, case, foreach):
+    cls, reference = PAIRS[name]
+    shape, options, rows, layout = SPHERES[case]
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    p = nn.Parameter(draw() if layout is None else layout(draw()))
+    ortho = 0.0 if "groups" in case or case == "transposed" else 0.1
+    optimizer = cls([p], lr=0.1, foreach=foreach, ortho=ortho, ortho_every=1, **options)
+    slow = reference([rows(p.detach())], 0.1, ortho=ortho)
+    for _ in range(5):
+        grad = draw() / 10
+        p.grad = grad if layout is None else layout(grad)
+        optimizer.step()
+        slow.step([rows(grad)])
+    torch.testing.assert_close(rows(p.detach()), slow.weights[0], rtol=0, atol=1e-12)
+    if cls is AdamG:
+        assert optimizer.state[p]["exp_avg_sq"].shape == (len(slow.weights[0]),)
+
+
+@both
+def test_heads_resume_to_the_bit_and_are_watched(cls):
+    one = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4, 6))]
+    two = copy.deepcopy(one)
+
+    def make(params):
+        return cls([{"params": params[:1], "row_units": 3}, {"params": params[1:], "row_units": 0}], lr=0.1)
+
+    whole, parts = make(one), make(two)
+    drive(whole, one, 6)
+    drive(parts, two, 3)
+    again = make(two)
+    again.load_state_dict(pickle.loads(pickle.dumps(parts.state_dict())))
+    with SphereMonitor(again) as monitor:
+        drive(again, two, 3, start=3)
+        stats = monitor.stats()
+    assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+    assert stats["0"].coherence_max > 0
+    assert stats["1"].coherence_max == 0  # a sphere of one
+    assert one[1].detach().norm() == pytest.approx(1)
+
+
 def test_groups_of_a_convolution_do_not_repel_each_other():
     # The filters of either group are orthogonal, those of different groups are not.
     start = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0.8, 0, 0.6, 0], [0, 0.8, 0, 0.6]])
@@ -489,7 +563,7 @@ def test_states_from_before_an_option_existed_can_be_loaded(cls):
     drive(optimizer, params, 2)
     old = copy.deepcopy(optimizer.state_dict())
     for group in old["param_groups"]:
-        for key in ("row_dim", "row_groups", "compile", "foreach", "maximize", "nesterov"):
+        for key in ("row_dim", "row_groups", "row_units", "compile", "foreach", "maximize", "nesterov"):
             del group[key]
     for state in old["state"].values():
         state.pop("on_sphere", None)
@@ -561,7 +635,7 @@ def test_a_state_saved_by_version_0_1_continues(name, foreach):
     optimizer = {"SGDG": SGDG, "AdamG": AdamG}[name.split(",")[0]](groups, lr=9.0)
     optimizer.load_state_dict(saved["state"])
     for group in saved["state"]["param_groups"]:
-        group["ortho_every"] = 1  # the only form there was, not the default of now
+        group |= {"ortho_every": 1, "row_units": 1}  # the only forms there were
     assert_same(optimizer.state_dict(), saved["state"])
     for group in optimizer.param_groups:
         group["foreach"] = foreach

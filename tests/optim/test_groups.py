@@ -392,3 +392,48 @@ def test_gpt2_of_transformers():
         name: row_axis(m, m.weight)[0] for name, m in block.named_modules() if getattr(m, "weight", None) is not None
     }
     assert {name for name, axis in found.items() if axis} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+class Attention(nn.Module):
+    """Query and key normalized head by head; the output of the block by a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(12, 12, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).view(*x.shape[:-1], 3, 4).transpose(-2, -3) for layer in (self.query, self.key, self.value))
+        q, k = (nn.functional.rms_norm(t, (4,), eps=1e-30) for t in (q, k))
+        y = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+        return x + nn.functional.rms_norm(y, (12,), eps=1e-30)
+
+
+@pytest.mark.parametrize("cls", [SGDG, AdamG])
+def test_heads_and_matrices_go_on_spheres_of_their_own(cls):
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(4, 6, 12)
+    with pytest.warns(NothingDone, match="spheres='matrices' takes 4 as heads or matrices"):
+        param_groups(model, 0.1, 0.1, 0.0, x)
+    on = [g for g in param_groups(copy.deepcopy(model), 0.1, 0.1, 0.0, x, spheres="heads") if g["manifold"]]
+    assert [(len(g["params"]), g["row_units"], g["ortho"]) for g in on] == [(2, 4, 0.0)]
+    with torch.no_grad():
+        model.query.weight.mul_(7)
+        model.out.weight.mul_(0.1)
+    before = model(x)
+    groups = param_groups(model, 0.01, 0.1, 0.0, x, spheres="matrices")
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    on = [g for g in groups if g["manifold"]]
+    assert [(len(g["params"]), g["row_units"]) for g in on] == [(2, 4), (2, 0)]
+    optimizer = cls(groups)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    ones = torch.ones(3)
+    for layer in (model.query, model.key):
+        torch.testing.assert_close(layer.weight.detach().view(3, 48).norm(dim=1), ones)
+    for layer in (model.value, model.out):
+        torch.testing.assert_close(layer.weight.detach().norm(), ones[0])
+    assert (model(x) - 1).square().mean() < (before - 1).square().mean()
+    with pytest.raises(ValueError, match="unknown spheres 'head'; did you mean 'heads'"):
+        param_groups(model, 0.1, 0.1, 0.0, x, spheres="head")

@@ -170,3 +170,19 @@ def test_kfold_strength_is_bounded_by_the_clip(cls):
     torch.testing.assert_close(seen[0].tangent_norm, torch.full((2,), 8 * once, dtype=torch.float64))
     if cls is SGDG:
         torch.testing.assert_close(seen[0].angle, torch.full((2,), 0.01, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("every", "stable"), [(1, True), (4, True), (6, True), (8, False)])
+def test_rows_come_to_rest_as_fast_by_turns_up_to_a_number_of_steps(every, stable):
+    """With the paper's numbers deviations decay as the root of the momentum per step, as docs/optim.md says."""
+    start = 1e-3
+    p = nn.Parameter(torch.tensor([[1.0, 0.0, 0.0], [start, 1.0, 0.0]], dtype=torch.float64))
+    p.grad = torch.zeros_like(p)
+    optimizer = SGDG([p], lr=0.2, momentum=0.9, ortho=0.1, ortho_every=every, grad_clip=None)
+    seen = []
+    for _ in range(96):
+        optimizer.step()
+        seen.append(abs(float((p[0] @ p[1]).detach())))
+    bound = (1 + 0.9 ** (every / 2)) ** 2
+    assert (every * (1 - 0.9**every) / (1 - 0.9) * 4 * 0.1 * 0.2 < bound) == stable
+    assert (max(seen[48:]) < 3 * start * 0.9**24) == stable

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from flexnorm import nn as enn
 from flexnorm import optim, probe
+from flexnorm.statistics import recalibrate
 from flexnorm.theory import regularization as reg
 
 D = torch.float64
@@ -137,3 +138,34 @@ def test_draws_have_the_hessian_as_their_covariance(name, shape):
 def test_errors_name_the_value(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_channels_on_the_last_axis_are_taken_there():
+    # The same network twice: channels last, and on axis 1 between two turns.
+    torch.manual_seed(0)
+    last = nn.Sequential(nn.Linear(4, 6), enn.BatchNorm1d(6, channel_axis=-1), nn.Tanh()).double()
+    first = nn.Sequential(nn.Linear(4, 6), Turn(), enn.BatchNorm1d(6), Turn(), nn.Tanh()).double()
+    first[0].load_state_dict(last[0].state_dict())
+    x = torch.randn(5, 7, 4, dtype=D)
+    recalibrate(last, [x])
+    recalibrate(first, [x])
+    torch.testing.assert_close(last[1].running_var, first[2].running_var)
+    torch.testing.assert_close(last[1].running_mean, last[0](x).mean((0, 1)))
+    tables = [
+        probe.capture(net, x, lambda y, t: (y - t).square().mean(), torch.ones_like(x[..., :1]))[0]
+        for net in (last, first)
+    ]
+    for one, other in zip(tables[0][1:], tables[1][1:], strict=True):
+        torch.testing.assert_close(one, other)
+    noisy = []
+    for net in (last, first):
+        noise = optim.BatchNoise(net.train(), 8)
+        torch.manual_seed(1)
+        noisy.append(net(x))
+        noise.remove()
+    torch.testing.assert_close(*noisy)
+
+
+class Turn(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)

@@ -1,29 +1,11 @@
-"""From a layer's output to points: which axis, which rows."""
+"""From a layer's output to points: which rows."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch import nn
 
-from flexnorm.probe import channel_axis, take_points
+from flexnorm.probe import take_points
 from flexnorm.probe.forward import chosen_rows
-
-
-@pytest.mark.parametrize(
-    ("layer", "axis"),
-    [
-        (nn.Linear(2, 3), -1),
-        (nn.Embedding(2, 3), -1),
-        (nn.LayerNorm(3), -1),
-        (nn.LayerNorm((3, 4, 4)), 1),
-        (nn.RMSNorm(3), -1),
-        (nn.Conv2d(1, 1, 1), 1),
-        (nn.BatchNorm1d(3), 1),
-    ],
-)
-def test_the_axis_of_the_channels(layer: nn.Module, axis: int) -> None:
-    assert channel_axis(layer) == axis
 
 
 def test_positions_and_images() -> None:

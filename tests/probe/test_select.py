@@ -106,6 +106,7 @@ def test_monitor_of_the_loss_takes_a_class() -> None:
     assert list(monitor.layers) == ["0", "2.0", "3.0"]
 
 
+@pytest.mark.filterwarnings("ignore:param_groups puts nothing")
 @pytest.mark.parametrize(
     ("choose", "wanted"),
     [

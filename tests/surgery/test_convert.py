@@ -407,21 +407,90 @@ def test_layer_norm_only_where_its_axes_are_channels() -> None:
     assert "not channels and positions" in conversion_plan(image, "layer", example_input=x[None])[0].reason
     with torch.no_grad():
         image[0].weight[0, 0, 0] = 3
-    assert "position to position" in conversion_plan(image, "layer")[0].reason
+    assert "has one per channel" in conversion_plan(image, "batch")[0].reason
+    kept = convert(image, "layer")
+    assert kept[0].normalized_shape == (6, 5, 3)
+    assert conversion_plan(image, "layer", example_input=x).preserved
+    assert same_state(convert(kept, "torch"), image)
+    five = nn.Sequential(nn.LayerNorm((1, 1, 1, 1, 2)))
+    assert conversion_plan(five, "layer")[0].effect == "kept"
+    assert "normalizes the last 5 axes" in conversion_plan(five, "batch")[0].reason
 
-    flat = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
-    assert "no example_input" in conversion_plan(flat, "layer")[0].reason
-    assert "has [3] axes" in conversion_plan(flat, "layer", example_input=torch.randn(2, 6, 4))[0].reason
-    rows = torch.randn(5, 4)
-    plan = conversion_plan(flat, "layer", example_input=rows)
+
+TOKENS = [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.LayerNorm(6, elementwise_affine=False), nn.RMSNorm(6)]
+TOKENS += [nn.RMSNorm(6, eps=1e-3)]
+
+
+@pytest.mark.parametrize("theirs", TOKENS, ids=repr)
+def test_layers_of_the_last_axis_become_ours_and_come_back(theirs: nn.Module) -> None:
+    model, x = randomized(nn.Sequential(nn.Linear(4, 6), theirs)), torch.randn(2, 5, 4)
+    name = "layer" if isinstance(theirs, nn.LayerNorm) else "rms"
+    plan = conversion_plan(model, name, example_input=x)
     assert plan.preserved
-    there = convert(flat, "layer", example_input=rows)
+    assert plan["1"].effect == "kept"
+    there = convert(model, name)
+    assert type(there[1]) is getattr(fx, type(theirs).__name__)
+    assert (there[1].eps, there[1].normalized_shape) == (theirs.eps, theirs.normalized_shape)
+    assert type(convert(model, type(there[1]))[1]) is type(there[1])
     back = convert(there, "torch")
-    assert same_state(back, flat)
-    torch.testing.assert_close(back(rows), flat(rows))
-    assert "5 axes" in conversion_plan(nn.Sequential(nn.LayerNorm((1, 1, 1, 1, 2))), "layer")[0].reason
-    rms = nn.Sequential(nn.RMSNorm(4))
-    assert conversion_plan(rms, "rms", example_input=rows).preserved
+    assert type(back[1]) is type(theirs)
+    assert back[1].eps == theirs.eps
+    assert same_state(back, model)
+    torch.testing.assert_close(back(x), model(x))
+    assert type(convert(there, f"torch.{name}")[1]) is type(theirs)
+
+
+@pytest.mark.parametrize("name", [n for n in fx.NORMS if n != "none"])
+def test_layers_of_tokens_become_any_norm_of_tokens(name: str) -> None:
+    model, x = randomized(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))), torch.randn(3, 5, 7, 4)
+    options = {"num_groups": 2} if name == "group" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        new = convert(model, name, **options)
+        back = convert(new, "layer")
+    layer = new[1]
+    assert (layer.norm_name, layer.channel_axis) == (name, -1)
+    assert layer.per_position is not layer.pools_positions
+    assert layer.weight is not model[1].weight
+    torch.testing.assert_close(layer.weight, model[1].weight)
+    h = model[0](x)
+    expected = copy.deepcopy(layer)
+    if layer.per_position:
+        expected.channel_axis, rows = 1, h.reshape(-1, 6)
+        expected.ndims = (2,)
+        torch.testing.assert_close(new(x), expected(rows).view(3, 5, 7, 6))
+    else:
+        expected.channel_axis, images = 1, h.movedim(-1, 1)
+        expected.ndims = (4,)
+        torch.testing.assert_close(new(x), expected(images).movedim(1, -1))
+    assert type(back[1]) is fx.LayerNorm
+    assert layer.eps in (model[1].eps, 1e-6)
+
+
+def test_layers_at_each_position_of_images() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 6, 1), randomized(fx.LayerNorm(6, channel_axis=1)))
+    x = torch.randn(2, 3, 4, 5)
+    rms = convert(conv, "rms")
+    assert type(rms[1]) is fx.RMSNorm
+    assert (rms[1].channel_axis, rms[1].weight.shape) == (1, (6,))
+    with pytest.warns(UserWarning, match="no running statistics yet"):
+        batch = convert(conv, "batch")
+    assert type(batch[1]) is fx.BatchNorm2d
+    assert type(convert(batch, "torch")[1]) is nn.BatchNorm2d
+    assert conversion_plan(convert(batch, "torch"), "batch", per_position=True, example_input=x).preserved
+    grouped = convert(conv, "group", num_groups=3)
+    torch.testing.assert_close(
+        grouped(x),
+        nn.functional.group_norm(conv[0](x).movedim(1, -1).reshape(-1, 6), 3, conv[1].weight, conv[1].bias)
+        .view(2, 4, 5, 6)
+        .movedim(-1, 1),
+    )
+    assert "no form for each position" in conversion_plan(grouped, "torch")[0].reason
+    flat = nn.Sequential(fx.BatchNorm1d(6, channel_axis=-1))
+    assert "no form for the last axis" in conversion_plan(flat, "torch")[0].reason
+    assert conversion_plan(flat, "torch", example_input=torch.randn(5, 6)).preserved
+    assert type(convert(flat, "layer", channel_axis=1)[0]) is fx.LayerNorm1d
+    assert conversion_plan(nn.Sequential(fx.LayerNorm2d(6)), "rms", per_position=True)[0].target == "RMSNorm"
 
 
 def test_number_of_spatial_axes_is_seen_guessed_or_asked_for() -> None:

@@ -468,3 +468,16 @@ def test_onnx(name: str) -> None:
         assert "BatchNormalization" not in {node.op_type for node in graph.graph.node}
     (got,) = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_the_last_axis_fold_into_linear_maps_of_tokens() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), fx.BatchNorm1d(6, channel_axis=-1)).eval()
+    with torch.no_grad():
+        for tensor in (*model[1].parameters(), model[1].running_mean, model[1].running_var):
+            tensor.uniform_(0.5, 2)
+    x = torch.randn(2, 5, 4)
+    folded = fold(model, example_input=x)
+    assert type(folded[1]) is nn.Identity
+    torch.testing.assert_close(folded(x), model(x))
+    images = nn.Sequential(nn.Conv2d(4, 6, 1), fx.BatchNorm1d(6, channel_axis=-1)).eval()
+    assert "its channels are not" in fold_plan(images)[0].reason

@@ -55,8 +55,8 @@ def test_our_own_layers_are_read_with_all_that_they_were_built_with(name: str) -
         (nn.InstanceNorm2d(6), "instance", 2, {"affine": False, "track_running_stats": False}),
         (nn.GroupNorm(3, 6, eps=0.1), "group", None, {"num_groups": 3, "eps": 0.1, "affine": True}),
         (nn.LayerNorm((6, 5, 3)), "layer", 2, {"eps": 1e-5, "affine": True}),
-        (nn.LayerNorm(6, elementwise_affine=False), "layer", 0, {"affine": False}),
-        (nn.RMSNorm(6), "rms", 0, {"eps": torch.finfo(torch.float32).eps}),
+        (nn.LayerNorm(6, elementwise_affine=False), "layer", None, {"affine": False, "channel_axis": -1}),
+        (nn.RMSNorm(6), "rms", None, {"eps": None, "channel_axis": -1}),
         (BatchNormAct2d(6), "batch", 2, {"momentum": 0.1}),
         (GroupNormAct(6), "group", None, {"num_groups": 2}),
         (FrozenBatchNorm2d(6), "batch", 2, {"affine": True, "track_running_stats": True}),
@@ -93,7 +93,7 @@ def test_what_is_no_layer_of_known_kind_is_refused() -> None:
     own = type("Own", (fx.BatchNorm2d,), {"rule": lambda self, moments: (moments.mean, moments.var)})
     with pytest.raises(RefusedError, match="Own is a subclass with its own rule"):
         read(own(6))
-    with pytest.raises(RefusedError, match="Linear is a subclass with its own"):
+    with pytest.raises(RefusedError, match="Linear is no layer that convert"):
         read(nn.Linear(2, 2))
 
 

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexnorm.nn import is_norm, needs_batch
-from flexnorm.probe import Selection, channel_axis, first_tensor, select_layers, side_forward
+from flexnorm.nn import needs_batch
+from flexnorm.probe import (
+    Selection,
+    channel_axes,
+    channel_axis,
+    channels_first,
+    first_tensor,
+    normalizes,
+    select_layers,
+    side_forward,
+)
 from flexnorm.shift import layer_bound, second_moment_excess
 from flexnorm.statistics import Pool
 
@@ -60,7 +69,7 @@ def watched(model: nn.Module, layers: Selection | None) -> Selection:
     """Return what to watch: as asked for, else the normalization layers, else all layers with a weight."""
     if layers is not None:
         return layers
-    if any(is_norm(module) for module in model.modules()):
+    if any(normalizes(module) for module in model.modules()):
         return "norm"
     return lambda _, module: own_weight(module) is not None
 
@@ -78,6 +87,8 @@ def find_sites(model: nn.Module, batch: Tensor, layers: Selection) -> list[Site]
         for name, module in model.named_modules()
         if name in chosen or own_weight(module) is not None or isinstance(module, _ACTIVATIONS)
     }
+    untold = {name: module for name, module in chosen.items() if channel_axis(module) is None}
+    axes = channel_axes(model, batch, untold) if untold else {}
     found: list[tuple[Site, Tensor, int]] = []
     last: str | None = None
 
@@ -96,7 +107,7 @@ def find_sites(model: nn.Module, batch: Tensor, layers: Selection) -> list[Site]
                     site.activation = module
         tensor = first_tensor(output)
         if base in chosen and tensor is not None:
-            axis = channel_axis(module)
+            axis = channel_axis(module, tensor.ndim) or axes.get(name) or 1
             channels = tensor.shape[axis] if tensor.ndim > 1 else 1
             positions = max(1, tensor[0].numel() // max(channels, 1))
             mixes = needs_batch(module) and (module.training or getattr(module, "running_mean", None) is None)
@@ -252,7 +263,9 @@ class BoundWatch:
         def look(name: str, module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
             x = first_tensor(inputs)
             if name in self._fixed and x is not None and float(getattr(module, "clipped", 0.0)) == 0:
-                var, mean = torch.var_mean(x.detach().movedim(1, 0).flatten(1).double(), dim=1, correction=0)
+                var, mean = torch.var_mean(
+                    channels_first(module, x.detach()).movedim(1, 0).flatten(1).double(), dim=1, correction=0
+                )
                 # A population layer lets the batch into its statistics first; what it used is in it afterwards.
                 used_mean, used_var = (getattr(module, key).to(mean) for key in ("running_mean", "running_var"))
                 eps = float(getattr(module, "eps", 0.0))
