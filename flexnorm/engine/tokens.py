@@ -57,6 +57,8 @@ class _Reduce(torch.autograd.Function):
 
             (dx,) = gradients(compose, [x], [True], (dmean, dvar, g))
             return dx, None, None, None, None
+        if g is not None and g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
         if dmean is None and dvar is None:
             return (g if g is None or scale is None else tokens.affine(g, scale, (), layout)), None, None, None, None
         samples, channels, positions = layout.size
