@@ -20,7 +20,7 @@ logger = logging.getLogger("flexnorm")
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 """Types of activations that the passes take."""
 
-_OLDEST = (3, 3)  # tuples among the arguments of a kernel
+_OLDEST = (3, 7)  # tuples with None inside among the arguments of a kernel: earlier compilers stumble
 _CAPABILITY = (8, 0)  # bfloat16; older NVIDIA devices are not served
 
 
@@ -53,8 +53,9 @@ def _works(device: torch.device) -> bool:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _CAPABILITY:
         return False
     one = torch.ones(1, device=device)
+    scale = ((None, None, one, 0, 1),)
     try:
-        launch("merge", (1,), one, one, one, torch.empty_like(one), one.clone(), 1, 1, 1, BM=1, BK=1)
+        launch("affine", (1,), one, one.clone(), scale, None, 1, 1, 1, 1, ROWS=True, ALIGN=1, BC=1, BP=1)
     except Exception as error:  # noqa: BLE001 - whatever Triton, its compilers or the driver raise, torch can do it
         logger.warning("flexnorm: the Triton kernels do not run on %s (%s); using torch's operations", device, error)
         return False

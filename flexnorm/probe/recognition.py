@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import FunctionType
 from typing import Any, Literal, get_args
 
@@ -142,8 +143,8 @@ def recognize(module: nn.Module) -> NormBehavior | None:
     """Say what a normalization layer computes, by trying it; ``None`` if it is none, or one that cannot be read.
 
     The trial is made with a stand-in that shares nothing with the module but its class and plain attributes, in
-    float64 on the CPU, in evaluation and in training. What a class with the same attributes did is remembered. The
-    module is not called: neither it nor any random state changes.
+    float64 (float32 where it takes no other) on the CPU, in evaluation and in training. What a class with the same
+    attributes did is remembered. The module is not called: neither it nor any random state changes.
 
     Args:
         module: Any module. Those with submodules that hold parameters or buffers are no norms, whatever they contain.
@@ -198,6 +199,7 @@ def normalizes(module: nn.Module) -> bool:
 
 
 _Answer = tuple[NormBehavior | None, str | None]
+_NO_INPUT: _Answer = (None, "it takes no input of 2 to 5 axes alone, with its channels last or on axis 1")
 _known: weakref.WeakKeyDictionary[type[nn.Module], dict[Any, _Answer]] = weakref.WeakKeyDictionary()
 
 
@@ -214,20 +216,20 @@ def _look(module: nn.Module) -> _Answer:
         key = found = None
     if found is None:
         try:
-            found = _Trial(module).answer()
+            found = _Trial(module, torch.float64).answer() or _Trial(module, torch.float32).answer() or _NO_INPUT
+            if key is not None:
+                _known[type(module)][key] = found
         except Exception as error:  # noqa: BLE001 - modules are not ours: whatever they raise, they are not understood
             found = None, f"trying it failed: {type(error).__name__}"
-        if key is not None:
-            _known[type(module)][key] = found
     return found[0], found[1] if named or (found[1] or "").startswith(_UNSCALED) else None
 
 
 def _worth_trying(module: nn.Module, named: bool) -> bool:
     """Whether the module can be a norm by what it holds; torch's own other layers are none."""
-    if any(True for child in module.children() for _ in (*child.parameters(), *child.buffers())):
+    if any(True for child in module.children() for _ in chain(child.parameters(), child.buffers())):
         return False
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
+    if isinstance(module, torch.jit.ScriptModule) or any(_NAMED.search(type(c).__name__) for c in module.children()):
+        return False  # a norm without tensors inside is found by itself
     if type(module).__module__.startswith("torch."):
         return named and type(module).__module__.startswith("torch.nn.modules.")
     return named or bool(_vectors(module))
@@ -351,9 +353,9 @@ class _Fit:
 class _Trial:
     """One layer, tried."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self.dtype = module, dtype
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.shapes = {name: t.shape for name, t in _vectors(module).items()}
         declared = self._declared()
         self.channels = next((shape.numel() for shape in self.shapes.values()), declared or 12)
@@ -364,11 +366,13 @@ class _Trial:
         self.offset = 0.0
         self.taken: list[Tensor] = []  # inputs that the layer takes
 
-    def answer(self) -> _Answer:
-        self.twin = _stand_in(self.module, self._draw())
+    def answer(self) -> _Answer | None:
+        """What the layer does, or why that is not known; ``None`` if it took no input of this type."""
+        self.twin = _stand_in(self.module, self._draw()).to(self.dtype)
         with isolated(self.twin, 0), torch.autocast("cpu", enabled=False):
-            found = self._behavior()
-            return (found, None) if found else (None, self._why())
+            if found := self._behavior():
+                return found, None
+            return (None, self._why()) if self.taken else None
 
     def _declared(self) -> int | None:
         for name in _SIZES:
@@ -381,7 +385,7 @@ class _Trial:
     # Trying it: inputs, tensors, outputs.
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return torch.rand(shape, generator=self.generator, device="cpu", dtype=torch.float32).double()
 
     def _draw(self) -> dict[str, Tensor]:
         return {name: self._random(*shape) + 0.5 for name, shape in self.shapes.items()}
@@ -403,21 +407,21 @@ class _Trial:
             (-1, [(d, c)]),
         ):
             for shape in shapes:
-                x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+                x = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
                 for dim, size in enumerate(shape):  # of every sample, channel and position another mean and spread
                     view = [size if k == dim else 1 for k in range(len(shape))]
                     x = x * (self._random(size).view(view) + 0.5) + self._random(size).view(view)
-                yield axis, x
+                yield axis, x.float().double()  # exact in both types
 
     def _call(self, x: Tensor, values: Mapping[str, Tensor], *, training: bool = False) -> Tensor:
         """The output, in float64; _RefusedError where the layer takes no such input or returns something else."""
         for name, value in values.items():
             held = self.twin._parameters.get(name, self.twin._buffers.get(name))
             assert held is not None  # it was there when the stand-in was made
-            held.data = value.clone()
+            held.data = value.to(self.dtype, copy=True)
         self.twin.train(training)
         try:
-            y = self.twin(x.clone())
+            y = self.twin(x.to(self.dtype, copy=True))
         except Exception as error:
             raise _RefusedError from error
         if isinstance(y, Tensor) and y.shape == x.shape and y.is_floating_point() and bool(y.isfinite().all()):
@@ -602,8 +606,6 @@ class _Trial:
                 once, twice, other = (self._call(part, values) for part in (10 * x, 20 * x, 10 * x.flip(0)))
                 if _close(twice, once, 1e-3) and not _close(other, once, 1e-3):
                     return f"{_UNSCALED}, but computes none of the normalizations known here"
-        if not self.taken:
-            return "it takes no input of 2 to 5 axes alone, with its channels last or on axis 1"
         return "it computes none of the normalizations known here"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -204,6 +205,8 @@ def _read_tried(module: nn.Module, refusal: RefusedError) -> Source:
         raise RefusedError(f"{why}; pass a function (module) -> module as `to`" if why else str(refusal)) from None
     if not found.norm_name or found.then not in ((), ("drop", "act")) or (found.over == "channel" and found.running):
         raise RefusedError(f"recognized by trying, but no layer here {found}") from None
+    if further := list(inspect.signature(type(module).forward).parameters)[2:]:
+        raise RefusedError(f"its forward takes more than the input ({', '.join(further)}), the layers here do not")
     if found.channels is None:
         raise RefusedError("takes any number of channels, the layers here one; pass a function as `to`") from None
     held = {**module._buffers, **module._parameters}

@@ -156,6 +156,32 @@ class NormThenAct(ChannelsFirst):
         return y
 
 
+class Pinned(nn.LayerNorm):
+    """Layer normalization in float32 whatever the input is, by parameters that stay in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class GatedRMS(PlainRMS):
+    """With a gate, if one is given."""
+
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden if gate is None else hidden * F.silu(gate))
+
+
+class Wrapped(nn.Module):
+    """A scale of its own behind a norm without one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm, self.gamma = nn.LayerNorm(size, elementwise_affine=False), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x) * (1 + self.gamma)
+        return y
+
+
 class ColumnNorm(nn.Module):
     """Root mean square without any parameter."""
 

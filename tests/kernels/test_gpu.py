@@ -40,7 +40,7 @@ def test_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not gpu._works(CPU)
 
 
-@pytest.mark.parametrize("version", [None, "3.2.0", "unknown"])
+@pytest.mark.parametrize("version", [None, "3.6.0", "unknown"])
 def test_without_triton_or_with_an_old_one_torch_does_it(
     version: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

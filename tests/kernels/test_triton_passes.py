@@ -67,6 +67,7 @@ def close(found: Tensor | None, wanted: Tensor | None, dtype: torch.dtype, withi
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=size)
 
 
+@pytest.mark.quick(10)
 @cases(IMAGES)
 def test_passes_over_images(shape: tuple[int, ...], order: str, dtype: torch.dtype, cut: None) -> None:
     x, g, layout = case(shape, order, dtype)
@@ -106,7 +107,7 @@ def term_structures(rows: int, channels: int, groups: int, dtype: torch.dtype) -
     ]
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(6)
 @cases(TOKENS)
 def test_passes_over_tokens(shape: tuple[int, ...], order: str, dtype: torch.dtype, cut: None) -> None:
     x, g, layout = case(shape, order, dtype)
@@ -212,7 +213,7 @@ WAYS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 KINDS = [(r, w) for r in RULES for w in WAYS if r != "instance" or w in ("images", "channels last")]
 
 
-@pytest.mark.quick(20)
+@pytest.mark.quick(14)
 @pytest.mark.parametrize(("rule", "way"), KINDS)
 def test_flex_norm_equals_the_composition(rule: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of a whole call, on a CPU that stands in for a GPU."""

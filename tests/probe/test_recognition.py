@@ -25,8 +25,10 @@ from norm_lookalikes import (
     LastAxisNorm,
     MeanOnly,
     NormThenAct,
+    Pinned,
     PlainRMS,
     WholeGraphNorm,
+    Wrapped,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,6 +62,7 @@ CASES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (lambda: WholeGraphNorm(8), {"norm_name": "", "over": "all", "eps_outside": True, "eps": 1e-5}),
     (lambda: MeanOnly(8), {"norm_name": "", "over": "batch", "scales": False, "centers": True}),
     (lambda: NormThenAct(8), {"norm_name": "layer", "then": ("drop", "act"), "axes": ((4, 1),)}),
+    (lambda: Pinned(8), {"norm_name": "layer", "axes": LAST, "eps": 1e-5}),
     (lambda: ColumnNorm(), {"norm_name": "rms", "channels": None, "weight": None, "axes": LAST, "eps": 1e-8}),
     (lambda: nn.GroupNorm(4, 8), {"norm_name": "group", "groups": 4, "axes": ((2, 1), *FIRST)}),
     (lambda: nn.GroupNorm(1, 8), {"norm_name": "layer", "over": "sample", "channel_axis": 1}),
@@ -172,7 +175,9 @@ class WithMap(nn.Module):
         return self.map(self.norm(x))
 
 
-@pytest.mark.parametrize("layer", [Scale(), WithMap(), Raises(), nn.Linear(8, 8), nn.ReLU(), nn.PReLU(8), nn.Module()])
+@pytest.mark.parametrize(
+    "layer", [Scale(), WithMap(), Wrapped(8), Raises(), nn.Linear(8, 8), nn.ReLU(), nn.PReLU(8), nn.Module()]
+)
 def test_what_is_no_norm_is_none(layer: nn.Module) -> None:
     assert recognize(layer) is None
     assert unread_norm(layer) is None

@@ -14,11 +14,13 @@ from norm_lookalikes import (
     ColumnNorm,
     FrozenStatistics,
     GainNorm,
+    GatedRMS,
     GraphMeanNorm,
     HandBatchNorm,
     LastAxisNorm,
     NormThenAct,
     PlainRMS,
+    Wrapped,
 )
 from torch import Tensor, nn
 
@@ -116,6 +118,7 @@ def test_frozen_statistics_are_folded() -> None:
         (GraphMeanNorm(8), "no layer here standardizes over each channel of the batch"),
         (CentredByStd(8), "takes no notice of the scale"),
         (ColumnNorm(), "any number of channels"),
+        (GatedRMS(8), "takes more than the input (gate)"),
     ],
 )
 def test_norms_that_cannot_be_read_are_listed(layer: nn.Module, reason: str) -> None:
@@ -144,6 +147,7 @@ def test_what_is_named_outright_is_reached() -> None:
         assert type(new[1]["a"]) is nn.Tanh  # type: ignore[index]
         assert type(new[0]) is nn.LayerNorm
     assert [row.name for row in conversion_plan(model, "rms", include=nn.Sequential)] == []
+    assert [row.name for row in conversion_plan(nn.Sequential(Wrapped(8)), "rms")] == ["0.norm"]
     assert [row.name for row in conversion_plan(model, "rms")] == ["0", "2.0"]
     seen: list[nn.Module] = []
     reached = nn.Sequential(PlainRMS(8), CentredByStd(8), GraphMeanNorm(8))
