@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from flexnorm.engine.moments import Moments, broadcasts
+from flexnorm.engine.moments import Moments, broadcasts, pool_positions
 from flexnorm.engine.segments import Segments, weights_of
-from flexnorm.engine.tokens import TokenMoments, Tokens, pool_positions
+from flexnorm.engine.tokens import TokenMoments, Tokens
 from flexnorm.kernels import passes
 from flexnorm.kernels.layout import Layout, best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
 from flexnorm.kernels.passes import gradients, must_compose, transformed
@@ -179,8 +179,8 @@ def flex_norm(
             image; ``channel_axis=-1, per_position=False`` normalizes a sequence or an image channels last as a whole.
         mask: What counts, of the shape of ``x`` without the channel axis (or with 1 there): true for a value that
             counts, false for padding, or weights of at least 0. Only what counts enters the moments (anything may stand
-            elsewhere, not-a-number too), and gradients through moments go only there; the result is computed
-            everywhere. Counts are then tensors.
+            elsewhere; for what is not finite there, 0 is taken), and gradients through moments go only there; the
+            result is computed everywhere. Counts are then tensors.
         segments: For ``x`` (R, C) whose rows are the positions of samples of various sizes, as the nodes of a batch of
             graphs: the number of the sample of each row, int64 (R,), or :class:`Segments` of it. The moments of a rule
             are then those of the S samples: (S, C), with counts (S, 1).
@@ -218,6 +218,8 @@ def flex_norm(
     flat = x.dim() == 2
     last = flat or channel_axis == -1
     weights = None if mask is None else weights_of(mask, x, 1 if not last else -1)
+    if weights is not None:
+        x = _without_hidden(x, weights.unsqueeze(1 if not last else -1))
     if segments is not None:
         if per_position:
             raise ValueError("segments make the rows of a sample its positions: they contradict per_position=True")
@@ -279,6 +281,13 @@ def in_one(
         return None
     y = twin(x.view(-1, x.shape[-1]))
     return y if y is None else y.view(x.shape)
+
+
+def _without_hidden(x: Tensor, weights: Tensor) -> Tensor:
+    """``x`` with 0 for what is not finite where nothing counts: 0 times not-a-number would reach every gradient."""
+    if x.device.type == "cpu" and not _left_to_torch(x) and bool(x.detach().sum().isfinite()):
+        return x
+    return torch.where((weights > 0) | x.isfinite(), x, 0)
 
 
 def _check(x: Tensor, channel_axis: int) -> None:

@@ -252,13 +252,8 @@ class FlexNorm(Norm):
         Returns:
             A tensor of the shape, type and memory format of ``x``.
         """
-        if segments is None:
-            self.check_input(x)
-        elif x.dim() != 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} with segments expects (R, {self.num_features}), one row for each position, got "
-                f"shape {tuple(x.shape)}"
-            )
+        # Rows in segments are the positions of one long sequence, as far as its shape goes.
+        self.check_input(x if segments is None else x.unsqueeze(0).movedim(-1, self.channel_axis))
         if mask is None and segments is None:
             y = in_one(x, self.channel_axis, self.per_position, self.twin, self.twin_at_any_size)
             if y is not None:

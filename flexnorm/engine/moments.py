@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexnorm._messages import unknown_name
+from flexnorm.engine.segments import Segments
 from flexnorm.kernels.tables import Pair, pool, pool_unequal
 
 if TYPE_CHECKING:
@@ -210,6 +211,21 @@ class _Gather(torch.autograd.Function):
         return total[torch.distributed.get_rank(ctx.group)], None
 
 
+def pool_positions(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+    """Moments (N, C) of values (N, P, C) weighted (N, P, 1), and how many stand behind each; weight 0 is no value."""
+    if weights is None:
+        if values.numel() == 0:
+            zeros = values.sum(1)
+            return zeros, zeros, values.shape[1]
+        var, mean = torch.var_mean(values, 1, correction=0)
+        return mean, var, values.shape[1]
+    count = weights.sum(1)
+    share = weights / torch.where(count > 0, count, 1).unsqueeze(1)
+    values = torch.where(weights > 0, values, 0)
+    mean = (share * values).sum(1)
+    return mean, (share * (values - mean.unsqueeze(1)).square()).sum(1), count
+
+
 class Pool:
     """Count, mean and variance per channel of batches, chunks, processes or the members of a federation, merged.
 
@@ -251,7 +267,7 @@ class Pool:
         """Add ``count`` values per channel with their ``mean`` (C,) and biased variance ``var`` (C,)."""
         n = torch.as_tensor(count).to(self.count)
         mean, var = mean.reshape(-1).to(self.mean), var.reshape(-1).to(self.mean)
-        total = (self.count + n).clamp_min(1)
+        total = _nonzero(self.count + n)
         delta = torch.where(n > 0, mean - self.mean, 0.0)
         self.m2 = self.m2 + n * var
         if self.between:
@@ -260,14 +276,25 @@ class Pool:
         self.count = self.count + n
         self.batches += 1
 
-    def add_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the values ``x`` (N, C, *), and return their own mean and variance (C,), in float32 at least.
+    def add_values(
+        self, x: Tensor, weights: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the values ``x``, and return their own mean and variance (C,), in float32 at least.
 
-        The variance is the biased one; where ``between`` is false, the average of the samples' unbiased ones.
+        Args:
+            x: (N, C, *).
+            weights: (N, *), how much each position counts, 0 for not at all; ``None``: all alike.
+            segments: (N,), the sample to which each row of ``x`` (N, C) belongs, where the rows are no samples.
+
+        Returns:
+            Mean and biased variance; where ``between`` is false, averages of the samples' means and unbiased variances.
+            Those of all values so far, if none counts now.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not x.numel():
             return self.mean, self.var
+        if weights is not None or (segments is not None and not self.between):
+            return self._add_weighted(x, weights, segments)
         per_sample = x.numel() // (x.shape[0] * self.mean.numel())
         if self.between:
             var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
@@ -278,6 +305,27 @@ class Pool:
             self.add(x.shape[0], mean, var)
         return mean, var
 
+    def _add_weighted(self, x: Tensor, weights: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        values = x.flatten(2).movedim(1, -1) if x.dim() > 2 else x.unsqueeze(1)
+        share = values.new_ones(values.shape[:2]) if weights is None else weights.to(values).reshape(values.shape[:2])
+        if self.between:
+            mean, var, count = pool_positions(values.reshape(1, -1, x.shape[1]), share.reshape(1, -1, 1))
+            count, mean, var = count.sum(), mean[0], var[0]
+        else:
+            if segments is not None:
+                own = Segments.of(segments, x)
+                mean, var, count = own.moments(values.squeeze(1), share.squeeze(1))
+            else:
+                mean, var, count = pool_positions(values, share.unsqueeze(2))
+            present = count > 0
+            var = var * (count / (count - 1).clamp_min(1))
+            count = present.sum()
+            mean, var = ((torch.where(present, t, 0).sum(0) / count.clamp_min(1)) for t in (mean, var))
+        if bool(count > 0):
+            self.add(count, mean, var)
+            return mean, var
+        return self.mean, self.var
+
     def merge(self, other: Pool) -> None:
         """Add all that the ``other`` pool holds."""
         self.add(other.count, other.mean, other.var)
@@ -286,7 +334,7 @@ class Pool:
     @property
     def var(self) -> Tensor:
         """Biased variance (C,)."""
-        return self.m2 / self.count.clamp_min(1)
+        return self.m2 / _nonzero(self.count)
 
     @property
     def unbiased(self) -> Tensor:
@@ -297,6 +345,11 @@ class Pool:
     def finite(self) -> Tensor:
         """(C,): whether mean and variance of the channel are finite."""
         return torch.isfinite(self.mean) & torch.isfinite(self.m2)
+
+
+def _nonzero(count: Tensor) -> Tensor:
+    """A number of values to divide by; weights may add up to less than one."""
+    return torch.where(count > 0, count, 1)
 
 
 def pool_processes(pools: list[Pool], group: ProcessGroup | None) -> None:
@@ -320,7 +373,7 @@ def pool_processes(pools: list[Pool], group: ProcessGroup | None) -> None:
         # The order of the processes is the same everywhere, so the sums round alike.
         for share in shares:
             count, (mean, m2) = share[1], share[2:].tensor_split(2)
-            merged.add(count, mean, m2 / count.clamp_min(1))
+            merged.add(count, mean, m2 / _nonzero(count))
         merged.batches = int(max(share[0] for share in shares))
 
 

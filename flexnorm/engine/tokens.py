@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine.factored import Factored
-from flexnorm.engine.moments import Moments, broadcasts, check_groups
+from flexnorm.engine.moments import Moments, broadcasts, check_groups, pool_positions
 from flexnorm.kernels import tokens
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.passes import gradients, must_compose
@@ -286,14 +286,13 @@ class TokenMoments(Moments):
     """The moments that a rule for tokens receives: those of each token and channel are the values themselves."""
 
     def __init__(self, source: Tokens, process_group: ProcessGroup | None, differentiable: bool = True) -> None:
-        super().__init__(process_group=process_group, _compute=self._values)
+        def compute(wanted: bool) -> Pair:  # a method would make a circle, in which the graph lives until it is found
+            values = source.matrix if wanted and differentiable else source.matrix.detach()
+            return values, torch.zeros_like(values)
+
+        super().__init__(process_group=process_group, _compute=compute)
         self._source = source
         self._differentiable = differentiable
-
-    def _values(self, differentiable: bool) -> Pair:
-        values = self._source.matrix
-        values = values if differentiable and self._differentiable else values.detach()
-        return values, torch.zeros_like(values)
 
     def detach(self) -> Moments:
         """Return the same moments outside the graph: for running statistics, at the price of one forward pass only."""
@@ -335,18 +334,3 @@ class TokenMoments(Moments):
             count = count.repeat_interleave(source.positions, 0)
         mean, var = (t.repeat_interleave(source.positions, 0) for t in (mean, var))
         return self._with(mean, var, count)
-
-
-def pool_positions(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-    """Moments (N, C) of values (N, P, C) weighted (N, P, 1), and how many stand behind each; weight 0 is no value."""
-    if weights is None:
-        if values.numel() == 0:
-            zeros = values.sum(1)
-            return zeros, zeros, values.shape[1]
-        var, mean = torch.var_mean(values, 1, correction=0)
-        return mean, var, values.shape[1]
-    count = weights.sum(1)
-    share = weights / torch.where(count > 0, count, 1).unsqueeze(1)
-    values = torch.where(weights > 0, values, 0)
-    mean = (share * values).sum(1)
-    return mean, (share * (values - mean.unsqueeze(1)).square()).sum(1), count

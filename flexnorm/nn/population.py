@@ -153,8 +153,7 @@ class _PopulationNorm(FlexNorm):
         if self.frozen or not self.training:
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
         # With a process group the choice must not depend on the local batch: all processes communicate alike.
-        alone = moments.process_group is None and isinstance(moments.count, int)
-        few = alone and self._values < _FEW_VALUES
+        few = moments.process_group is None and self._values < _FEW_VALUES
         through = self.gradient == "batch" and not few
         if not through and self.statistics == "estimated":
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
@@ -173,7 +172,7 @@ class _PopulationNorm(FlexNorm):
             self.clipped.zero_()
 
     def check_input(self, x: Tensor) -> None:
-        """Refuse wrong shapes; remember the number of values per channel, which decides how the gradient is taken."""
+        """Refuse wrong shapes; remember the number of values per channel, masked or not: it decides on the gradient."""
         super().check_input(x)
         self._values = x.numel() // max(self.num_features, 1)
 

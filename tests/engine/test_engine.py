@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from typing import Any
 
@@ -236,6 +237,19 @@ def test_only_x_and_tables_are_saved() -> None:
         flex_norm(x, rules.unitized, w, b, a)
     large = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 8 * 16}
     assert large == {x.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((64, 300), 1), ((4, 40, 300), -1), ((4, 3, 50, 50), 1)])
+@pytest.mark.parametrize("rule", [rules.batch, rules.layer, rules.instance])
+def test_a_call_leaves_no_circle_of_objects_that_keeps_its_graph(rule, shape: tuple[int, ...], axis: int) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        flex_norm(2 * x, lambda moments: rule(moments), channel_axis=axis).sum().backward()
+        assert not [thing for thing in gc.get_objects() if issubclass(type(thing), Moments)]
+    finally:
+        gc.enable()
 
 
 def test_in_place_activation_may_follow(backend: str) -> None:
