@@ -85,9 +85,10 @@ def _composed(values: Tensor, kind: Kind, weights: Tensor | None) -> Pair:
     of, groups = kind
     if of != "batch":
         split = values.reshape(values.shape[0], groups, values.shape[1] // groups)
-        if of == "squares" or values.numel() == 0:
-            zero = values.new_zeros(())
-            return zero, split.square().sum(2) / max(split.shape[2], 1)
+        if values.numel() == 0:
+            return split.sum(2), split.sum(2)
+        if of == "squares":
+            return values.new_zeros(()), split.square().mean(2)
         var, mean = torch.var_mean(split, 2, correction=0)
         return mean, var
     if weights is None:
