@@ -255,9 +255,9 @@ class ShiftMonitor(Monitor[ShiftRecord]):
             seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module], mask)
             numbers[name] = {key: value for metric in self._metrics for key, value in metric(seen).items()}
 
-        untold = {n: m for n, m in self._layers.items() if n not in self._axes and channel_axis(m) is None}
-        if untold and self._found is None:
-            self._found = channel_axes(self._model, self._probe, untold, **self._side)
+        if self._found is None:
+            untold = {n: m for n, m in self._layers.items() if n not in self._axes and channel_axis(m) is None}
+            self._found = channel_axes(self._model, self._probe, untold, **self._side) if untold else {}
         side_forward(self._model, self._probe, self._layers, keep, **self._side)
         if refused:
             base = refused[0].split()[0].split("#")[0]
