@@ -35,9 +35,7 @@ class Moments:
             communication with other processes, (N, 1) where a mask or segments give each sample its own (with weights
             their sum).
         process_group: Group over which ``pool("batch")`` and ``pool("all")`` also pool; ``None`` for this process only.
-
-    Attributes:
-        backend: Where the tables come from (:mod:`flexnorm.kernels`); what works on them goes on there.
+        backend: Where the tables come from (:mod:`flexnorm.kernels`): what works on them goes on there.
     """
 
     def __init__(
@@ -47,15 +45,17 @@ class Moments:
         count: int | Tensor = 1,
         *,
         process_group: ProcessGroup | None = None,
+        backend: str = "composed",
         _compute: Callable[[bool], Pair] | None = None,
-        _backend: str = "composed",
+        _square: Callable[[], Tensor] | None = None,
     ) -> None:
         if _compute is None and (mean is None or var is None):
             raise TypeError("Moments needs both mean and var")
         self._mean = mean
         self._var = var
         self._compute = _compute
-        self.backend = _backend
+        self._square = _square
+        self.backend = backend
         self.count = count
         self.process_group = process_group
 
@@ -80,6 +80,8 @@ class Moments:
     @property
     def mean_square(self) -> Tensor:
         """Second moments about zero, ``var + mean**2``: what RMS and filter response normalization divide by."""
+        if self._square is not None and self._mean is None:
+            return self._square()
         mean, var = self.tables
         return var + mean.square()
 
@@ -119,7 +121,7 @@ class Moments:
         return self._pool_batch() if over == "batch" else self._pool_all()
 
     def _with(self, mean: Tensor, var: Tensor, count: int | Tensor, backend: str = "composed") -> Moments:
-        return Moments(mean, var, count, process_group=self.process_group, _backend=backend)
+        return Moments(mean, var, count, process_group=self.process_group, backend=backend)
 
     def _pool_positions(self) -> Moments:
         return self
@@ -148,7 +150,7 @@ class Moments:
         elif samples == 1:
             local = Moments(*self.tables, self.count)
         else:
-            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, _backend=self.backend)
+            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, backend=self.backend)
         return self._over_processes(local)
 
     def _over_processes(self, local: Moments) -> Moments:
@@ -171,6 +173,14 @@ class Moments:
     def __repr__(self) -> str:
         known = "not computed yet" if self._mean is None else f"shape={tuple(self._mean.shape)}"
         return f"Moments({known}, count={self.count})"
+
+
+def broadcasts(table: Tensor, rows: int, columns: int) -> bool:
+    """Whether a table has two axes and broadcasts to (rows, columns)."""
+    # Compared one by one: a compiler turns that into guards on sizes that it does not know.
+    if table.dim() != 2 or not (table.shape[0] == 1 or table.shape[0] == rows):
+        return False
+    return bool(table.shape[1] == 1 or table.shape[1] == columns)
 
 
 def check_groups(groups: int, channels: int) -> None:
