@@ -13,6 +13,8 @@
  */
 #ifndef T
 
+#include <stdint.h>
+
 #define SELF "tokens.c"
 #define CHUNK 128    /* tokens summed at once */
 #define TILE 64      /* tokens whose moments are taken at once, of so many channels that all stay in the fastest cache */
@@ -20,7 +22,7 @@
 #define TILES 8      /* in a row, by one thread */
 #define POSITIONS 512 /* most tokens at once in "rows" order */
 
-typedef struct { const void *row; long long groups; const void *column; } Term; /* without either, there is none */
+typedef struct { const void *row; int64_t groups; const void *column; } Term; /* without either, there is none */
 
 /* From the last to the first, of those that each thread has: a pass reads first what the one before it, which went the
  * other way, has left in the cache. */
@@ -423,38 +425,6 @@ void NAME(row_moments_rows)(const NAME(Rows) *call) {
         call->var[at] = (A)(v < 0 ? 0 : v);
       }
     }
-  }
-}
-
-/* Moments (N, C) of each sample over the positions, which weigh (N, P). */
-void NAME(column_moments_rows)(const NAME(Columns) *call) {
-  const i64 N = call->N, C = call->C, P = call->P;
-  const int threads = (int)call->threads;
-  PARALLEL for (i64 task = 0; task < N * C; task++) {
-    const T *x = call->x + task * P;
-    const A *weights = call->weights + task / C * P;
-    double n = 0, total = 0, rest = 0, square = 0;
-    for (i64 p0 = 0; p0 < P; p0 += BLOCK) {
-      A sum = 0, count = 0;
-      ADDING(sum, count) for (i64 p = p0; p < smaller(p0 + BLOCK, P); p++) {
-        count += weights[p];
-        sum += weights[p] > 0 ? weights[p] * LOAD(x[p]) : 0;
-      }
-      total += sum, n += count;
-    }
-    const A m = (A)(n > 0 ? total / n : 0);
-    for (i64 p0 = 0; p0 < P; p0 += BLOCK) {
-      A sum = 0, off = 0;
-      ADDING(sum, off) for (i64 p = p0; p < smaller(p0 + BLOCK, P); p++) {
-        const A d = weights[p] > 0 ? LOAD(x[p]) - m : 0;
-        off += weights[p] * d;
-        sum += weights[p] * d * d;
-      }
-      square += sum, rest += off;
-    }
-    const double off = n > 0 ? rest / n : 0, v = n > 0 ? square / n - off * off : 0;
-    call->mean[task] = (A)(m + off);
-    call->var[task] = (A)(v < 0 ? 0 : v);
   }
 }
 

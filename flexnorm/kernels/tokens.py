@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from flexnorm.kernels import triton_passes
+from flexnorm.kernels import ragged, triton_passes
 from flexnorm.kernels.build import declare, library
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES, call
@@ -88,7 +88,7 @@ def load() -> dict[tuple[str, torch.dtype], Any] | None:
     ]
     return {
         (name, dtype): declare(kernel, "p")
-        for name in (*names, "row_moments_rows")
+        for name in (*names, "row_moments_rows", "column_moments_cols")
         for dtype, suffix in SUFFIXES.items()
         if (kernel := getattr(found[0], f"{name}_{suffix}", None)) is not None
     }
@@ -163,17 +163,16 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
     """
     if layout.backend == "triton":
         return triton_passes.column_moments(x, layout, weights)
-    samples, channels, positions = layout.size
-    if layout.order == "rows" and weights is None:
-        return pool(*moments(x, layout), 0, "c")
+    if layout.order == "rows":
+        if weights is None:
+            return pool(*moments(x, layout), 0, "c")
+        return pool_unequal(*ragged.moments(x, layout, ragged.Spans(weights.view(layout.size[0], -1))))
     kept: list[Tensor] = []
-    mean = torch.empty(1 if layout.order == "cols" else samples, channels, dtype=table_dtype(x.dtype))
+    mean = torch.empty(1, layout.size[1], dtype=table_dtype(x.dtype))
     var = torch.empty_like(mean)
     words = (mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), _address(weights, kept))
-    _run(f"column_moments_{layout.order}", x, "8q", *words)
-    if layout.order == "cols" or weights is None:
-        return mean, var
-    return pool_unequal(mean, var, weights.view(samples, positions).sum(1, keepdim=True))
+    _run("column_moments_cols", x, "8q", *words)
+    return mean, var
 
 
 def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
