@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from flexnorm.engine.moments import Moments
+from flexnorm.engine.moments import Moments, broadcasts, pool_positions
 from flexnorm.engine.segments import Segments, weights_of
-from flexnorm.engine.tokens import TokenMoments, Tokens, pool_positions
+from flexnorm.engine.tokens import TokenMoments, Tokens
 from flexnorm.kernels import passes
 from flexnorm.kernels.layout import Layout, best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
 from flexnorm.kernels.passes import gradients, must_compose, transformed
@@ -62,12 +62,21 @@ class _Moments(torch.autograd.Function):
 class _Affine(torch.autograd.Function):
     """``y = scale * x + shift``; tables broadcast to (N, C), ``center`` (N, C) conditions the sums of the backward.
 
-    ``pending`` takes the scale still to be applied to the gradient that goes to :class:`_Moments`.
+    ``pending`` takes the scale still to be applied to the gradient that goes to :class:`_Moments` along ``through``.
+    That holds for this node's part only, so nothing else may use ``through``: what a double backward computes from the
+    activation, it computes from ``x``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, center: Tensor | None, layout: Layout, pending: _Pending
+        ctx: Any,
+        through: Tensor,  # noqa: ARG004 - the same values; its gradient is what matters
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        center: Tensor | None,
+        layout: Layout,
+        pending: _Pending,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, center)
         ctx.layout, ctx.pending, ctx.shift_shape = layout, pending, shift.shape
@@ -82,18 +91,19 @@ class _Affine(torch.autograd.Function):
         if must_compose(g):
             # The value of the shift does not matter to any gradient.
             inputs = [x, scale, scale.new_zeros(ctx.shift_shape, requires_grad=True)]
-            return *gradients(passes.composed_affine, inputs, needed, (g,)), None, None, None
+            found = gradients(passes.composed_affine, inputs, (needed[0], *needed[2:4]), (g,))
+            return found[0], None, *found[1:], None, None, None
         if layout.backend != "composed" and g.stride() != x.stride():
             g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
         dx, dscale, dshift = None, None, None
-        if needed[1] or needed[2]:
+        if needed[2] or needed[3]:
             dscale, dshift = passes.sums(g, x, center, layout, (scale.shape, ctx.shift_shape))
         if needed[0] and ctx.pending is None:
             dx = passes.affine(g, scale, None, layout)
         elif needed[0]:
             ctx.pending.append(scale)
             dx = g
-        return dx, dscale, dshift, None, None, None
+        return dx, None, dscale, dshift, None, None, None
 
 
 def _left_to_torch(x: Tensor) -> bool:
@@ -132,7 +142,7 @@ def _table(table: Tensor | float, name: str, x: Tensor, size: tuple[int, int]) -
     flat = table if table.dtype == dtype else table.to(dtype)
     if flat.dim() < 2:
         flat = flat.reshape(1, -1)
-    if flat.dim() != 2 or flat.shape[0] not in (1, size[0]) or flat.shape[1] not in (1, size[1]):
+    if not broadcasts(flat, *size):
         raise ValueError(
             f"the rule returned a {name} of shape {tuple(table.shape)}, which does not broadcast to (N, C) = {size}"
         )
@@ -169,8 +179,8 @@ def flex_norm(
             image; ``channel_axis=-1, per_position=False`` normalizes a sequence or an image channels last as a whole.
         mask: What counts, of the shape of ``x`` without the channel axis (or with 1 there): true for a value that
             counts, false for padding, or weights of at least 0. Only what counts enters the moments (anything may stand
-            elsewhere, not-a-number too), and gradients through moments go only there; the result is computed
-            everywhere. Counts are then tensors.
+            elsewhere; for what is not finite there, 0 is taken), and gradients through moments go only there; the
+            result is computed everywhere. Counts are then tensors.
         segments: For ``x`` (R, C) whose rows are the positions of samples of various sizes, as the nodes of a batch of
             graphs: the number of the sample of each row, int64 (R,), or :class:`Segments` of it. The moments of a rule
             are then those of the S samples: (S, C), with counts (S, 1).
@@ -203,11 +213,13 @@ def flex_norm(
         keywords = rule.keywords if isinstance(rule, functools.partial) and not rule.args else {}
         twin = _TWINS.get(rule.func if isinstance(rule, functools.partial) and not rule.args else rule)
         each = channel_axis == -1 if per_position is None else per_position
-        if twin and (y := by_torch(x, channel_axis, each, functools.partial(twin, params, keywords))) is not None:
+        if twin and (y := in_one(x, channel_axis, each, functools.partial(twin, params, keywords))) is not None:
             return y
     flat = x.dim() == 2
     last = flat or channel_axis == -1
     weights = None if mask is None else weights_of(mask, x, 1 if not last else -1)
+    if weights is not None:
+        x = _without_hidden(x, weights.unsqueeze(1 if not last else -1))
     if segments is not None:
         if per_position:
             raise ValueError("segments make the rows of a sample its positions: they contradict per_position=True")
@@ -245,18 +257,23 @@ def twin_of(rule: Rule) -> Callable[[_Twin], _Twin]:
     return declare
 
 
-def by_torch(
-    x: Tensor, channel_axis: int, per_position: bool, twin: Callable[[Tensor], Tensor | None]
+def in_one(
+    x: Tensor,
+    channel_axis: int,
+    per_position: bool,
+    twin: Callable[[Tensor], Tensor | None],
+    at_any_size: bool = False,
 ) -> Tensor | None:
-    """Normalize small ``x`` by torch's own function of the norm; ``None`` where that does not serve.
+    """Normalize ``x`` by a function that does all of a norm at once; ``None`` where that does not serve.
 
     Args:
         x: As of :func:`flex_norm`; arguments checked.
         channel_axis: As of :func:`flex_norm`.
         per_position: As of :func:`flex_norm`.
         twin: Maps (N, C, *spatial), or tokens (R, C), to the result or to ``None`` if it can't.
+        at_any_size: Whether it serves inputs of any size, and not small ones only.
     """
-    if not best_by_torch(x) or _left_to_torch(x):
+    if not (best_by_torch(x) or at_any_size) or x.device.type != "cpu" or _left_to_torch(x):
         return None
     if x.dim() == 2 or (channel_axis == 1 and not per_position):
         return twin(x)
@@ -264,6 +281,13 @@ def by_torch(
         return None
     y = twin(x.view(-1, x.shape[-1]))
     return y if y is None else y.view(x.shape)
+
+
+def _without_hidden(x: Tensor, weights: Tensor) -> Tensor:
+    """``x`` with 0 for what is not finite where nothing counts: 0 times not-a-number would reach every gradient."""
+    if x.device.type == "cpu" and not _left_to_torch(x) and bool(x.detach().sum().isfinite()):
+        return x
+    return torch.where((weights > 0) | x.isfinite(), x, 0)
 
 
 def _check(x: Tensor, channel_axis: int) -> None:
@@ -336,9 +360,9 @@ def _per_sample(x: Tensor, rule: Rule, params: tuple[Any, ...], process_group: P
         center = mean.detach()
         return mean, var
 
-    moments = Moments(count=count, process_group=process_group, _compute=compute, _backend=layout.backend)
+    moments = Moments(count=count, process_group=process_group, _compute=compute, backend=layout.backend)
     scale, shift = _apply_rule(rule, moments, params, x, size)
     if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad or shift.requires_grad):
         return passes.affine(x, scale, shift, layout)
     origin, link = (x, None) if through is None else (through, pending)
-    return cast("Tensor", _Affine.apply(origin, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _Affine.apply(origin, x, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]

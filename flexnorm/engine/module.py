@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm.engine.declaration import Norm, constructor_arguments
-from flexnorm.engine.functional import by_torch, flex_norm
+from flexnorm.engine.functional import flex_norm, in_one
 from flexnorm.engine.moments import Moments, active_group
 from flexnorm.engine.segments import Segments
 from flexnorm.kernels.tables import track
@@ -72,6 +72,7 @@ class FlexNorm(Norm):
         ValueError: If ``num_features``, ``eps`` or ``momentum`` is out of range.
     """
 
+    twin_at_any_size: ClassVar[bool] = False
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     running_mean: Tensor | None
@@ -175,13 +176,15 @@ class FlexNorm(Norm):
         raise NotImplementedError(f"{type(self).__name__} must implement rule(moments) -> (scale, shift)")
 
     def twin(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Normalize small ``x`` by torch's own function of this norm, running statistics included, where there is one.
+        """Normalize ``x`` in one node, running statistics included: by torch's own function, or a kernel, of this norm.
+
+        Called for small inputs, or whatever their size where the class says :attr:`twin_at_any_size`.
 
         Args:
             x: (N, C, *spatial), or tokens (R, C), on the CPU; the layer's input has been checked.
 
         Returns:
-            The result, or ``None`` where torch has no such function: then the rule serves.
+            The result, or ``None`` where there is no such function: then the rule serves.
         """
         return None
 
@@ -249,15 +252,10 @@ class FlexNorm(Norm):
         Returns:
             A tensor of the shape, type and memory format of ``x``.
         """
-        if segments is None:
-            self.check_input(x)
-        elif x.dim() != 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__} with segments expects (R, {self.num_features}), one row for each position, got "
-                f"shape {tuple(x.shape)}"
-            )
+        # Rows in segments are the positions of one long sequence, as far as its shape goes.
+        self.check_input(x if segments is None else x.unsqueeze(0).movedim(-1, self.channel_axis))
         if mask is None and segments is None:
-            y = by_torch(x, self.channel_axis, self.per_position, self.twin)
+            y = in_one(x, self.channel_axis, self.per_position, self.twin, self.twin_at_any_size)
             if y is not None:
                 return y
         return flex_norm(

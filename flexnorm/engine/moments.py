@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexnorm._messages import unknown_name
+from flexnorm.engine.segments import Segments
 from flexnorm.kernels.tables import Pair, pool, pool_unequal
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ class Moments:
             communication with other processes, (N, 1) where a mask or segments give each sample its own (with weights
             their sum).
         process_group: Group over which ``pool("batch")`` and ``pool("all")`` also pool; ``None`` for this process only.
-
-    Attributes:
-        backend: Where the tables come from (:mod:`flexnorm.kernels`); what works on them goes on there.
+        backend: Where the tables come from (:mod:`flexnorm.kernels`): what works on them goes on there.
     """
 
     def __init__(
@@ -46,15 +45,17 @@ class Moments:
         count: int | Tensor = 1,
         *,
         process_group: ProcessGroup | None = None,
+        backend: str = "composed",
         _compute: Callable[[bool], Pair] | None = None,
-        _backend: str = "composed",
+        _square: Callable[[], Tensor] | None = None,
     ) -> None:
         if _compute is None and (mean is None or var is None):
             raise TypeError("Moments needs both mean and var")
         self._mean = mean
         self._var = var
         self._compute = _compute
-        self.backend = _backend
+        self._square = _square
+        self.backend = backend
         self.count = count
         self.process_group = process_group
 
@@ -79,6 +80,8 @@ class Moments:
     @property
     def mean_square(self) -> Tensor:
         """Second moments about zero, ``var + mean**2``: what RMS and filter response normalization divide by."""
+        if self._square is not None and self._mean is None:
+            return self._square()
         mean, var = self.tables
         return var + mean.square()
 
@@ -118,7 +121,7 @@ class Moments:
         return self._pool_batch() if over == "batch" else self._pool_all()
 
     def _with(self, mean: Tensor, var: Tensor, count: int | Tensor, backend: str = "composed") -> Moments:
-        return Moments(mean, var, count, process_group=self.process_group, _backend=backend)
+        return Moments(mean, var, count, process_group=self.process_group, backend=backend)
 
     def _pool_positions(self) -> Moments:
         return self
@@ -147,7 +150,7 @@ class Moments:
         elif samples == 1:
             local = Moments(*self.tables, self.count)
         else:
-            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, _backend=self.backend)
+            local = Moments(*pool(*self.tables, 0, self.backend), self.count * samples, backend=self.backend)
         return self._over_processes(local)
 
     def _over_processes(self, local: Moments) -> Moments:
@@ -170,6 +173,14 @@ class Moments:
     def __repr__(self) -> str:
         known = "not computed yet" if self._mean is None else f"shape={tuple(self._mean.shape)}"
         return f"Moments({known}, count={self.count})"
+
+
+def broadcasts(table: Tensor, rows: int, columns: int) -> bool:
+    """Whether a table has two axes and broadcasts to (rows, columns)."""
+    # Compared one by one: a compiler turns that into guards on sizes that it does not know.
+    if table.dim() != 2 or not (table.shape[0] == 1 or table.shape[0] == rows):
+        return False
+    return bool(table.shape[1] == 1 or table.shape[1] == columns)
 
 
 def check_groups(groups: int, channels: int) -> None:
@@ -198,6 +209,21 @@ class _Gather(torch.autograd.Function):
         total = grad.contiguous().clone()
         torch.distributed.all_reduce(total, group=ctx.group)
         return total[torch.distributed.get_rank(ctx.group)], None
+
+
+def pool_positions(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+    """Moments (N, C) of values (N, P, C) weighted (N, P, 1), and how many stand behind each; weight 0 is no value."""
+    if weights is None:
+        if values.numel() == 0:
+            zeros = values.sum(1)
+            return zeros, zeros, values.shape[1]
+        var, mean = torch.var_mean(values, 1, correction=0)
+        return mean, var, values.shape[1]
+    count = weights.sum(1)
+    share = weights / torch.where(count > 0, count, 1).unsqueeze(1)
+    values = torch.where(weights > 0, values, 0)
+    mean = (share * values).sum(1)
+    return mean, (share * (values - mean.unsqueeze(1)).square()).sum(1), count
 
 
 class Pool:
@@ -241,7 +267,7 @@ class Pool:
         """Add ``count`` values per channel with their ``mean`` (C,) and biased variance ``var`` (C,)."""
         n = torch.as_tensor(count).to(self.count)
         mean, var = mean.reshape(-1).to(self.mean), var.reshape(-1).to(self.mean)
-        total = (self.count + n).clamp_min(1)
+        total = _nonzero(self.count + n)
         delta = torch.where(n > 0, mean - self.mean, 0.0)
         self.m2 = self.m2 + n * var
         if self.between:
@@ -250,14 +276,25 @@ class Pool:
         self.count = self.count + n
         self.batches += 1
 
-    def add_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the values ``x`` (N, C, *), and return their own mean and variance (C,), in float32 at least.
+    def add_values(
+        self, x: Tensor, weights: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the values ``x``, and return their own mean and variance (C,), in float32 at least.
 
-        The variance is the biased one; where ``between`` is false, the average of the samples' unbiased ones.
+        Args:
+            x: (N, C, *).
+            weights: (N, *), how much each position counts, 0 for not at all; ``None``: all alike.
+            segments: (N,), the sample to which each row of ``x`` (N, C) belongs, where the rows are no samples.
+
+        Returns:
+            Mean and biased variance; where ``between`` is false, averages of the samples' means and unbiased variances.
+            Those of all values so far, if none counts now.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if not x.numel():
             return self.mean, self.var
+        if weights is not None or (segments is not None and not self.between):
+            return self._add_weighted(x, weights, segments)
         per_sample = x.numel() // (x.shape[0] * self.mean.numel())
         if self.between:
             var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
@@ -268,6 +305,27 @@ class Pool:
             self.add(x.shape[0], mean, var)
         return mean, var
 
+    def _add_weighted(self, x: Tensor, weights: Tensor | None, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        values = x.flatten(2).movedim(1, -1) if x.dim() > 2 else x.unsqueeze(1)
+        share = values.new_ones(values.shape[:2]) if weights is None else weights.to(values).reshape(values.shape[:2])
+        if self.between:
+            mean, var, count = pool_positions(values.reshape(1, -1, x.shape[1]), share.reshape(1, -1, 1))
+            count, mean, var = count.sum(), mean[0], var[0]
+        else:
+            if segments is not None:
+                own = Segments.of(segments, x)
+                mean, var, count = own.moments(values.squeeze(1), share.squeeze(1))
+            else:
+                mean, var, count = pool_positions(values, share.unsqueeze(2))
+            present = count > 0
+            var = var * (count / (count - 1).clamp_min(1))
+            count = present.sum()
+            mean, var = ((torch.where(present, t, 0).sum(0) / count.clamp_min(1)) for t in (mean, var))
+        if bool(count > 0):
+            self.add(count, mean, var)
+            return mean, var
+        return self.mean, self.var
+
     def merge(self, other: Pool) -> None:
         """Add all that the ``other`` pool holds."""
         self.add(other.count, other.mean, other.var)
@@ -276,7 +334,7 @@ class Pool:
     @property
     def var(self) -> Tensor:
         """Biased variance (C,)."""
-        return self.m2 / self.count.clamp_min(1)
+        return self.m2 / _nonzero(self.count)
 
     @property
     def unbiased(self) -> Tensor:
@@ -287,6 +345,11 @@ class Pool:
     def finite(self) -> Tensor:
         """(C,): whether mean and variance of the channel are finite."""
         return torch.isfinite(self.mean) & torch.isfinite(self.m2)
+
+
+def _nonzero(count: Tensor) -> Tensor:
+    """A number of values to divide by; weights may add up to less than one."""
+    return torch.where(count > 0, count, 1)
 
 
 def pool_processes(pools: list[Pool], group: ProcessGroup | None) -> None:
@@ -310,7 +373,7 @@ def pool_processes(pools: list[Pool], group: ProcessGroup | None) -> None:
         # The order of the processes is the same everywhere, so the sums round alike.
         for share in shares:
             count, (mean, m2) = share[1], share[2:].tensor_split(2)
-            merged.add(count, mean, m2 / count.clamp_min(1))
+            merged.add(count, mean, m2 / _nonzero(count))
         merged.batches = int(max(share[0] for share in shares))
 
 

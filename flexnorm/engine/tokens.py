@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine.factored import Factored
-from flexnorm.engine.moments import Moments, check_groups
+from flexnorm.engine.moments import Moments, broadcasts, check_groups, pool_positions
 from flexnorm.kernels import tokens
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.passes import gradients, must_compose
@@ -28,18 +28,69 @@ if TYPE_CHECKING:
 _Pending: TypeAlias = "list[Terms] | None"
 _Table: TypeAlias = "Terms | Tensor"
 
-
-def _composed_rows(values: Tensor, groups: int) -> Pair:
-    """Moments (R, groups) of a matrix (R, C) by differentiable operations."""
-    split = values.reshape(values.shape[0], groups, values.shape[1] // groups)
-    if values.numel() == 0:
-        return split.sum(2), split.sum(2)
-    var, mean = torch.var_mean(split, 2, correction=0)
-    return mean, var
+Kind: TypeAlias = tuple[str, int]
+"""Of what: "token" (in so many groups of its channels), "batch", or "squares" of a token, about zero."""
 
 
-def _composed_columns(values: Tensor, weights: Tensor | None) -> Pair:
-    """Moments (1, C) of a matrix (R, C) by differentiable operations; zeros where nothing counts."""
+class _Reduce(torch.autograd.Function):
+    """Moments of the tokens or of the batch, and x itself for whatever comes after."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kind: Kind, weights: Tensor | None, layout: Layout, pending: list[Terms]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = _moments(x, kind, weights, layout)
+        ctx.save_for_backward(x, mean, weights)
+        ctx.set_materialize_grads(False)
+        ctx.kind, ctx.layout, ctx.pending = kind, layout, pending
+        return mean, var, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, mean, weights = ctx.saved_tensors
+        layout, (of, groups) = ctx.layout, ctx.kind
+        scale = ctx.pending.pop() if ctx.pending else None
+        if must_compose(dmean, dvar, g):
+
+            def compose(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return (*_composed(tokens.matrix(v, layout).to(mean.dtype), (of, groups), weights), v)
+
+            (dx,) = gradients(compose, [x], [True], (dmean, dvar, g))
+            return dx, None, None, None, None
+        if g is not None and g.stride() != x.stride():
+            g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
+        if dmean is None and dvar is None:
+            return (g if g is None or scale is None else tokens.affine(g, scale, (), layout)), None, None, None, None
+        samples, channels, positions = layout.size
+        size: float | Tensor = samples * positions if of == "batch" else channels / groups
+        if of == "batch" and weights is not None:
+            size = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        source = Source(mean, dmean, dvar, size, weights if of == "batch" else None)
+        g = torch.zeros_like(x) if g is None else g
+        rows, columns = (None, source) if of == "batch" else (source, None)
+        return tokens.combine(g, x, scale, rows, columns, layout), None, None, None, None
+
+
+def _moments(x: Tensor, kind: Kind, weights: Tensor | None, layout: Layout) -> Pair:
+    """Means and biased variances; of "squares", second moments about zero, in the place of variances."""
+    of, groups = kind
+    if of == "batch":
+        return tokens.column_moments(x, layout, weights)
+    mean, var = tokens.row_moments(x, layout, groups)
+    return (torch.zeros_like(mean), torch.addcmul(var, mean, mean)) if of == "squares" else (mean, var)
+
+
+def _composed(values: Tensor, kind: Kind, weights: Tensor | None) -> Pair:
+    """As :func:`_moments`, of a matrix (R, C), by differentiable operations; zeros where nothing counts."""
+    of, groups = kind
+    if of != "batch":
+        split = values.reshape(values.shape[0], groups, values.shape[1] // groups)
+        if values.numel() == 0:
+            return split.sum(2), split.sum(2)
+        if of == "squares":
+            return values.new_zeros(()), split.square().mean(2)
+        var, mean = torch.var_mean(split, 2, correction=0)
+        return mean, var
     if weights is None:
         if values.shape[0] == 0:
             zeros = values.sum(0, keepdim=True)
@@ -53,55 +104,19 @@ def _composed_columns(values: Tensor, weights: Tensor | None) -> Pair:
     return mean, (share * (values - mean).square()).sum(0, keepdim=True)
 
 
-class _Reduce(torch.autograd.Function):
-    """Moments of the tokens or of the batch, and x itself for whatever comes after."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, groups: int, weights: Tensor | None, layout: Layout, pending: list[Terms]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = _moments(x, groups, weights, layout)
-        ctx.save_for_backward(x, mean, weights)
-        ctx.set_materialize_grads(False)
-        ctx.groups, ctx.layout, ctx.pending = groups, layout, pending
-        return mean, var, x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mean, weights = ctx.saved_tensors
-        layout, groups = ctx.layout, ctx.groups
-        scale = ctx.pending.pop() if ctx.pending else None
-        if must_compose(dmean, dvar, g):
-
-            def compose(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                values = tokens.matrix(v, layout).to(mean.dtype)
-                return (*(_composed_rows(values, groups) if groups else _composed_columns(values, weights)), v)
-
-            (dx,) = gradients(compose, [x], [True], (dmean, dvar, g))
-            return dx, None, None, None, None
-        if dmean is None and dvar is None:
-            return (g if g is None or scale is None else tokens.affine(g, scale, (), layout)), None, None, None, None
-        samples, channels, positions = layout.size
-        count: float | Tensor = channels / groups if groups else samples * positions
-        if weights is not None and not groups:
-            count = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-        source = Source(mean, dmean, dvar, count, None if groups else weights)
-        g = torch.zeros_like(x) if g is None else g
-        dx = tokens.combine(g, x, scale, source if groups else None, None if groups else source, layout)
-        return dx, None, None, None, None
-
-
-def _moments(x: Tensor, groups: int, weights: Tensor | None, layout: Layout) -> Pair:
-    """Of each token in so many groups of its channels, or of the batch, which 0 groups stand for."""
-    return tokens.row_moments(x, layout, groups) if groups else tokens.column_moments(x, layout, weights)
-
-
 class _Affine(torch.autograd.Function):
     """``y = scale * x + shift``; ``pending`` takes the scale still to be applied to the gradient of x."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, center: Tensor | None, layout: Layout, pending: _Pending, shape: str, *factors: Tensor
+        ctx: Any,
+        through: Tensor,  # noqa: ARG004 - the same values; only this node may use it, so that its gradient is its own
+        x: Tensor,
+        center: Tensor | None,
+        layout: Layout,
+        pending: _Pending,
+        shape: str,
+        *factors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, center, *factors)
         ctx.layout, ctx.pending, ctx.shape = layout, pending, shape
@@ -120,23 +135,23 @@ class _Affine(torch.autograd.Function):
                 values = tokens.matrix(v, layout)
                 return tokens.like(values.to(table_dtype(v.dtype)) * scale + shift, v, layout)
 
-            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[5:]], (g,))
-            return of_x, None, None, None, None, *found
+            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[6:]], (g,))
+            return of_x, None, None, None, None, None, *found
         if g.stride() != x.stride():
             g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
         scale, shift = _unflatten(shape, factors)
         grads: list[Tensor | None] = [None] * len(factors)
-        if any(needed[5:]):
+        if any(needed[6:]):
             of_scale, of_shift = tokens.sums(g, x, center, scale, shift, layout)
             grads = [t for term in (*of_scale, *of_shift) for t in term if t is not None]
-            grads = [t if need else None for t, need in zip(grads, needed[5:], strict=True)]
+            grads = [t if need else None for t, need in zip(grads, needed[6:], strict=True)]
         dx: Tensor | None = None
         if needed[0] and ctx.pending is None:
             dx = tokens.affine(g, scale, (), layout)
         elif needed[0]:
             ctx.pending.append(scale)
             dx = g
-        return dx, None, None, None, None, *grads
+        return dx, None, None, None, None, None, *grads
 
 
 def _sum(terms: Terms, channels: int) -> Tensor | float:
@@ -180,7 +195,7 @@ class Tokens:
         self.positions = 1
         for length in self._shape[1:-1]:
             self.positions *= length
-        self._found: dict[tuple[int, bool], Pair] = {}
+        self._found: dict[tuple[Kind, bool], Pair] = {}
         self._matrix: Tensor | None = None
 
     @property
@@ -198,25 +213,29 @@ class Tokens:
 
     def _restored(self, matrix: Tensor) -> Tensor:
         y = matrix.to(self._origin.dtype).reshape(self._shape)
-        return y if self._last else y.movedim(-1, 1)
+        if self._last:
+            return y
+        y = y.movedim(-1, 1)
+        return y.contiguous() if self._origin.is_contiguous() else y
 
-    def reduce(self, groups: int, differentiable: bool) -> Pair:
-        """Moments of each token in so many groups of its channels, or of the batch, which 0 groups stand for."""
-        differentiable = differentiable and torch.is_grad_enabled() and self._x.requires_grad
-        found = self._found.get((groups, True)) or self._found.get((groups, differentiable))
+    def reduce(self, kind: Kind, differentiable: bool) -> Pair:
+        """Moments of a kind."""
+        # The composition is also differentiated forwards, where nothing requires gradients.
+        recorded = self.layout is None or (torch.is_grad_enabled() and self._origin.requires_grad)
+        differentiable = differentiable and recorded
+        found = self._found.get((kind, True)) or self._found.get((kind, differentiable))
         if found is None:
-            found = self._found[groups, differentiable] = self._reduce(groups, differentiable)
-            if self._center is None or groups:
+            found = self._found[kind, differentiable] = self._reduce(kind, differentiable)
+            if self._center is None or kind[0] == "token":
                 self._center = found[0].detach()
         return found if differentiable else (found[0].detach(), found[1].detach())
 
-    def _reduce(self, groups: int, differentiable: bool) -> Pair:
+    def _reduce(self, kind: Kind, differentiable: bool) -> Pair:
         if self.layout is None:
-            values = self.matrix if differentiable else self.matrix.detach()
-            return _composed_rows(values, groups) if groups else _composed_columns(values, self.weights)
+            return _composed(self.matrix if differentiable else self.matrix.detach(), kind, self.weights)
         if not differentiable:
-            return _moments(self._x, groups, self.weights, self.layout)
-        mean, var, self._x = _Reduce.apply(self._x, groups, self.weights, self.layout, self._pending)  # type: ignore[no-untyped-call]
+            return _moments(self._x, kind, self.weights, self.layout)
+        mean, var, self._x = _Reduce.apply(self._x, kind, self.weights, self.layout, self._pending)  # type: ignore[no-untyped-call]
         return mean, var
 
     def affine(self, scale: _Table, shift: _Table) -> Tensor:
@@ -230,7 +249,7 @@ class Tokens:
         if not torch.is_grad_enabled() or not (self._x.requires_grad or any(t.requires_grad for t in factors)):
             return tokens.affine(self._x, scale, shift, self.layout)
         link = self._pending if any(key[1] for key in self._found) else None
-        made = _Affine.apply(self._x, self._center, self.layout, link, shape, *factors)  # type: ignore[no-untyped-call]
+        made = _Affine.apply(self._x, self._origin, self._center, self.layout, link, shape, *factors)  # type: ignore[no-untyped-call]
         return cast("Tensor", made)
 
     def terms(self, table: Any, name: str) -> _Table:
@@ -253,7 +272,7 @@ class Tokens:
             table = torch.full((1,), float(table), device=self._x.device)
         flat: Tensor = table if table.dtype == dtype else table.to(dtype)
         flat = flat.reshape(1, -1) if flat.dim() < 2 else flat
-        if flat.dim() != 2 or flat.shape[0] not in (1, rows) or flat.shape[1] not in (1, self.channels):
+        if not broadcasts(flat, rows, self.channels):
             raise ValueError(
                 f"the rule returned a {name} of shape {tuple(table.shape)}, "
                 f"which does not broadcast to (R, C) = {(rows, self.channels)}"
@@ -290,19 +309,27 @@ class TokenMoments(Moments):
         check_groups(groups, source.channels)
         if groups == source.channels:
             return self
-        tables: Any = source.reduce(groups, self._differentiable)
         size = source.channels // groups
-        if source.layout is not None:
-            tables = tuple(Factored(((t, None),), len(t), source.channels, t) for t in tables)
-        elif groups > 1:
-            tables = tuple(t.repeat_interleave(size, 1) for t in tables)
         count = size if source.weights is None else size * source.weights.unsqueeze(1)
-        return self._with(tables[0], tables[1], count)
+
+        def table(kind: str, which: int, differentiable: bool) -> Any:
+            found = source.reduce((kind, groups), differentiable and self._differentiable)[which]
+            if source.layout is not None:
+                return Factored(((found, None),), len(found), source.channels, found)
+            return found.repeat_interleave(size, 1) if groups > 1 else found
+
+        return Moments(
+            count=count,
+            process_group=self.process_group,
+            _compute=lambda differentiable: (table("token", 0, differentiable), table("token", 1, differentiable)),
+            _square=lambda: table("squares", 1, True),
+        )
 
     def _pool_batch(self) -> Moments:
         source = self._source
         count = source.samples * source.positions if source.weights is None else source.weights.sum()
-        return self._over_processes(Moments(*source.reduce(0, self._differentiable), count, _backend=source.backend))
+        found = source.reduce(("batch", 0), self._differentiable)
+        return self._over_processes(Moments(*found, count, backend=source.backend))
 
     def _pool_positions(self) -> Moments:
         source = self._source
@@ -313,18 +340,3 @@ class TokenMoments(Moments):
             count = count.repeat_interleave(source.positions, 0)
         mean, var = (t.repeat_interleave(source.positions, 0) for t in (mean, var))
         return self._with(mean, var, count)
-
-
-def pool_positions(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Any]:
-    """Moments (N, C) of values (N, P, C) weighted (N, P, 1), and how many stand behind each; weight 0 is no value."""
-    if weights is None:
-        if values.numel() == 0:
-            zeros = values.sum(1)
-            return zeros, zeros, values.shape[1]
-        var, mean = torch.var_mean(values, 1, correction=0)
-        return mean, var, values.shape[1]
-    count = weights.sum(1)
-    share = weights / torch.where(count > 0, count, 1).unsqueeze(1)
-    values = torch.where(weights > 0, values, 0)
-    mean = (share * values).sum(1)
-    return mean, (share * (values - mean.unsqueeze(1)).square()).sum(1), count

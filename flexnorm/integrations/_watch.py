@@ -32,21 +32,20 @@ class ShiftWatch:
         """All measurements so far."""
         return [] if self.monitor is None else self.monitor.records
 
-    def _begin(self, model: nn.Module, inputs: Any) -> None:
-        """Make the monitor, or take up the state of the one before, and look for the first time.
-
-        A model without normalization layers is no reason to stop a training: that is said once, and nothing measured.
-        """
-        if self._idle:
-            return
-        if self._options.get("layers", "norm") == "norm" and not any(map(normalizes, model.modules())):
+    def _watches(self, model: nn.Module) -> bool:
+        """Whether there is something to watch; that a model has no norms is said once, and stops no training."""
+        if (
+            not self._idle
+            and self._options.get("layers", "norm") == "norm"
+            and not any(map(normalizes, model.modules()))
+        ):
             self._idle = True
-            said, advice = (
-                f"{type(self).__name__} measures nothing",
-                "Choose others, by layers=.",
-            )
+            said, advice = f"{type(self).__name__} measures nothing", "Choose others, by layers=."
             nothing_done(said, "normalization layers", [], advice)
-            return
+        return not self._idle
+
+    def _begin(self, model: nn.Module, inputs: Any) -> None:
+        """Make the monitor, or take up the state of the one before, and look for the first time."""
         self._probe = inputs if self._probe is None else self._probe
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         monitor = ShiftMonitor(model, to_device(self._probe, device), **self._options)

@@ -62,7 +62,7 @@ class LightningShiftCallback(ShiftWatch, _Base):
             self._start(trainer, pl_module, batch)
 
     def _start(self, trainer: Any, module: nn.Module, batch: Any) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self._watches(module):
             targets = ("label", "labels", "target", "targets")
             named = isinstance(batch, Mapping)
             inputs = {k: v for k, v in batch.items() if k not in targets} if named else batch_inputs(batch)

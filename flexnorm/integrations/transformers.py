@@ -73,7 +73,7 @@ class TransformersShiftCallback(ShiftWatch, _Checkpointed):
         self, args: Any, state: Any, control: Any, model: nn.Module, train_dataloader: Any = None, **others: Any
     ) -> None:
         """Take the probe, and the state of a checkpoint that the training resumes from."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self._watches(model):
             self.load_state_dict(self._kept(args, state))
             self._begin(model, None if self._probe is not None else self._first(train_dataloader))
 

@@ -10,6 +10,7 @@
  *   track     running statistics             of a pooled batch; a batch with a non-finite channel is left out
  *   follow    the same, exponentially weighted with the variance between batches
  *   guard     statistics                     kept within a factor of those of the batch
+ *   standardize  scale, shift                of given statistics; and its backward
  *   unitize   scale, shift                   of unitized batch normalization; and its backward
  *
  * Two layouts: "rows" (N, C, P contiguous: one row of P values per table entry) and "cols" (N, P, C contiguous:
@@ -291,6 +292,27 @@ i64 NAME(track)(const A *batch_mean, const A *batch_var, A *mean, A *var, double
     var[c] += (A)(rate * (correction * batch_var[c] - (double)var[c]));
   }
   return 1;
+}
+
+/* scale = weight (var + eps)^-1/2, shift = bias - mean scale. */
+void NAME(standardize)(const A *mean, const A *var, const A *weight, const A *bias, double eps, A *scale, A *shift,
+                       i64 C) {
+  for (i64 c = 0; c < C; c++) {
+    scale[c] = (weight ? weight[c] : 1) / (A)sqrt(var[c] + (A)eps);
+    shift[c] = (bias ? bias[c] : 0) - mean[c] * scale[c];
+  }
+}
+
+/* The gradients for those of scale (ds) and shift (dh), of the moments (m, v) of the batch that the statistics (mean,
+ * var) follow, and of the weight: d scale / d v = -scale / (2 (v + eps)), d shift / d m = -scale, the rest constant. */
+void NAME(standardize_backward)(const A *ds, const A *dh, const A *m, const A *v, const A *mean, const A *var,
+                                const A *weight, double eps, A *dm, A *dv, A *dweight, i64 C) {
+  for (i64 c = 0; c < C; c++) {
+    const A inverse = 1 / (A)sqrt(var[c] + (A)eps), gain = (weight ? weight[c] : 1) * inverse;
+    dm[c] = -gain * dh[c];
+    dv[c] = (A)-0.5 * gain * (ds[c] - m[c] * dh[c]) / (v[c] + (A)eps);
+    dweight[c] = inverse * (ds[c] - mean[c] * dh[c]);
+  }
 }
 
 /* t = var_n + (mean_n - m)^2, s_n = sum_c t / (v + eps) / divisor, q_n = (s_n + eps)^-1/2,

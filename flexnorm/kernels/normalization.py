@@ -27,6 +27,8 @@ _TABLES = {
     "track": "ppppddn",
     "follow": "ppppdin",
     "guard": "ppppddppn",
+    "standardize": "ppppdppn",
+    "standardize_backward": "pppppppdpppn",
     "unitize": "pppppppddpppnn",
     "unitize_backward": "pppppppppddpppppppnn",
 }

@@ -104,7 +104,9 @@ def track(batch: Pair, kept: Pair, batches: Tensor, momentum: float | None, coun
         batches.add_(call("track", mean.dtype, *batch, *kept, rate, count / max(count - 1, 1), mean.numel()))
         torch.autograd.graph.increment_version(kept)
         return
-    unbiased = count / max(count - 1, 1) if isinstance(count, int) else (count / (count - 1).clamp_min(1)).float()
+    unbiased = (
+        count / max(count - 1, 1) if isinstance(count, int) else (count / (count - 1).clamp_min(1)).to(mean.dtype)
+    )
     new_mean, new_var, usable = _entering(batch, kept, batches, count)
     rate_now = momentum if momentum is not None else 1.0 / batches.clamp_min(1).to(mean.dtype)
     mean.copy_(torch.where(usable, mean + rate_now * (new_mean - mean), mean))
@@ -175,6 +177,8 @@ def unitize(
 def _compose_unitize(*inputs: Any, eps: float, divisor: int | Tensor) -> Pair:
     own_mean, own_var, mean, var, weight, bias, alpha = inputs
     power = (var + eps).reciprocal()
+    if isinstance(divisor, Tensor):
+        divisor = torch.where(divisor > 0, divisor, 1)  # a sample of which nothing counts
     square = ((own_var + (own_mean - mean).square()) * power).sum(1, keepdim=True) / divisor
     scale = torch.addcmul(1 - alpha, alpha, (square + eps).rsqrt()) * power.sqrt()
     if weight is not None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+MANY = 2**60
+"""The unbiased and the biased variance of that many values are the same number."""
+
+
 class Placed(TypedDict, total=False):
     """Keyword arguments of every layer, as of :class:`flexnorm.FlexNorm`."""
 

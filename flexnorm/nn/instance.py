@@ -8,12 +8,27 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine import FlexNorm, Moments
-from flexnorm.nn._base import Pair, Param, Shared, standardize
+from flexnorm.nn._base import MANY, Pair, Param, Shared, standardize
 
 
 def instance(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
     """Instance normalization (Ulyanov et al. 2016): moments per sample and channel, over positions."""
     return standardize(moments.mean, moments.var, weight, bias, eps)
+
+
+def _averages(own: Moments) -> Moments:
+    """Averages (1, C) of means and unbiased variances over the samples that have values, and how many these are."""
+    count, group = own.count, own.process_group
+    if isinstance(count, Tensor):
+        unbiased: float | Tensor = count / (count - 1).clamp_min(1)
+        present: int | Tensor = (count > 0).to(own.mean.dtype)
+    else:
+        unbiased, present = count / max(count - 1, 1), min(count, 1)
+    mean, var = (
+        Moments(table, torch.zeros_like(table), present, process_group=group).pool("batch")
+        for table in (own.mean, own.var * unbiased)
+    )
+    return Moments(mean.mean, var.mean, mean.count)
 
 
 class _InstanceNorm(FlexNorm):
@@ -56,12 +71,15 @@ class _InstanceNorm(FlexNorm):
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
         own = moments.detach() if self.training and self.running_mean is not None else None
         if own is not None and (own.mean.shape[0] or own.process_group is not None):
-            mean, var = (
-                Moments(table, torch.zeros_like(table), 1, process_group=own.process_group).pool("batch").mean
-                for table in (own.mean, own.var)
-            )
-            self.track(Moments(mean, var, own.count))
+            self.track(_averages(own))
         return instance(moments, self.weight, self.bias, eps=self.eps)
+
+    @torch.no_grad()
+    def track(self, pooled: Moments) -> None:
+        """Let averages of the samples' moments enter the running ones; the count is that of the samples."""
+        some = pooled.count > 0
+        count = torch.where(some, MANY, 0) if isinstance(some, Tensor) else MANY * some
+        super().track(Moments(pooled.mean, pooled.var, count))
 
     def check_input(self, x: Tensor) -> None:
         """Refuse wrong shapes, and inputs whose instances have no statistics."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm, Moments, recomputing, twin_of
+from flexnorm.engine import FlexNorm, Moments, recomputing, standardize_small, twin_of
 from flexnorm.kernels.tables import follow, follow_weights, guard
 from flexnorm.nn._base import Pair, Param, Shared, standardize
 
@@ -129,13 +129,31 @@ class _PopulationNorm(FlexNorm):
         """Its evaluation is that of batch normalization."""
         return "population" if training else "batch"
 
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize small ``x``: as the rule does, in one node."""
+        same = self.weight is None or self.weight.dtype == x.dtype
+        if self.group() is not None or not same or self.running_mean.dtype != x.dtype:
+            return None
+        if self.frozen or not self.training:
+            return by_fixed_norm(x, *self.kept_statistics(), self.weight, self.bias, eps=self.eps)
+        if self.gradient != "batch" or self._values < _FEW_VALUES:
+            return None
+        return standardize_small(x, self.weight, self.bias, self.eps, self._keep)
+
+    @torch.no_grad()
+    def _keep(self, batch: Pair) -> Pair:
+        """Let a batch enter the statistics; return those to normalize it with."""
+        pooled = Moments(*batch, self._values, backend="c")
+        if self.statistics == "running":
+            self.track(pooled)
+        return self._bounded(pooled)
+
     def rule(self, moments: Moments) -> Pair:
         """Standardize with the population statistics, in training too."""
         if self.frozen or not self.training:
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
         # With a process group the choice must not depend on the local batch: all processes communicate alike.
-        alone = moments.process_group is None and isinstance(moments.count, int)
-        few = alone and self._values < _FEW_VALUES
+        few = moments.process_group is None and self._values < _FEW_VALUES
         through = self.gradient == "batch" and not few
         if not through and self.statistics == "estimated":
             return standardize(*self.kept_statistics(), self.weight, self.bias, self.eps)
@@ -154,7 +172,7 @@ class _PopulationNorm(FlexNorm):
             self.clipped.zero_()
 
     def check_input(self, x: Tensor) -> None:
-        """Refuse wrong shapes; remember the number of values per channel, which decides how the gradient is taken."""
+        """Refuse wrong shapes; remember the number of values per channel, masked or not: it decides on the gradient."""
         super().check_input(x)
         self._values = x.numel() // max(self.num_features, 1)
 

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from flexnorm._messages import unknown_name
 from flexnorm.engine import Moments
 from flexnorm.kernels import tables
+from flexnorm.kernels.layout import token_layout_of
+from flexnorm.kernels.tokens import column_moments
+from flexnorm.kernels.unitize import unitize_tokens
 from flexnorm.nn._base import BatchStatistics, Pair, Param, Shared, all_equal
 
 
@@ -102,6 +105,24 @@ class _UnitizedBatchNorm(BatchStatistics):
     def same_as(self, training: bool) -> str:  # noqa: ARG002
         """At alpha = 0 it is batch normalization."""
         return "batch" if all_equal(self.alpha, 0) else "unitized"
+
+    twin_at_any_size = True
+
+    def twin(self, x: Tensor) -> Tensor | None:
+        """Normalize tokens in one node."""
+        layout = token_layout_of(x, -1) if x.dim() == 2 and self.group() is None else None
+        if layout is None or layout.backend != "c" or layout.order != "cols":
+            return None
+        of_batch = self.running_mean is None or (self.training and not self.frozen)
+        if of_batch:
+            kept = column_moments(x.detach(), layout)
+            if self.training:
+                self.track(Moments(*kept, x.shape[0], backend=layout.backend))
+        else:
+            kept = self.kept_statistics()
+        alpha = self.alpha.clamp(0, 1) if self.constrain_alpha else self.alpha
+        divisor = 1.0 if self.unit_norm == "paper" else float(self.num_features)
+        return unitize_tokens(x, kept, of_batch, self.weight, self.bias, alpha, self.eps, divisor)
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize with batch (or running) statistics, then move each sample towards unit norm by alpha."""

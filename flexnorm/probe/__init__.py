@@ -13,6 +13,7 @@ from flexnorm.probe.forward import (
     take_points,
     watched,
 )
+from flexnorm.probe.masks import Mask, Masks
 from flexnorm.probe.nested import arguments, batch_inputs, call, detached, first_tensor, map_tensors, tensors
 from flexnorm.probe.recognition import NormBehavior, Over, normalizes, recognize, unread_norm
 from flexnorm.probe.select import (
@@ -32,6 +33,8 @@ __all__ = [
     "ImageTables",
     "Look",
     "Loss",
+    "Mask",
+    "Masks",
     "Mode",
     "NormBehavior",
     "Over",

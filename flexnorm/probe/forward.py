@@ -33,7 +33,11 @@ _TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 @contextmanager
 def hooked(
-    modules: Iterable[nn.Module], before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+    modules: Iterable[nn.Module],
+    before: Callable[..., Any] | None = None,
+    after: Callable[..., Any] | None = None,
+    *,
+    with_kwargs: bool = False,
 ) -> Iterator[None]:
     """In the block functions are called with each call of some modules; afterwards the hooks are gone, come what may.
 
@@ -41,11 +45,12 @@ def hooked(
         modules: The modules.
         before: ``before(module, inputs)``, or ``None``. What it returns but ``None`` takes the place of the inputs.
         after: ``after(module, inputs, output)``, or ``None``. What it returns but ``None`` takes that of the output.
+        with_kwargs: Whether ``before`` also gets the keyword arguments: ``before(module, inputs, keywords)``.
     """
     with ExitStack() as hooks:
         for module in modules:
             if before is not None:
-                hooks.enter_context(module.register_forward_pre_hook(before))
+                hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
             if after is not None:
                 hooks.enter_context(module.register_forward_hook(after))
         yield
@@ -205,7 +210,14 @@ def side_forward(
 
 
 def take_points(
-    output: Tensor, axis: int, samples: Samples, *, limit: int | None = None, layer: str = "", seed: int = 0
+    output: Tensor,
+    axis: int,
+    samples: Samples,
+    *,
+    limit: int | None = None,
+    layer: str = "",
+    seed: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Points of an output, copied: all of them or a fixed random subset.
 
@@ -217,12 +229,20 @@ def take_points(
             points, hence before and after a step and in a resumed run. ``None`` for all.
         layer: Name of the layer.
         seed: Seed of the choice.
+        mask: What counts, of the shape of ``output`` without the channels: only positions where it is not 0 are points;
+            in an image they alone are not set to 0, and one without any is no point. ``None`` for everything.
 
     Returns:
         (k, d) in float32 or float64, on the device of the output, independent of its memory.
     """
     total = output.shape[0] if samples == "image" else output.numel() // max(output.shape[axis], 1)
-    rows = chosen_rows(total, limit or total, layer, seed).to(output.device)
+    if mask is not None:
+        counts = mask.to(output.device) > 0
+        present = (counts.flatten(1).any(1) if samples == "image" else counts.flatten()).nonzero().squeeze(1)
+        rows = present[chosen_rows(len(present), limit or total, layer, seed).to(output.device)]
+        output = output.masked_fill(~counts.unsqueeze(axis), 0) if samples == "image" else output
+    else:
+        rows = chosen_rows(total, limit or total, layer, seed).to(output.device)
     if samples == "image":
         points = output.reshape(output.shape[0], -1)[rows]
     else:

@@ -238,6 +238,10 @@ def _worth_trying(module: nn.Module, named: bool) -> bool:
 def _untriable(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
+    foreign = not type(module).__module__.startswith(("torch.", "flexnorm."))
+    pools = "sync" in type(module).__name__.lower() or "process_group" in module.__dict__
+    if foreign and pools and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "trying it might wait for other processes"
     if computed := [name for name, value in module.__dict__.items() if isinstance(value, Tensor)]:
         return f"its {computed[0]} is computed by a hook or kept outside of parameters and buffers"
     tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
 from flexnorm.probe import (
+    Mask,
+    Masks,
     Mode,
     Samples,
     Selection,
@@ -31,6 +33,7 @@ from flexnorm.probe import (
     select_layers,
     side_forward,
     take_points,
+    unread_norm,
 )
 from flexnorm.shift.base import Anchor, Every, Monitor, Snapshot, check_count
 from flexnorm.shift.records import ShiftRecord, measure_shift
@@ -50,6 +53,7 @@ class Seen:
         axis: Axis of the channels in both.
         buffers: The layer's own buffers as they were before the call (in training mode the call changes copies of
             them).
+        mask: What counts, of the shape of ``output`` without the channels; ``None`` for everything.
     """
 
     layer: str
@@ -58,6 +62,7 @@ class Seen:
     output: Tensor
     axis: int
     buffers: Mapping[str, Tensor]
+    mask: Tensor | None = None
 
 
 Metric = Callable[[Seen], Mapping[str, float | Tensor]]
@@ -72,7 +77,7 @@ def moments(seen: Seen) -> dict[str, float | Tensor]:
         biased variances. ``kurtosis``: mean of E(x - m)^4 / v^2 over the channels that vary (3 for a Gaussian).
         ``dead``: share of the channels that do not vary.
     """
-    rows = _channels(seen.output, seen.axis)
+    rows = _channels(seen.output, seen)
     mean = rows.mean(1, keepdim=True)
     square = (rows - mean).square()
     variance = square.mean(1)
@@ -101,7 +106,7 @@ def noise(seen: Seen) -> dict[str, float | Tensor]:
     mean, var = seen.buffers.get("running_mean"), seen.buffers.get("running_var")
     if seen.input is None or mean is None or var is None:
         return {"noise_mean": _NAN, "noise_variance": _NAN, "noise": _NAN}
-    rows = _channels(seen.input, seen.axis)
+    rows = _channels(seen.input, seen)
     scale = var.float() + float(getattr(seen.module, "eps", 0.0))
     off = (rows.mean(1) - mean).square() / scale
     ratio = rows.var(1, correction=0) / scale
@@ -124,8 +129,10 @@ def as_metrics(metrics: Iterable[str | Metric]) -> list[Metric]:
     return [METRICS[metric] if isinstance(metric, str) else metric for metric in wanted]
 
 
-def _channels(values: Tensor, axis: int) -> Tensor:
-    rows = values.detach().movedim(axis, 0).flatten(1)
+def _channels(values: Tensor, seen: Seen) -> Tensor:
+    rows = values.detach().movedim(seen.axis, 0).flatten(1)
+    if seen.mask is not None and seen.mask.numel() == rows.shape[1]:
+        rows = rows[:, seen.mask.flatten() > 0]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -153,6 +160,9 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         autocast: Type to run the side forward in under autocast; ``None`` for the state at the call of :meth:`step`.
         channel_dim: Axis of the channels, of all layers, or as a mapping from layers (names, patterns, classes: what
             ``layers`` takes) to axes. By default it is found, layer by layer: see :func:`flexnorm.probe.channel_axes`.
+        mask: What counts, where the probe holds padding: the name of an entry of the probe (``"attention_mask"``), a
+            function of the probe, a tensor, or a mapping from layers to these, as of :class:`flexnorm.probe.Masks`.
+            Only positions where the mask is not 0 are points; of an ``"image"`` they alone are not set to 0.
         sinks: Where else to put each record as soon as it is made: paths ending in ``.csv`` or ``.jsonl``, sinks such
             as :class:`flexnorm.shift.TensorBoardSink`, or functions of a record.
         seed: Seed of the choice of points and of the noise in the side forward.
@@ -161,6 +171,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         records: All measurements so far, a list of :class:`ShiftRecord`; readable at any time.
         steps: Optimizer steps seen so far.
         layers: Names of the layers that are watched.
+        unread: Of those, the norms of which is not known what they compute, with the reason.
 
     Raises:
         ValueError: No layer matches, or an argument is out of range.
@@ -199,6 +210,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         forward: Callable[[nn.Module, Any], Any] = call,
         autocast: torch.dtype | None = None,
         channel_dim: int | Mapping[Any, int] | None = None,
+        mask: Mask = None,
         sinks: Iterable[Any] = (),
         seed: int = 0,
     ) -> None:
@@ -210,12 +222,14 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         check_watchable(self._model)
         self._layers = select_layers(self._model, layers)
         self.layers = tuple(self._layers)
+        self.unread = {name: why for name, module in self._layers.items() if (why := unread_norm(module))}
         self._probe = detached(probe)
         self._metrics = as_metrics(metrics)
         self._options = {"samples": samples, "max_samples": max_samples, "mode": mode, "seed": seed}
         self._side: dict[str, Any] = {"forward": forward, "mode": mode, "seed": seed, "autocast": autocast}
         self._points = partial(take_points, samples=samples, limit=max_samples, seed=seed)
         self._axes = self._given_axes(channel_dim)
+        self._masks = Masks(self._layers, mask)
         self._found: dict[str, int | None] | None = None
         self._numbers: dict[str, dict[str, float]] = {}
 
@@ -237,13 +251,16 @@ class ShiftMonitor(Monitor[ShiftRecord]):
             if axis is None:
                 refused.append(f"{name} ({type(module).__name__}, {tuple(tensor.shape)})")
                 return
-            points[name] = self._points(tensor, axis, layer=name)
-            seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module])
+            mask = self._masks.of(name, self._probe, tensor.movedim(axis, -1).shape[:-1])
+            points[name] = self._points(tensor, axis, layer=name, mask=mask)
+            if not len(points[name]):
+                raise ValueError(f"the mask leaves no point of layer {name}: it is 0 everywhere")
+            seen = Seen(name, module, first_tensor(inputs), tensor, axis, buffers[module], mask)
             numbers[name] = {key: value for metric in self._metrics for key, value in metric(seen).items()}
 
-        untold = {n: m for n, m in self._layers.items() if n not in self._axes and channel_axis(m) is None}
-        if untold and self._found is None:
-            self._found = channel_axes(self._model, self._probe, untold, **self._side)
+        if self._found is None:
+            untold = {n: m for n, m in self._layers.items() if n not in self._axes and channel_axis(m) is None}
+            self._found = channel_axes(self._model, self._probe, untold, **self._side) if untold else {}
         side_forward(self._model, self._probe, self._layers, keep, **self._side)
         if refused:
             base = refused[0].split()[0].split("#")[0]

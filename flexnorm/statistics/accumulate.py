@@ -114,22 +114,13 @@ class _Ours:
     def __init__(self, module: FlexNorm) -> None:
         self.module = module
         self.pool = new_pool(module)
-        self.samples = 1
-        self.handles = [module.register_forward_pre_hook(self._count)]
+        self.handles: list[Any] = []
         module.__dict__["track"] = functools.partial(self._record)
-
-    def _count(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.samples = inputs[0].shape[0]
 
     @torch.no_grad()
     def _record(self, pooled: Moments) -> None:
-        count = pooled.count
-        if self.module.frozen or recomputing():
-            return
-        if self.pool.between:
-            self.pool.add(count, pooled.mean.detach(), pooled.var.detach())
-        else:
-            self.pool.add(self.samples, pooled.mean.detach(), pooled.var.detach() * (count / (count - 1)))
+        if not (self.module.frozen or recomputing()):
+            self.pool.add(pooled.count, pooled.mean.detach(), pooled.var.detach())
 
     def update(self, pool: Pool) -> None:
         dtype = self.module.get_buffer("running_mean").dtype

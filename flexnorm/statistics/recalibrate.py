@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from flexnorm._messages import none_of, nothing_done
-from flexnorm.engine import Pool, active_group, pool_processes
+from flexnorm.engine import FlexNorm, Pool, Segments, active_group, pool_processes
 from flexnorm.nn import called_norms, norm_of
 from flexnorm.probe import (
+    Mask,
+    Masks,
     Selection,
     batch_inputs,
     channels_first,
@@ -61,18 +63,46 @@ def replace(module: nn.Module, mean: Tensor, var: Tensor) -> None:
     module.get_buffer("running_var").copy_(var)
 
 
+@dataclass
+class Values:
+    """An input of a layer, and what of it counts: the arguments of :meth:`flexnorm.engine.Pool.add_values`."""
+
+    x: Tensor
+    weights: Tensor | None = None
+    segments: Tensor | None = None
+
+    def into(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """Add them to a pool; returns their own mean and variance."""
+        return pool.add_values(self.x, self.weights, self.segments)
+
+
+Masked: TypeAlias = Callable[[nn.Module, Sequence[int]], Tensor | None]
+"""The mask of a layer for the present batch, given the shape of its input without the channels."""
+
+
 def watching(
-    modules: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], None]
+    modules: Iterable[nn.Module], look: Callable[[nn.Module, Values], None], masked: Masked | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """In the block ``look(module, x)`` is called with each input (N, C, *) of the layers, before they normalize it."""
+    """In the block ``look(module, values)`` is called with each input of the layers, before they normalize it.
 
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    What counts in it is what ``masked`` says, or if it says nothing, what the layer itself is given as its mask.
+    """
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         x, channels = inputs[0].detach(), module.get_buffer("running_mean").numel()
-        if x.dim() >= 2 and x.shape[1] != channels and x.shape[0] == channels:
+        mask = segments = None
+        if isinstance(module, FlexNorm):
+            mask = keywords.get("mask", inputs[1] if len(inputs) > 1 else None)
+            segments = keywords.get("segments", inputs[2] if len(inputs) > 2 else None)
+        if not isinstance(module, FlexNorm) and x.dim() >= 2 and x.shape[1] != channels and x.shape[0] == channels:
             x = x.unsqueeze(0)  # torch's instance normalization also takes (C, *spatial)
-        look(module, channels_first(module, x))
+        x = channels_first(module, x)
+        shape = (x.shape[0], *x.shape[2:])
+        mask = mask if masked is None or (given := masked(module, shape)) is None else given
+        weights = None if mask is None else mask.detach().to(x.device).reshape(shape)
+        look(module, Values(x, weights, segments.index if isinstance(segments, Segments) else segments))
 
-    return hooked(modules, before)
+    return hooked(modules, before, with_kwargs=True)
 
 
 class _Reached(BaseException):
@@ -88,6 +118,7 @@ def recalibrate(
     include: Selection | None = None,
     exclude: Selection | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    mask: Mask = None,
     device: torch.device | str | None = None,
     process_group: ProcessGroup | str | None = "world",
 ) -> nn.Module:
@@ -115,6 +146,10 @@ def recalibrate(
         include: Only these layers, as of :func:`flexnorm.freeze`.
         exclude: Not these layers.
         forward: How to call the model, ``forward(model, batch)``, where the above does not fit.
+        mask: What counts, where batches hold padding: the name of an entry of the batches (``"attention_mask"``), a
+            function of the batch, or a mapping from layers to these, as of :class:`flexnorm.probe.Masks`. The
+            statistics are then those of what counts alone. A layer that the model itself calls with a mask or segments
+            uses these where nothing else is said.
         device: Where to move the batches; by default to the device of the model's first parameter.
         process_group: Pool over these processes, each with its own batches (as many or few as it has, none included):
             ``"world"`` for all of them where torch.distributed is initialized (then every process has to call this),
@@ -125,7 +160,7 @@ def recalibrate(
 
     Raises:
         ValueError: If no layer has running statistics that are not frozen, there is no batch at all, or ``batches``
-            can be iterated only once although ``sequential`` needs more.
+            can be iterated only once although ``sequential`` needs more; if a mask does not fit a layer.
         RuntimeError: If a layer's input is not finite. Nothing is changed then.
 
     Examples:
@@ -148,7 +183,8 @@ def recalibrate(
             "pass a list, a DataLoader, or another object that can be iterated again"
         )
     device = device or next(iter((*inner.parameters(), *inner.buffers()))).device
-    run = _Run(inner, batches, forward or _call, device, active_group(process_group))
+    masks = Masks({name: module for module, name in layers.items()}, mask)
+    run = _Run(inner, batches, forward or _call, device, active_group(process_group), layers, masks)
     with isolated(inner, 0):
         inner.eval()
         pools = run.layer_by_layer(layers) if sequential else run.at_once(layers)
@@ -176,19 +212,27 @@ class _Run:
     forward: Callable[[nn.Module, Any], Any]
     device: torch.device | str
     group: ProcessGroup | None
+    layers: Mapping[nn.Module, str]
+    masks: Masks
+    batch: Any = None
+
+    def masked(self, module: nn.Module, shape: Sequence[int]) -> Tensor | None:
+        """The mask of a layer for the present batch."""
+        return self.masks.of(self.layers[module], self.batch, shape)
 
     def calls(self) -> Iterator[None]:
         """Call the model on one batch after the other, and yield after each; `_Reached` ends a call alone."""
         for batch in self.batches:
+            self.batch = map_tensors(lambda tensor: tensor.to(self.device), batch)
             with contextlib.suppress(_Reached):
-                self.forward(self.model, map_tensors(lambda tensor: tensor.to(self.device), batch))
+                self.forward(self.model, self.batch)
             yield
 
     def at_once(self, layers: Mapping[nn.Module, str]) -> dict[nn.Module, Pool]:
         """One pass; every layer normalizes with the statistics of the batch."""
         pools = {module: new_pool(module) for module in layers}
         # Evaluation with a batch's own moments is normalization with the batch, without counters and momenta.
-        with watching(layers, lambda module, x: put(module, *pools[module].add_values(x))):
+        with watching(layers, lambda module, values: put(module, *values.into(pools[module])), self.masked):
             self._refuse_nothing(sum(1 for _ in self.calls()))
         pool_processes(list(pools.values()), self.group)
         return pools
@@ -207,13 +251,13 @@ class _Run:
             pool = pools[module] = new_pool(module)
             reached: list[nn.Module] = []
 
-            def look(module: nn.Module, x: Tensor, pool: Pool = pool, reached: list[nn.Module] = reached) -> None:
-                pool.add_values(x)
+            def look(module: nn.Module, values: Values, pool: Pool = pool, reached: list[nn.Module] = reached) -> None:
+                values.into(pool)
                 reached.append(module)
                 if len(reached) == calls[module]:
                     raise _Reached
 
-            with watching([module], look):
+            with watching([module], look, self.masked):
                 for _ in self.calls():
                     reached.clear()
             pool_processes([pool], self.group)
@@ -237,7 +281,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 @torch.no_grad()
-def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None = None) -> int:
+def estimate_population(
+    model: nn.Module, samples: Tensor | Mapping[str, Tensor], *, chunk: int | None = None, mask: Mask = None
+) -> int:
     """Set the statistics of every PopulationNorm from some samples, in one pass in evaluation mode.
 
     Each layer takes the mean and the variance of its own input just before it normalizes it, so that later layers see
@@ -248,10 +294,11 @@ def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None 
 
     Args:
         model: The model.
-        samples: (P, *), a part of the training set.
+        samples: (P, *), a part of the training set; or a mapping from the model's arguments to such tensors.
         chunk: Samples that go through at a time, where the memory does not take all. Each chunk is then normalized by
             its own statistics on the way, and the statistics of the chunks are pooled: those of all layers but the
             first are off by terms of the order of 1/chunk. ``None``: all at once.
+        mask: What counts, as of :func:`recalibrate`; a batch is a chunk.
 
     Returns:
         Number of layers renewed.
@@ -272,21 +319,34 @@ def estimate_population(model: nn.Module, samples: Tensor, *, chunk: int | None 
         return 0
     group = active_group()
 
-    def renew(module: nn.Module, x: Tensor) -> None:
+    def renew(module: nn.Module, values: Values) -> None:
         part = new_pool(module)
-        part.add_values(x)
+        values.into(part)
         pool_processes([part], group)
         pools[module].merge(part)
         put(module, *_usable(module, part))
 
     inner = unwrap(model)
-    with isolated(inner, 0), watching(pools, renew):
+    names = {module: name for name, module in inner.named_modules() if module in pools}
+    masks = Masks({name: module for module, name in names.items()}, mask)
+    part: Any = None
+    with isolated(inner, 0), watching(pools, renew, lambda module, shape: masks.of(names[module], part, shape)):
         inner.eval()
-        for part in [samples] if chunk is None else torch.split(samples, chunk):
-            inner(part)
+        for part in _chunks(samples, chunk):
+            _call(inner, part)
     for module, whole in pools.items():
         replace(module, *_usable(module, whole))
     return len(pools)
+
+
+def _chunks(samples: Any, chunk: int | None) -> Iterator[Any]:
+    if chunk is None:
+        yield samples
+    elif isinstance(samples, Mapping):
+        for parts in zip(*(torch.split(value, chunk) for value in samples.values()), strict=True):
+            yield dict(zip(samples, parts, strict=True))
+    else:
+        yield from torch.split(samples, chunk)
 
 
 def _usable(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
@@ -294,6 +354,11 @@ def _usable(module: nn.Module, pool: Pool) -> tuple[Tensor, Tensor]:
     mean, var = module.get_buffer("running_mean"), module.get_buffer("running_var")
     usable = pool.finite & (pool.count > 0)
     return torch.where(usable, pool.mean.to(mean), mean), torch.where(usable, pool.var.to(var), var)
+
+
+def _first(samples: Any) -> Tensor:
+    tensor: Tensor = next(iter(samples.values())) if isinstance(samples, Mapping) else samples
+    return tensor
 
 
 class PopulationEstimator:
@@ -313,11 +378,12 @@ class PopulationEstimator:
         model: The model, not wrapped for data parallelism. In a process group the statistics are those of the pools of
             all processes, so every process must call the estimator alike.
         samples: The training samples to draw from, (N, *) - all of them or a part; under data parallelism, those of the
-            process.
+            process. Or a mapping from the model's arguments to such tensors.
         size: Samples per renewal, drawn anew each time; the paper's 10,000 by default, at most N.
         every: Steps between two renewals.
         chunk: Samples that go through at a time, see `estimate_population`; ``None``: all at once.
         seed: Of the draws.
+        mask: What counts, as of `estimate_population`.
 
     Attributes:
         steps: Steps so far.
@@ -343,20 +409,22 @@ class PopulationEstimator:
     def __init__(
         self,
         model: nn.Module,
-        samples: Tensor,
+        samples: Tensor | Mapping[str, Tensor],
         *,
         size: int = 10_000,
         every: int = 50,
         chunk: int | None = None,
         seed: int = 0,
+        mask: Mask = None,
     ) -> None:
         layers = [m for m in model.modules() if of_population(m) and getattr(m, "statistics", "") == "estimated"]
         if not layers:
             raise ValueError("the model has no PopulationNorm layer with statistics='estimated' to renew")
-        if size < 1 or every < 1 or len(samples) < 1:
-            raise ValueError(f"size, every and the samples must be at least 1, got {size}, {every} and {len(samples)}")
-        self.model, self.samples, self.size = model, samples, min(size, len(samples))
-        self.every, self.chunk, self.seed = every, chunk, seed
+        number = len(_first(samples))
+        if size < 1 or every < 1 or number < 1:
+            raise ValueError(f"size, every and the samples must be at least 1, got {size}, {every} and {number}")
+        self.model, self.samples, self.size = model, samples, min(size, number)
+        self.every, self.chunk, self.seed, self.mask = every, chunk, seed, mask
         self.steps, self.renewals, self.seconds = 0, 0, 0.0
 
     def __call__(self) -> bool:
@@ -371,10 +439,11 @@ class PopulationEstimator:
         """Renew the statistics now."""
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(self.seed + self.renewals)
-        index = torch.randperm(len(self.samples), generator=generator)[: self.size]
-        device = next((p.device for p in self.model.parameters()), self.samples.device)
-        pool = self.samples[index.to(self.samples.device)].to(device)
-        estimate_population(self.model, pool, chunk=self.chunk)
+        first = _first(self.samples)
+        index = torch.randperm(len(first), generator=generator)[: self.size]
+        device = next((p.device for p in self.model.parameters()), first.device)
+        pool = map_tensors(lambda tensor: tensor[index.to(tensor.device)].to(device), self.samples)
+        estimate_population(self.model, pool, chunk=self.chunk, mask=self.mask)
         self.renewals += 1
         self.seconds += time.perf_counter() - began
 

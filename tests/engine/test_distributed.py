@@ -83,6 +83,64 @@ def test_processes_with_unequal_batches_equal_one_process(world: int, tmp_path: 
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
+def _masked_layers() -> dict[str, nn.Module]:
+    torch.manual_seed(3)
+    options = {"dtype": torch.float64, "channel_axis": -1, "process_group": "world"}
+    return {
+        "batch": fx.BatchNorm1d(5, **options),
+        "mean": fx.BatchNorm1d(5, momentum=None, **options),
+        "unitized": fx.UnitizedBatchNorm1d(5, **options),
+        "population": fx.PopulationNorm1d(5, max_ratio=1.5, **options),
+        "renorm": fx.BatchRenorm1d(5, warmup=0, ramp=0, **options),
+        "instance": fx.InstanceNorm1d(5, track_running_stats=True, **options),
+        "sequences": fx.BatchNorm1d(5, per_position=False, **options),
+    }
+
+
+def _masked_data(world: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(4)
+    lengths = torch.tensor([6, 2, 3, 5, 0, 0][: 2 * world])  # the third process has nothing that counts
+    return torch.randn(2 * world, 6, 5, dtype=torch.float64), torch.arange(6) < lengths[:, None]
+
+
+def _masked_worker(rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    x, mask = (t.split(2)[rank] for t in _masked_data(world))
+    out = {}
+    for name, layer in _masked_layers().items():
+        own = x.clone().requires_grad_()
+        for _ in range(2):
+            y = layer(own, mask=mask)
+        (grad,) = torch.autograd.grad(y[mask].pow(3).sum(), own)
+        out[name] = [y.detach()[mask], grad[mask], *layer.buffers()]
+    torch.save(out, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_with_unequal_masks_equal_one_process(world: int, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_masked_worker, (world, port, str(tmp_path)), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(world)]
+    x, mask = _masked_data(world)
+    x.requires_grad_()
+    for name, layer in _masked_layers().items():
+        for _ in range(2):
+            y = layer(x, mask=mask)
+        (grad,) = torch.autograd.grad(y[mask].pow(3).sum(), x)
+        torch.testing.assert_close(torch.cat([r[name][0] for r in ranks]), y[mask])
+        torch.testing.assert_close(torch.cat([r[name][1] for r in ranks]), grad[mask], rtol=1e-6, atol=1e-7)
+        for rank in ranks:
+            for got, want in zip(rank[name][2:], layer.buffers(), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, check_dtype=False)
+
+
 def test_process_group_without_distributed_is_this_process() -> None:
     net = _network("batch")
     alone = copy.deepcopy(net)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -430,6 +431,36 @@ def test_a_trace_holds_the_operations_and_not_the_numbers(norm: str, shape: tupl
         traced = torch.jit.trace(layer, torch.randn(shape), check_trace=False)
         x = torch.randn(shape)
         torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", [{}, {"channel_axis": -1}, {"per_position": True}], ids=["samples", "tokens", "each"])
+def test_a_loss_of_the_output_and_of_its_gradient(backend: str, where: dict[str, Any]) -> None:
+    """Gradient penalties: the second backward goes through the node of the output and through those of the first."""
+    x, (weight, bias) = torch.randn(8, 16, 8, 16, dtype=torch.float64), torch.randn(2, 16, dtype=torch.float64)
+
+    def mixed(m: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, own = m.pool("batch"), m.pool("channels")
+        scale = weight * (own.var + 0.1).rsqrt()
+        return scale, bias - (own.mean + 1) * scale + batch.mean * (batch.var + 0.1).rsqrt()
+
+    def naive(leaf: torch.Tensor) -> torch.Tensor:
+        axis = where.get("channel_axis", 1)
+        over = (axis,) if where else (1, 2, 3)
+        rest = [d for d in range(4) if d != axis % 4]
+        shape = [1] * 4
+        shape[axis] = 16
+        own_var, own_mean = torch.var_mean(leaf, over, correction=0, keepdim=True)
+        var, mean = torch.var_mean(leaf, rest, correction=0, keepdim=True)
+        y = weight.view(shape) * (leaf - own_mean - 1) / (own_var + 0.1).sqrt()
+        return y + bias.view(shape) + mean / (var + 0.1).sqrt()
+
+    found = []
+    for function in (lambda leaf: flex_norm(leaf, mixed, **where), naive):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        (first,) = torch.autograd.grad((y**3).sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum() + (y**3).sum(), leaf)[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_a_rule_of_ones_own_is_what_small_inputs_are_normalized_by() -> None:

@@ -300,7 +300,7 @@ def test_transformers_watches_on_one_process_and_says_when_it_needs_a_probe(tmp_
 
 def test_a_model_without_norms_is_trained_all_the_same() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    lightning, transformers = LightningShiftCallback(), TransformersShiftCallback({"input": X})
+    lightning, transformers = LightningShiftCallback(), TransformersShiftCallback()
     trainer = types.SimpleNamespace(global_step=0, is_global_zero=True)
     with pytest.warns(NothingDone, match=r"LightningShiftCallback measures nothing: .* no normalization layers"):
         lightning.on_train_batch_start(trainer, model, X, 0)

@@ -89,8 +89,13 @@ def test_placements_in_one_process(tmp_path):
         for t, row_dim in ((split, 0), (rows, 1)):
             with pytest.raises(RuntimeError, match="splits single weight vectors"):
                 local_part(t, row_dim, needs_whole=False)
-        with pytest.raises(RuntimeError, match="set ortho=0"):
+        with pytest.raises(RuntimeError, match="set ortho=0 and row_units=1"):
             local_part(rows, 0, needs_whole=True)
+        for cls in (SGDG, AdamG):
+            heads = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+            heads.grad = torch.zeros_like(heads)
+            with pytest.raises(RuntimeError, match="sharded between processes"):
+                cls([heads], lr=0.1, ortho=0.0, row_units=2).step()
     finally:
         dist.barrier()  # gloo is done with all tensors: its end must not wait for one
         dist.destroy_process_group()

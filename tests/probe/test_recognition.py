@@ -208,6 +208,15 @@ def test_a_layer_that_was_changed_is_not_trusted() -> None:
     assert unread_norm(replaced) == "its forward was replaced on the instance"
 
 
+def test_nothing_waits_for_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = type("TheirSyncBatchNorm", (HandBatchNorm,), {})(8)
+    assert recognize(layer) is not None
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert recognize(layer) is None
+    assert unread_norm(layer) == "trying it might wait for other processes"
+    assert recognize(HandBatchNorm(8)) is not None
+
+
 def test_an_attribute_that_decides_is_part_of_what_is_remembered() -> None:
     first, second = recognize(PlainRMS(8, 1e-6)), recognize(PlainRMS(8, 1e-3))
     assert first is not None

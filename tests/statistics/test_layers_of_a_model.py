@@ -63,9 +63,12 @@ def test_layers_without_statistics() -> None:
 def test_inputs_are_shown_with_a_batch_axis_and_hooks_go_even_after_an_error() -> None:
     layer, shapes = nn.InstanceNorm1d(3, track_running_stats=True), []
     for x in (torch.randn(3, 7), torch.randn(2, 3, 7)):
-        with watching([layer], lambda _, x: shapes.append(tuple(x.shape))):
+        with watching([layer], lambda _, values: shapes.append(tuple(values.x.shape))):
             layer(x)
-    with pytest.raises(ValueError, match="expected"), watching([layer], lambda _, x: shapes.append(tuple(x.shape))):
+    with (
+        pytest.raises(ValueError, match="expected"),
+        watching([layer], lambda _, values: shapes.append(tuple(values.x.shape))),
+    ):
         layer(torch.randn(1, 2, 3, 7))
     assert shapes == [(1, 3, 7), (2, 3, 7), (1, 2, 3, 7)]
     assert not layer._forward_pre_hooks
