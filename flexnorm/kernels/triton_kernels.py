@@ -128,12 +128,26 @@ def _part(N, C, P, steps, ROWS: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr
     return part.to(tl.int64), n, first_c + i, j, begin, end, base, _at(i[:, None], j[None, :], C, P, ROWS)
 
 
+@triton.jit
+def _counting(x, weights, start, n, j, place, offsets, ok_c, P, ACC: tl.constexpr):
+    """A tile of values, 0 where they do not count, and how much its positions count."""
+    ok_p = start + j < P
+    share = ok_p.to(ACC)
+    if weights is not None:
+        share = tl.load(weights + n * P + start + j, mask=ok_p, other=0).to(ACC)
+        ok_p = share > 0
+    value = tl.load(x + place + offsets, mask=ok_c[:, None] & ok_p[None, :], other=0).to(ACC)
+    return value, share
+
+
 @triton.jit(do_not_specialize=["N", "steps"])
-def moments(x, weights, mean, var, count, N, C, P, steps, ROWS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
-            BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
+def moments(x, weights, mean, rest, var, count, N, C, P, steps, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+            ACC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):  # fmt: skip
     """Mean and biased variance (parts, N, C), and weight (parts, N), over ``steps`` tiles of positions; 0 for none.
 
-    Each value of the tile follows moments of its own (Welford 1962), which are merged at the end (Chan et al. 1979).
+    Each value of the tile follows moments of its own (Welford 1962), which are merged at the end (Chan et al. 1979),
+    about the mean of the first tile: a large mean takes no digits from the variance. For that the mean of a part comes
+    as the sum of two, mean and rest.
     """
     if ROWS:
         P = P // ALIGN * ALIGN
@@ -141,51 +155,57 @@ def moments(x, weights, mean, var, count, N, C, P, steps, ROWS: tl.constexpr, AL
         C = C // ALIGN * ALIGN
     part, n, c, j, begin, end, base, offsets = _part(N, C, P, steps, ROWS, BC, BP)
     ok_c = c < C
+    place = base + _at(0, tl.cast(begin, tl.int64), C, P, ROWS)
+    value, share = _counting(x, weights, begin, n, j, place, offsets, ok_c, P, ACC)
+    total = tl.sum(share, 0)
+    pivot = tl.sum(value * share[None, :], 1) / tl.where(total > 0, total, 1)
     own, square, seen = tl.zeros((BC, BP), ACC), tl.zeros((BC, BP), ACC), tl.zeros((BP,), ACC)
     for start in range(begin, end, BP):
-        ok_p = start + j < P
-        share = ok_p.to(ACC)
-        if weights is not None:
-            share = tl.load(weights + n * P + start + j, mask=ok_p, other=0).to(ACC)
-            ok_p = share > 0
-        inside = ok_c[:, None] & ok_p[None, :]
-        place = x + base + _at(0, tl.cast(start, tl.int64), C, P, ROWS)
-        value = tl.load(place + offsets, mask=inside, other=0).to(ACC)
+        place = base + _at(0, tl.cast(start, tl.int64), C, P, ROWS)
+        value, share = _counting(x, weights, start, n, j, place, offsets, ok_c, P, ACC)
         seen += share
-        before = value - own
+        before = value - pivot[:, None] - own
         own += before * (share / tl.where(seen > 0, seen, 1))[None, :]
-        square += share[None, :] * before * (value - own)
+        square += share[None, :] * before * (value - pivot[:, None] - own)
     total = tl.sum(seen, 0)
     divisor = tl.where(total > 0, total, 1)
     center = tl.sum(own * seen[None, :], 1) / divisor
     between = own - center[:, None]
     square = tl.sum(square + seen[None, :] * between * between, 1)
-    tl.store(mean + part * C + c, center, mask=ok_c)
+    if rest is not None:
+        tl.store(rest + part * C + c, center, mask=ok_c)
+    else:
+        pivot += center
+    tl.store(mean + part * C + c, pivot, mask=ok_c)
     tl.store(var + part * C + c, square / divisor, mask=ok_c)
     tl.store(count + part, total)
 
 
 @triton.jit(do_not_specialize=["M", "K"])
-def merge(means, variances, counts, mean, var, M, K, C, ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+def merge(means, rests, variances, counts, mean, var, M, K, C, ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """Moments (M, K) of M disjoint parts of weights (M, K / C) become those of their union, (K,): Chan et al. 1979."""
     k = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
     total, first, second = tl.zeros((BK,), ACC), tl.zeros((BK,), ACC), tl.zeros((BK,), ACC)
+    pivot = tl.load(means + k, mask=k < K, other=0)  # a large mean takes no digits from what is summed
     for start in range(0, M, BM):
         i = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
         inside = (i < M) & (k < K)[None, :]
         weight = tl.load(counts + i * (K // C) + (k // C)[None, :], mask=inside, other=0)
         total += tl.sum(weight, 0)
-        first += tl.sum(weight * tl.load(means + i * K + k[None, :], mask=inside, other=0), 0)
+        middle = tl.load(means + i * K + k[None, :], mask=inside, other=0) - pivot[None, :]
+        middle += tl.load(rests + i * K + k[None, :], mask=inside, other=0)
+        first += tl.sum(weight * middle, 0)
     total = tl.where(total > 0, total, 1)
     center = first / total
     for start in range(0, M, BM):
         i = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
         inside = (i < M) & (k < K)[None, :]
         weight = tl.load(counts + i * (K // C) + (k // C)[None, :], mask=inside, other=0)
-        between = tl.load(means + i * K + k[None, :], mask=inside, other=0) - center[None, :]
+        middle = tl.load(means + i * K + k[None, :], mask=inside, other=0) - pivot[None, :]
+        between = middle + tl.load(rests + i * K + k[None, :], mask=inside, other=0) - center[None, :]
         within = tl.load(variances + i * K + k[None, :], mask=inside, other=0)
         second += tl.sum(weight * (within + between * between), 0)
-    tl.store(mean + k, center, mask=k < K)
+    tl.store(mean + k, pivot + center, mask=k < K)
     tl.store(var + k, second / total, mask=k < K)
 
 

@@ -82,18 +82,20 @@ def _moments(x: Tensor, view: _View, weights: Tensor | None, over_samples: bool)
     """Moments (N, C) of each channel of each sample, or (1, C) over the samples too."""
     tile = view.tile()
     parts, steps = view.parts(tile)
+    whole = parts == 1 and weights is None and (view.samples == 1 or not over_samples)
     mean = torch.empty((parts, view.samples, view.channels), dtype=table_dtype(x.dtype), device=x.device)
     var, count = torch.empty_like(mean), mean.new_empty((parts, view.samples))
+    rest = None if whole else torch.empty_like(mean)
     sizes = (view.samples, view.channels, view.positions, steps)
     grid = (parts * view.samples * _blocks(view.channels, tile["BC"]),)
-    launch("moments", grid, x, weights, mean, var, count, *sizes, **tile)
-    if parts == 1 and weights is None and (view.samples == 1 or not over_samples):
+    launch("moments", grid, x, weights, mean, rest, var, count, *sizes, **tile)
+    if whole:
         return mean[0], var[0]
     pieces, shape = (parts * view.samples, (1, view.channels)) if over_samples else (parts, mean.shape[1:])
     merged = mean.new_empty(shape), mean.new_empty(shape)
     columns, block = merged[0].numel(), {"BM": min(_power(pieces), 128), "BK": 16}
     grid = (_blocks(columns, 16),)
-    launch("merge", grid, mean, var, count, *merged, pieces, columns, view.channels, **block)
+    launch("merge", grid, mean, rest, var, count, *merged, pieces, columns, view.channels, **block)
     return merged
 
 
@@ -197,8 +199,7 @@ def _term(factor: Factor, groups: int) -> _Term:
 
 def _filled(scale: Sequence[Factor], x: Tensor, layout: Layout) -> Sequence[Factor]:
     """No term of a scale stands for zero."""
-    zeros = torch.zeros(layout.size[1], dtype=table_dtype(x.dtype), device=x.device)
-    return scale or ((None, zeros),)
+    return scale or ((None, torch.zeros(layout.size[1], dtype=table_dtype(x.dtype), device=x.device)),)
 
 
 def token_affine(x: Tensor, scale: Sequence[Factor], shift: Sequence[Factor], layout: Layout) -> Tensor:
@@ -242,9 +243,8 @@ def token_sums(
     tile = _token_tile(view, groups)
     blocks = view.samples * _blocks(view.positions, tile["BP"])
     dtype, tokens = table_dtype(x.dtype), view.samples * view.positions
-    partial = torch.empty(
-        (sum(c is not None for _, c in (*scale, *shift)), blocks, channels), dtype=dtype, device=x.device
-    )
+    columns = sum(column is not None for _, column in (*scale, *shift))
+    partial = torch.empty((columns, blocks, channels), dtype=dtype, device=x.device)
     free, kept = iter(partial), []
     for row, column in (*scale, *shift):
         of_row = None if row is None else partial.new_empty((tokens, groups))

@@ -182,7 +182,7 @@ def _test(report: WeightReport, probe: Probe, tolerance: float) -> WeightReport:
         return _invariant(report, 1, change)
     if probe.distance(name, weight * 4) / influence <= tolerance:
         return _invariant(report, report.rows, change)
-    return replace(report, reason=_CHANGES.format(change), change=change, together=0)
+    return replace(report, reason=_CHANGES.format(change, "what a new direction does"), change=change, together=0)
 
 
 def _invariant(report: WeightReport, together: int, change: float) -> WeightReport:
@@ -195,7 +195,7 @@ def _invariant(report: WeightReport, together: int, change: float) -> WeightRepo
 
 
 _ROUNDING = 1e-4  # of a deep network in float32; what is not invariant, and passed by chance, changes far more
-_CHANGES = "rescaling rows changes the output ({:.2g} of what a new direction does)"
+_CHANGES = "rescaling rows changes the output ({:.2g} of {})"
 
 
 def _verdicts(reports: list[WeightReport], probe: Probe, tolerance: float) -> dict[str, WeightReport]:
@@ -214,7 +214,9 @@ def _verdicts(reports: list[WeightReport], probe: Probe, tolerance: float) -> di
         if together:
             hopeful.append(replace(report, together=together))
         else:
-            found[report.name] = replace(report, reason=_CHANGES.format(share), change=share)
+            found[report.name] = replace(
+                report, reason=_CHANGES.format(share, "a derivative is along a row"), change=share
+            )
     return found | {report.name: report for report in _confirmed(hopeful, probe, tolerance)}
 
 

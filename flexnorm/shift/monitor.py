@@ -33,6 +33,7 @@ from flexnorm.probe import (
     select_layers,
     side_forward,
     take_points,
+    unread_norm,
 )
 from flexnorm.shift.base import Anchor, Every, Monitor, Snapshot, check_count
 from flexnorm.shift.records import ShiftRecord, measure_shift
@@ -170,6 +171,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         records: All measurements so far, a list of :class:`ShiftRecord`; readable at any time.
         steps: Optimizer steps seen so far.
         layers: Names of the layers that are watched.
+        unread: Of those, the norms of which is not known what they compute, with the reason.
 
     Raises:
         ValueError: No layer matches, or an argument is out of range.
@@ -220,6 +222,7 @@ class ShiftMonitor(Monitor[ShiftRecord]):
         check_watchable(self._model)
         self._layers = select_layers(self._model, layers)
         self.layers = tuple(self._layers)
+        self.unread = {name: why for name, module in self._layers.items() if (why := unread_norm(module))}
         self._probe = detached(probe)
         self._metrics = as_metrics(metrics)
         self._options = {"samples": samples, "max_samples": max_samples, "mode": mode, "seed": seed}

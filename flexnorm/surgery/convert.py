@@ -277,4 +277,23 @@ def _apply(model: nn.Module, steps: Sequence[_Step], target: Target) -> nn.Modul
         step.place.put(new)
         if step.place.slots[0][0] is None:
             model = new
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            _mind_the_fast_path(module)
     return model
+
+
+def _mind_the_fast_path(module: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
+    """Switch off a shortcut in evaluation that normalizes layers by the norms' parameters alone, unless that is right.
+
+    torch takes it whatever class the norms are of. Its switch is the layer's own; on the way back it is as it was.
+    """
+    one = isinstance(module, nn.TransformerEncoderLayer)
+    switch = "activation_relu_or_gelu" if one else "use_nested_tensor"
+    layers = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    alike = all(type(norm).forward is nn.LayerNorm.forward for m in layers for norm in (m.norm1, m.norm2))
+    before = "_fast_path_before"
+    if alike and before in module.__dict__:
+        module.__dict__[switch] = module.__dict__.pop(before)
+    elif not alike and module.__dict__.get(switch):
+        module.__dict__[before], module.__dict__[switch] = module.__dict__[switch], 0 if one else False

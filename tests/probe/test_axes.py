@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from norm_lookalikes import ChannelsFirst, GainNorm, LastAxisNorm, PlainRMS
+from norm_lookalikes import CentredByStd, ChannelsFirst, GainNorm, LastAxisNorm, PlainRMS
 from torch import Tensor, nn
 
 from flexnorm.nn import BatchNorm2d, LayerNorm1d
@@ -121,6 +121,14 @@ def test_norms_of_language_models_are_measured_by_token(length: int, layers: str
     tokens = torch.randint(11, (2, length), generator=torch.Generator().manual_seed(0))
     points = ShiftMonitor(LanguageModel(), tokens, layers).look()
     assert [p.shape for p in points.values()] == [(2 * length, 16)] * 3
+
+
+def test_norms_that_cannot_be_read_are_watched_and_named() -> None:
+    monitor = ShiftMonitor(nn.Sequential(nn.Linear(5, 8), CentredByStd(8), PlainRMS(8)), torch.randn(2, 8, 5))
+    assert monitor.layers == ("1", "2")
+    assert list(monitor.unread) == ["1"]
+    assert "takes no notice of the scale" in monitor.unread["1"]
+    assert {name: p.shape for name, p in monitor.look().items()} == {"1": (16, 8), "2": (16, 8)}
 
 
 def test_norms_of_channels_first_are_measured_by_position() -> None:

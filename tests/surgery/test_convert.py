@@ -811,3 +811,21 @@ def test_layers_for_any_number_of_axes_remember_those_they_came_from(norm: str, 
     there = copy.deepcopy(there)
     assert type(convert(there, "torch.batch")[0]) is layer
     assert type(convert(there, "batch")[0]).__name__ == layer.__name__
+
+
+@pytest.mark.parametrize("to", ["batch", "rms", "group"])
+def test_transformers_of_torch_do_not_go_around_the_new_norms(to: str) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.arange(5) > torch.tensor([[4], [2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        new = convert(encoder, to).eval()
+        back = convert(convert(encoder, "layer"), "torch")
+    with torch.no_grad():
+        found = new(x), new(x, src_key_padding_mask=padding)
+    for y, z in zip(found, (new(x), new(x, src_key_padding_mask=padding)), strict=True):
+        torch.testing.assert_close(y, z)
+    for layer in back.layers:
+        assert layer.activation_relu_or_gelu == encoder.layers[0].activation_relu_or_gelu == 1
+    assert back.use_nested_tensor
+    assert not new.use_nested_tensor
