@@ -240,11 +240,16 @@ class Tokens:
 
     def _restored(self, matrix: Tensor) -> Tensor:
         y = matrix.to(self._origin.dtype).reshape(self._shape)
-        return y if self._last else y.movedim(-1, 1)
+        if self._last:
+            return y
+        y = y.movedim(-1, 1)
+        return y.contiguous() if self._origin.is_contiguous() else y
 
     def reduce(self, kind: Kind, differentiable: bool) -> Pair:
         """Moments of a kind."""
-        differentiable = differentiable and torch.is_grad_enabled() and self._origin.requires_grad
+        # The composition is also differentiated forwards, where nothing requires gradients.
+        recorded = self.layout is None or (torch.is_grad_enabled() and self._origin.requires_grad)
+        differentiable = differentiable and recorded
         found = self._found.get((kind, True)) or self._found.get((kind, differentiable))
         if found is None:
             found = self._found[kind, differentiable] = self._reduce(kind, differentiable)
