@@ -41,13 +41,17 @@ class Factored:
         terms: The outer products whose sum it is; without any it is zero.
         tokens: R.
         channels: C.
+        like: A tensor of its type and device.
+        own: Whether every number of a token comes from the moments of that token alone, by operations on each number:
+            then their derivatives are numbers of the token too.
 
     Attributes:
         shape: (R, 1) if it is the same for all channels, else (R, C).
     """
 
-    def __init__(self, terms: Terms, tokens: int, channels: int, like: Tensor) -> None:
+    def __init__(self, terms: Terms, tokens: int, channels: int, like: Tensor, own: bool = False) -> None:
         self.terms = terms
+        self.own = own
         self.tokens, self.channels = tokens, channels
         self._like = like
         narrow = all(column is None and row is not None and row.shape[1] == 1 for row, column in terms)
@@ -81,13 +85,14 @@ class Factored:
             return self.terms[0][0]
         return None
 
-    def _with(self, terms: Iterable[Factor]) -> Factored | Tensor:
+    def _with(self, terms: Iterable[Factor], *others: Any) -> Factored | Tensor:
         merged = _merge(terms)
-        table = Factored(merged, self.tokens, self.channels, self._like)
+        table = Factored(merged, self.tokens, self.channels, self._like, self.own and all(map(_constant, others)))
         return table if len(merged) <= _MOST else table.dense()
 
-    def _map(self, function: Callable[[Factor], Factor]) -> Factored:
-        return Factored(tuple(map(function, self.terms)), self.tokens, self.channels, self._like)
+    def _map(self, function: Callable[[Factor], Factor], *others: Any) -> Factored:
+        own = self.own and all(map(_constant, others))
+        return Factored(tuple(map(function, self.terms)), self.tokens, self.channels, self._like, own)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -193,7 +198,8 @@ def _dispatch(func: Any, *args: Any, **kwargs: Any) -> Any:
             made = func(*map(_numbers, args), **{key: _numbers(value) for key, value in kwargs.items()})
             (width,) = widths
             if isinstance(made, Tensor) and made.shape == (first.tokens, width) and made.is_floating_point():
-                return Factored(((made, None),), first.tokens, first.channels, made)
+                own = name in _ELEMENTWISE and all(map(_constant, args))
+                return Factored(((made, None),), first.tokens, first.channels, made, own)
             return made
     return func(*map(_written, args), **{key: _written(value) for key, value in kwargs.items()})
 
@@ -219,8 +225,19 @@ def _terms(value: Any, table: Factored) -> Terms | None:
     if value.dim() == 2 and value.shape == (table.tokens, 1):
         return ((value, None),)
     if value.shape[:-1] in ((), (1,)) and (value.numel() == 1 or value.shape[-1:] == (table.channels,)):
-        return ((None, value.reshape(-1).expand(table.channels)),)
+        # The same tensor stays the same tensor: columns that are one are seen to be.
+        alike = value.shape == (table.channels,)
+        return ((None, value if alike else value.reshape(-1).expand(table.channels)),)
     return None
+
+
+def _constant(value: Any) -> bool:
+    """Whether numbers of a token stay its own where this joins them: nothing of other tokens that has a gradient."""
+    if isinstance(value, Factored):
+        return value.own
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return True
+    return value.numel() > 1 and value.shape[-1] == value.numel()  # a row of channels joins the columns
 
 
 def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -233,7 +250,7 @@ def _scalar(value: Any) -> bool:
 
 def _scaled(table: Factored, by: Any) -> Factored:
     by = by.reshape(()) if isinstance(by, Tensor) else by
-    return table._map(lambda term: (term[0], term[1] * by) if term[0] is None else (term[0] * by, term[1]))
+    return table._map(lambda term: (term[0], term[1] * by) if term[0] is None else (term[0] * by, term[1]), by)
 
 
 def _mul(a: Any, b: Any, **kwargs: Any) -> Any:
@@ -245,7 +262,7 @@ def _mul(a: Any, b: Any, **kwargs: Any) -> Any:
     terms = _terms(other, table)
     if terms is None:
         return NotImplemented
-    return table._with((_product(r, s), _product(c, d)) for r, c in table.terms for s, d in terms)
+    return table._with(((_product(r, s), _product(c, d)) for r, c in table.terms for s, d in terms), other)
 
 
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
@@ -259,9 +276,9 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Any:
     row = table._row()
     if _scalar(other) and row is not None:
         other = other.reshape(()) if isinstance(other, Tensor) else other
-        return table._with([(row + other, None)])
+        return table._with([(row + other, None)], other)
     terms = _terms(other, table)
-    return NotImplemented if terms is None else table._with((*table.terms, *terms))
+    return NotImplemented if terms is None else table._with((*table.terms, *terms), other)
 
 
 def _sub(a: Any, b: Any, *, alpha: float = 1) -> Any:
@@ -276,7 +293,7 @@ def _div(a: Any, b: Any, **kwargs: Any) -> Any:
         return NotImplemented if inverse is NotImplemented else inverse * a
     if _scalar(b):
         b = b.reshape(()) if isinstance(b, Tensor) else b
-        return a._map(lambda term: (term[0], term[1] / b) if term[0] is None else (term[0] / b, term[1]))
+        return a._map(lambda term: (term[0], term[1] / b) if term[0] is None else (term[0] / b, term[1]), b)
     return _mul(a, b.reciprocal())
 
 

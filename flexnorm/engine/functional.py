@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 _Twin = TypeVar("_Twin", bound=Callable[..., Any])
-_TWINS: dict[Any, Callable[..., Tensor | None]] = {}
+_TWINS: dict[Any, tuple[Callable[..., Tensor | None], bool]] = {}
 _Pending: TypeAlias = list[Tensor] | None
 
 
@@ -211,10 +211,12 @@ def flex_norm(
     _check(x, channel_axis)
     if mask is None and segments is None and process_group is None:
         keywords = rule.keywords if isinstance(rule, functools.partial) and not rule.args else {}
-        twin = _TWINS.get(rule.func if isinstance(rule, functools.partial) and not rule.args else rule)
-        each = channel_axis == -1 if per_position is None else per_position
-        if twin and (y := in_one(x, channel_axis, each, functools.partial(twin, params, keywords))) is not None:
-            return y
+        named = _TWINS.get(rule.func if isinstance(rule, functools.partial) and not rule.args else rule)
+        if named is not None:
+            each, twin = channel_axis == -1 if per_position is None else per_position, named[0]
+            y = in_one(x, channel_axis, each, functools.partial(twin, params, keywords), named[1])
+            if y is not None:
+                return y
     flat = x.dim() == 2
     last = flat or channel_axis == -1
     weights = None if mask is None else weights_of(mask, x, 1 if not last else -1)
@@ -239,8 +241,8 @@ def flex_norm(
     return _per_sample(x, rule, params, process_group)
 
 
-def twin_of(rule: Rule) -> Callable[[_Twin], _Twin]:
-    """Declare torch's own function of the norm that a rule makes, for small inputs on the CPU.
+def twin_of(rule: Rule, at_any_size: bool = False) -> Callable[[_Twin], _Twin]:
+    """Declare torch's own function of the norm that a rule makes, for small inputs on the CPU, or `at_any_size`.
 
     What is decorated takes ``x``, (N, C, *spatial) or tokens (R, C), and the rule's parameters; it returns the
     normalized ``x``, or ``None`` where torch's function does not take them.
@@ -251,7 +253,7 @@ def twin_of(rule: Rule) -> Callable[[_Twin], _Twin]:
             alike = all(p.dtype == x.dtype for p in params if isinstance(p, Tensor))
             return function(x, *params, **keywords) if alike else None
 
-        _TWINS[rule] = checked
+        _TWINS[rule] = checked, at_any_size
         return function
 
     return declare

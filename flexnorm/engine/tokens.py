@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flexnorm.engine.factored import Factored
 from flexnorm.engine.moments import Moments, broadcasts, check_groups, pool_positions
-from flexnorm.kernels import tokens
+from flexnorm.kernels import rowwise, tokens
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.passes import gradients, must_compose
+from flexnorm.kernels.rowwise import Slopes
 from flexnorm.kernels.tables import Pair
 from flexnorm.kernels.tokens import Source, Terms
 
@@ -116,16 +117,21 @@ class _Affine(torch.autograd.Function):
         layout: Layout,
         pending: _Pending,
         shape: str,
+        slopes: Slopes | None,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, center, *factors)
+        ctx.own = slopes is not None
+        ctx.save_for_backward(x, center, *(slopes or ()), *factors)
         ctx.layout, ctx.pending, ctx.shape = layout, pending, shape
         return tokens.affine(x, *_unflatten(shape, factors), layout)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, center, *factors = ctx.saved_tensors
+        slopes = Slopes(*factors[:4]) if ctx.own else None
+        factors = factors[4:] if ctx.own else factors
         layout, needed, shape = ctx.layout, ctx.needs_input_grad, ctx.shape
+        nothing = (None,) * 6
         if ctx.pending is not None:
             ctx.pending.clear()
         if must_compose(g):
@@ -135,23 +141,30 @@ class _Affine(torch.autograd.Function):
                 values = tokens.matrix(v, layout)
                 return tokens.like(values.to(table_dtype(v.dtype)) * scale + shift, v, layout)
 
-            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[6:]], (g,))
-            return of_x, None, None, None, None, None, *found
+            of_x, *found = gradients(compose, [x, *factors], [needed[0], *needed[7:]], (g,))
+            return of_x, *nothing, *found
         if g.stride() != x.stride():
             g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
         scale, shift = _unflatten(shape, factors)
+        if slopes is not None:
+            columns = [need and kind == "c" for need, kind in zip(needed[7:], _kinds(shape), strict=True)]
+            of_x, of_k, of_b = rowwise.backward(g, x, center, scale, shift, slopes, any(columns))
+            # The column of the scale stands in the shift again, where its gradient is already in.
+            firsts = _first_columns(shape)
+            given = {firsts[0]: of_k, firsts[1]: of_b}
+            return of_x, *nothing, *(given.get(i) if need else None for i, need in enumerate(columns))
         grads: list[Tensor | None] = [None] * len(factors)
-        if any(needed[6:]):
+        if any(needed[7:]):
             of_scale, of_shift = tokens.sums(g, x, center, scale, shift, layout)
             grads = [t for term in (*of_scale, *of_shift) for t in term if t is not None]
-            grads = [t if need else None for t, need in zip(grads, needed[6:], strict=True)]
+            grads = [t if need else None for t, need in zip(grads, needed[7:], strict=True)]
         dx: Tensor | None = None
         if needed[0] and ctx.pending is None:
             dx = tokens.affine(g, scale, (), layout)
         elif needed[0]:
             ctx.pending.append(scale)
             dx = g
-        return dx, None, None, None, None, None, *grads
+        return dx, *nothing, *grads
 
 
 def _sum(terms: Terms, channels: int) -> Tensor | float:
@@ -162,6 +175,19 @@ def _flatten(scale: Terms, shift: Terms) -> tuple[str, list[Tensor]]:
     """The factors there are, and where they stand: a letter for each term, a bar between scale and shift."""
     kinds = ["".join("c" if r is None else "r" if c is None else "b" for r, c in terms) for terms in (scale, shift)]
     return "|".join(kinds), [t for term in (*scale, *shift) for t in term if t is not None]
+
+
+def _kinds(shape: str) -> str:
+    """Of each factor, whether it is a "r"ow of numbers per token or a "c"olumn per channel."""
+    return shape.replace("|", "").replace("b", "rc")
+
+
+def _first_columns(shape: str) -> tuple[int, int]:
+    """Where the column of the scale stands among the factors, and the one that stands by itself in the shift; or -1."""
+    scale, shift = shape.split("|")
+    at = len(_kinds(scale))
+    alone = shift.find("c")
+    return (at - 1 if "b" in scale else -1), (at + len(_kinds(shift[:alone])) if alone >= 0 else -1)
 
 
 def _unflatten(shape: str, factors: Sequence[Tensor]) -> tuple[Terms, Terms]:
@@ -188,6 +214,7 @@ class Tokens:
         self.weights = weights
         self._origin = self._x = x  # the second passes through the nodes of the moments, on its way to the affine map
         self._pending: list[Terms] = []
+        self._own = True  # whether all that a rule returned for tokens is made of their own moments
         self._center: Tensor | None = None
         self._last = channel_axis == -1 or x.dim() == 2
         self._shape = x.shape if self._last else x.movedim(1, -1).shape
@@ -248,9 +275,29 @@ class Tokens:
         shape, factors = _flatten(scale, shift)
         if not torch.is_grad_enabled() or not (self._x.requires_grad or any(t.requires_grad for t in factors)):
             return tokens.affine(self._x, scale, shift, self.layout)
+        slopes = self._slopes(scale, shift)
         link = self._pending if any(key[1] for key in self._found) else None
-        made = _Affine.apply(self._x, self._origin, self._center, self.layout, link, shape, *factors)  # type: ignore[no-untyped-call]
+        made = _Affine.apply(self._x, self._origin, self._center, self.layout, link, shape, slopes, *factors)  # type: ignore[no-untyped-call]
         return cast("Tensor", made)
+
+    def _slopes(self, scale: Terms, shift: Terms) -> Slopes | None:
+        """Derivatives of the factors by the moments of their own token, where that is all they are made of."""
+        kinds = {kind for kind, differentiable in self._found if differentiable}
+        if not self._own or kinds - {("token", 1), ("squares", 1)} or len(kinds) != 1 or self.layout is None:
+            return None
+        if not rowwise.fits(self._origin, scale, shift, self.layout):
+            return None
+        (kind,) = kinds
+        moments = self._found[kind, True]
+        r, q = scale[0][0], next((row for row, _ in shift if row is not None), None)
+        found: list[Tensor | None] = []
+        for factor in (r, q):
+            slopes: tuple[Tensor | None, ...] = (None, None)
+            if factor is not None and factor.requires_grad:
+                seed = torch.ones_like(factor)
+                slopes = torch.autograd.grad(factor, moments, seed, retain_graph=True, allow_unused=True)
+            found += slopes
+        return Slopes(None if kind[0] == "squares" else found[0], found[1], *found[2:])
 
     def terms(self, table: Any, name: str) -> _Table:
         """What a rule has returned, as terms, or as a tensor if it is one that no outer product makes.
@@ -261,6 +308,7 @@ class Tokens:
         """
         dtype, rows = table_dtype(self._x.dtype), self.samples * self.positions
         if isinstance(table, Factored):
+            self._own = self._own and table.own
             return tuple((_cast(r, dtype), _cast(c, dtype)) for r, c in table.terms)
         if not isinstance(table, Tensor):
             if not isinstance(table, (int, float)):
@@ -315,7 +363,7 @@ class TokenMoments(Moments):
         def table(kind: str, which: int, differentiable: bool) -> Any:
             found = source.reduce((kind, groups), differentiable and self._differentiable)[which]
             if source.layout is not None:
-                return Factored(((found, None),), len(found), source.channels, found)
+                return Factored(((found, None),), len(found), source.channels, found, own=groups == 1)
             return found.repeat_interleave(size, 1) if groups > 1 else found
 
         return Moments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,10 +64,9 @@ class _BatchNorm(BatchStatistics):
             return y
         rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
         y = functional.batch_norm(x, new_mean, new_var, weight, self.bias, True, rate, self.eps)
-        # A batch with a channel that is not finite is left out whole.
-        if math.isfinite(float(new_mean.sum() + new_var.sum())) or bool(
-            new_mean.isfinite().all() & new_var.isfinite().all()
-        ):
+        # A batch with a channel that is not finite is left out whole. (A product of finite numbers may overflow.)
+        finite = math.isfinite(float(torch.dot(new_mean, new_var)))
+        if finite or bool(new_mean.isfinite().all() & new_var.isfinite().all()):
             mean.copy_(new_mean)
             var.copy_(new_var)
             tracked.add_(1)

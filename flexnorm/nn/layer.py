@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine import Moments, Norm, twin_of
+from flexnorm.kernels.layout import best_by_torch
 from flexnorm.nn._base import LastAxes, Pair, Param, SampleStatistics
 from flexnorm.nn.group import by_group_norm, group
 
@@ -17,9 +18,11 @@ def layer(moments: Moments, weight: Param = None, bias: Param = None, *, eps: fl
     return group(moments, weight, bias, groups=1, eps=eps)
 
 
-@twin_of(layer)
-def by_layer_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
-    """Layer normalization by torch's function."""
+@twin_of(layer, at_any_size=True)
+def by_layer_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor | None:
+    """Layer normalization by torch's function: of tokens whatever their number, for which no rule is as fast."""
+    if x.dim() > 2 and not best_by_torch(x):
+        return None
     return by_group_norm(x, weight, bias, groups=1, eps=eps)
 
 
@@ -31,6 +34,7 @@ class _LayerNorm(SampleStatistics):
     """
 
     norm_name = torch_layer = "layer"
+    twin_at_any_size = True
 
     @classmethod
     def placed(cls, channel_axis: int = 1, per_position: bool | None = None) -> type[Norm]:
