@@ -250,13 +250,19 @@ def twin_of(rule: Rule, at_any_size: bool = False) -> Callable[[_Twin], _Twin]:
 
     def declare(function: _Twin) -> _Twin:
         def checked(params: tuple[Any, ...], keywords: dict[str, Any], x: Tensor) -> Tensor | None:
-            alike = all(p.dtype == x.dtype for p in params if isinstance(p, Tensor))
+            tables = (*params, *(value for value in keywords.values() if isinstance(value, Tensor)))
+            # A rule takes numbers and whatever broadcasts, torch's functions one number for each channel.
+            alike = all(p is None or _of_channels(p, x) for p in tables)
             return function(x, *params, **keywords) if alike else None
 
         _TWINS[rule] = checked, at_any_size
         return function
 
     return declare
+
+
+def _of_channels(parameter: Any, x: Tensor) -> bool:
+    return isinstance(parameter, Tensor) and parameter.dtype == x.dtype and parameter.shape == x.shape[1:2]
 
 
 def in_one(
@@ -275,7 +281,7 @@ def in_one(
         twin: Maps (N, C, *spatial), or tokens (R, C), to the result or to ``None`` if it can't.
         at_any_size: Whether it serves inputs of any size, and not small ones only.
     """
-    if not (best_by_torch(x) or at_any_size) or x.device.type != "cpu" or _left_to_torch(x):
+    if not (best_by_torch(x) or at_any_size) or x.device.type != "cpu" or _left_to_torch(x) or x.numel() == 0:
         return None
     if x.dim() == 2 or (channel_axis == 1 and not per_position):
         return twin(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -127,3 +128,28 @@ def test_rules_reach_torchs_functions_with_their_options() -> None:
     torch.testing.assert_close(y, nn.functional.group_norm(x, 4, weight, None, 0.1))
     mixed = flex_norm(x, rules.layer, weight.double())  # torch's function refuses types that differ
     torch.testing.assert_close(mixed, nn.functional.layer_norm(x, (12,), weight))
+
+
+@pytest.mark.quick(4)
+@pytest.mark.parametrize("weight", [2.0, torch.tensor(2.0), torch.rand(1), torch.rand(1, 12), torch.rand(12).double()])
+@pytest.mark.parametrize("name", ["layer", "rms", "batch", "group"])
+def test_rules_take_parameters_that_torchs_functions_refuse(name: str, weight: torch.Tensor | float) -> None:
+    x, rule = torch.randn(5, 7, 12), getattr(rules, name)
+    rule = functools.partial(rule, groups=3) if name == "group" else rule
+    expected = flex_norm(x, rule, channel_axis=-1) * weight
+    for y in (
+        flex_norm(x, rule, weight, channel_axis=-1),
+        flex_norm(x, functools.partial(rule, weight=weight), channel_axis=-1),
+    ):
+        torch.testing.assert_close(y, expected.to(x.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 0), (0, 0), (0, 6), (3, 0, 6), (1, 6), (1, 1)])
+@pytest.mark.parametrize("name", ["layer", "rms", "batch"])
+def test_rules_take_tokens_of_any_number_and_size(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    y = flex_norm(x, getattr(rules, name), channel_axis=-1)
+    y.sum().backward()
+    assert y.shape == x.shape and x.grad is not None and bool(y.isfinite().all() & x.grad.isfinite().all())
+    if name != "rms" and (shape[-1] if name == "layer" else x.numel() // max(shape[-1], 1)) == 1:
+        assert not y.any()  # one value is its own mean
