@@ -74,7 +74,7 @@ class ShiftWatch:
 class PopulationRenewal:
     """A :class:`flexnorm.statistics.PopulationEstimator` that is made, with its options, when the training begins."""
 
-    def __init__(self, samples: Tensor, **options: Any) -> None:
+    def __init__(self, samples: Tensor | Mapping[str, Tensor], **options: Any) -> None:
         super().__init__()
         self.estimator: PopulationEstimator | None = None
         self._samples, self._options = samples, options

@@ -8,6 +8,8 @@
 
 #define BLOCK 1024 /* values summed in the accumulation type before they are added in double */
 #define LANES 32   /* partial sums side by side: no reduction waits for the one before */
+#define TILE 64    /* rows summed at once, of so many channels that all stay in the fastest cache */
+#define CHANNELS 128
 
 typedef int64_t i64;
 typedef uint16_t bf16;
@@ -33,9 +35,16 @@ static inline double join_double(const double *u) {
 
 #define PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads)")
 #define SIMD _Pragma("omp simd")
+/* From the last to the first, of those that each thread has: a pass reads first what the one before it, which went the
+ * other way, has left in the cache. */
+#define BACKWARDS(i, count) \
+  PARALLEL for (int part = 0; part < threads; part++) \
+    for (i64 i = (count) * (part + 1) / threads - 1; i >= (count) * part / threads; i--)
 #define ADDING(...) _Pragma(TEXT(omp simd reduction(+:__VA_ARGS__)))
 #define TEXT(...) #__VA_ARGS__
 #define ALWAYS static inline __attribute__((always_inline))
+/* Some rows at once: a partial sum is read and written once for all of them. */
+#define BY_FOUR(i, count, work) { i64 i = 0; for (; i + 4 <= (count); i += 4) work(i, 4) for (; i < (count); i++) work(i, 1) }
 #define PASTE(base, suffix) base##_##suffix
 #define EXPAND(base, suffix) PASTE(base, suffix)
 #define NAME(base) EXPAND(base, SUFFIX)

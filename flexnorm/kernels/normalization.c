@@ -63,7 +63,7 @@ void NAME(moments_rows)(const T *x, A *mean, A *var, i64 N, i64 C, i64 P, int th
 void NAME(affine_rows)(const T *x, const A *scale, i64 scale_n, i64 scale_c, const A *shift, i64 shift_n, i64 shift_c,
                        T *y, i64 N, i64 C, i64 P, int threads) {
   const i64 rows = N * C;
-  PARALLEL for (i64 r = 0; r < rows; r++) {
+  BACKWARDS(r, rows) {
     const i64 n = r / C, c = r % C;
     const A s = scale[n * scale_n + c * scale_c], h = shift ? shift[n * shift_n + c * shift_c] : 0;
     const T *row = x + r * P;
@@ -101,7 +101,7 @@ void NAME(combine_rows)(const T *g, const T *x, const A *scale, i64 scale_n, i64
                         double a_factor, const A *b, i64 b_n, i64 b_c, double b_factor, const A *center, T *dx,
                         i64 N, i64 C, i64 P, int threads) {
   const i64 rows = N * C;
-  PARALLEL for (i64 r = 0; r < rows; r++) {
+  BACKWARDS(r, rows) {
     const i64 n = r / C, c = r % C;
     const A s = scale[n * scale_n + c * scale_c], m = center[r];
     const A ar = a ? (A)(a_factor * a[n * a_n + c * a_c]) : 0, br = b ? (A)(b_factor * b[n * b_n + c * b_c]) : 0;
@@ -113,46 +113,23 @@ void NAME(combine_rows)(const T *g, const T *x, const A *scale, i64 scale_n, i64
 
 /* The passes over activations with channels last: a row of C values per position, blocks of channels in registers. */
 
+#include "tile.h"
+
 void NAME(moments_cols)(const T *x, A *mean, A *var, i64 N, i64 C, i64 P, int threads) {
-  const i64 blocks = (C + CHANNEL_BLOCK - 1) / CHANNEL_BLOCK, tasks = N * blocks;
-  const double inverse = 1.0 / (double)P;
+  const i64 blocks = (C + CHANNELS - 1) / CHANNELS, tasks = N * blocks;
   PARALLEL for (i64 t = 0; t < tasks; t++) {
-    const i64 n = t / blocks, c0 = (t % blocks) * CHANNEL_BLOCK, width = smaller(C - c0, CHANNEL_BLOCK);
-    const T *slab = x + n * P * C + c0;
-    double total[CHANNEL_BLOCK], square[CHANNEL_BLOCK];
-    A m[CHANNEL_BLOCK], sum[CHANNEL_BLOCK], rest[CHANNEL_BLOCK];
-    for (i64 c = 0; c < width; c++) total[c] = 0;
-    for (i64 start = 0; start < P; start += POSITION_BLOCK) {
-      const i64 end = smaller(start + POSITION_BLOCK, P);
-      for (i64 c = 0; c < width; c++) sum[c] = 0;
-      for (i64 p = start; p < end; p++) {
-        const T *values = slab + p * C;
-        SIMD for (i64 c = 0; c < width; c++) sum[c] += LOAD(values[c]);
-      }
-      for (i64 c = 0; c < width; c++) total[c] += sum[c];
-    }
-    for (i64 c = 0; c < width; c++) { m[c] = (A)(total[c] * inverse); total[c] = 0; square[c] = 0; }
-    for (i64 start = 0; start < P; start += POSITION_BLOCK) {
-      const i64 end = smaller(start + POSITION_BLOCK, P);
-      for (i64 c = 0; c < width; c++) { sum[c] = 0; rest[c] = 0; }
-      for (i64 p = start; p < end; p++) {
-        const T *values = slab + p * C;
-        SIMD for (i64 c = 0; c < width; c++) { A d = LOAD(values[c]) - m[c]; sum[c] += d * d; rest[c] += d; }
-      }
-      for (i64 c = 0; c < width; c++) { square[c] += sum[c]; total[c] += rest[c]; }
-    }
-    for (i64 c = 0; c < width; c++) {
-      const double off = total[c] * inverse, v = square[c] * inverse - off * off;
-      mean[n * C + c0 + c] = (A)(m[c] + off);
-      var[n * C + c0 + c] = (A)(v < 0 ? 0 : v);
-    }
+    const i64 n = t / blocks, c0 = (t % blocks) * CHANNELS, width = smaller(C - c0, CHANNELS), at = n * C + c0;
+    double count = 0, m[CHANNELS] = {0}, square[CHANNELS] = {0};
+    for (i64 p = 0; p < P; p += TILE)
+      NAME(tile)(x + n * P * C + c0, NULL, NULL, p, smaller(p + TILE, P), C, width, &count, m, square);
+    for (i64 c = 0; c < width; c++) { mean[at + c] = (A)m[c]; var[at + c] = NAME(variance)(square[c], count); }
   }
 }
 
 void NAME(affine_cols)(const T *x, const A *scale, i64 scale_n, i64 scale_c, const A *shift, i64 shift_n, i64 shift_c,
                        T *y, i64 N, i64 C, i64 P, int threads) {
   const i64 parts = (P + POSITION_BLOCK - 1) / POSITION_BLOCK, tasks = N * parts;
-  PARALLEL for (i64 t = 0; t < tasks; t++) {
+  BACKWARDS(t, tasks) {
     const i64 n = t / parts, start = (t % parts) * POSITION_BLOCK, end = smaller(start + POSITION_BLOCK, P);
     A s[CHANNEL_BLOCK], h[CHANNEL_BLOCK];
     for (i64 c0 = 0; c0 < C; c0 += CHANNEL_BLOCK) {
@@ -201,7 +178,7 @@ void NAME(combine_cols)(const T *g, const T *x, const A *scale, i64 scale_n, i64
                         double a_factor, const A *b, i64 b_n, i64 b_c, double b_factor, const A *center, T *dx,
                         i64 N, i64 C, i64 P, int threads) {
   const i64 parts = (P + POSITION_BLOCK - 1) / POSITION_BLOCK, tasks = N * parts;
-  PARALLEL for (i64 t = 0; t < tasks; t++) {
+  BACKWARDS(t, tasks) {
     const i64 n = t / parts, start = (t % parts) * POSITION_BLOCK, end = smaller(start + POSITION_BLOCK, P);
     A s[CHANNEL_BLOCK], ac[CHANNEL_BLOCK], bc[CHANNEL_BLOCK];
     for (i64 c0 = 0; c0 < C; c0 += CHANNEL_BLOCK) {

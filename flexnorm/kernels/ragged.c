@@ -14,8 +14,6 @@
 #ifndef T
 
 #define SELF "ragged.c"
-#define TILE 64      /* rows summed at once, of so many channels that all stay in the fastest cache */
-#define CHANNELS 128
 #include <stdint.h>
 
 typedef int64_t i64;
@@ -36,6 +34,8 @@ static inline i64 sample_of(const Spans *s, i64 i) {
 
 #else
 
+#include "tile.h"
+
 typedef struct { const A *table; i64 n, c; } NAME(Table); /* with its strides */
 typedef struct { Spans spans; const A *weights; const T *x; A *mean, *var, *count; } NAME(Moments);
 
@@ -47,39 +47,11 @@ void NAME(moments_cols)(const NAME(Moments) *call) {
     const i64 sample = task / blocks, c0 = (task % blocks) * CHANNELS, width = smaller(C - c0, CHANNELS);
     const i64 begin = first_of(spans, sample), end = first_of(spans, sample + 1);
     double count = 0, mean[CHANNELS] = {0}, square[CHANNELS] = {0};
-    for (i64 start = begin; start < end; start += TILE) {
-      const i64 stop = smaller(start + TILE, end);
-      double n = 0;
-      A center[CHANNELS], sum[CHANNELS] = {0}, rest[CHANNELS] = {0};
-      for (i64 i = start; i < stop; i++) {
-        const i64 r = row_at(spans, i);
-        const A w = call->weights ? call->weights[r] : 1;
-        const T *x = call->x + r * C + c0;
-        if (w == 0) continue;
-        n += w;
-        SIMD for (i64 c = 0; c < width; c++) sum[c] += w * LOAD(x[c]);
-      }
-      if (n == 0) continue;
-      for (i64 c = 0; c < width; c++) center[c] = (A)(sum[c] / n), sum[c] = 0;
-      for (i64 i = start; i < stop; i++) {
-        const i64 r = row_at(spans, i);
-        const A w = call->weights ? call->weights[r] : 1;
-        const T *x = call->x + r * C + c0;
-        if (w == 0) continue;
-        SIMD for (i64 c = 0; c < width; c++) { const A d = LOAD(x[c]) - center[c]; sum[c] += w * d * d; rest[c] += w * d; }
-      }
-      /* Chan's formula. */
-      const double total = count + n, share = n / total, factor = share * count;
-      for (i64 c = 0; c < width; c++) {
-        const double off = rest[c] / n, gap = center[c] + off - mean[c];
-        mean[c] += share * gap;
-        square[c] += sum[c] - off * off * n + factor * gap * gap;
-      }
-      count = total;
-    }
+    for (i64 i = begin; i < end; i += TILE)
+      NAME(tile)(call->x + c0, call->weights, spans->order, i, smaller(i + TILE, end), C, width, &count, mean, square);
     for (i64 c = 0; c < width; c++) {
       call->mean[sample * C + c0 + c] = (A)mean[c];
-      call->var[sample * C + c0 + c] = (A)(count == 0 || square[c] < 0 ? 0 : square[c] / count);
+      call->var[sample * C + c0 + c] = NAME(variance)(square[c], count);
     }
     if (c0 == 0) call->count[sample] = (A)count;
   }

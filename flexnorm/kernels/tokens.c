@@ -7,9 +7,9 @@
  *   sums            the gradients of the factors of scale and shift for that of y
  *   combine         dx = scale * g + those through moments of the token and of the batch
  *
- * Two orders: "cols", (R, C) contiguous, and "rows", (N, C, P) contiguous with R = N * P. Every argument is a word of eight bytes; a call takes one address, that of all of them.
- * Sums are taken in short blocks that are added in double. What is summed over tokens is cut by its shape alone, so that
- * results do not depend on the number of threads.
+ * Two orders: "cols", (R, C) contiguous, and "rows", (N, C, P) contiguous with R = N * P. Every argument is a word of
+ * eight bytes; a call takes one address, that of all of them. Sums are taken in short blocks that are added in double.
+ * What is summed over tokens is cut by its shape alone, so that results do not depend on the number of threads.
  */
 #ifndef T
 
@@ -17,18 +17,10 @@
 
 #define SELF "tokens.c"
 #define CHUNK 128    /* tokens summed at once */
-#define TILE 64      /* tokens whose moments are taken at once, of so many channels that all stay in the fastest cache */
-#define CHANNELS 128
-#define TILES 8      /* in a row, by one thread */
+#define TILES 8      /* of tokens in a row, by one thread */
 #define POSITIONS 512 /* most tokens at once in "rows" order */
 
 typedef struct { const void *row; int64_t groups; const void *column; } Term; /* without either, there is none */
-
-/* From the last to the first, of those that each thread has: a pass reads first what the one before it, which went the
- * other way, has left in the cache. */
-#define BACKWARDS(i, count) \
-  PARALLEL for (int part = 0; part < threads; part++) \
-    for (i64 i = (count) * (part + 1) / threads - 1; i >= (count) * part / threads; i--)
 
 #ifdef __AVX512F__
 #pragma GCC target("prefer-vector-width=512")
@@ -36,6 +28,8 @@ typedef struct { const void *row; int64_t groups; const void *column; } Term; /*
 #include "each_type.h"
 
 #else
+
+#include "tile.h"
 
 /* The sum of two terms on a span of channels: k0[c] * a[0] + k1[c] * a[1] + constant, with as many k as `columns`. */
 typedef struct { const A *k[2]; A a[2], constant; } NAME(Sum);
@@ -77,47 +71,7 @@ ALWAYS A NAME(sum_at)(const NAME(Sum) *sum, int columns, i64 c) {
   return v;
 }
 
-/* Moments merge by Chan's formula, as sums of weights, means and sums of squared deviations. */
-ALWAYS void NAME(merge)(double *count, double *mean, double *square, const double n, const double *m, const double *s,
-                        i64 width) {
-  const double total = *count + n, share = n / total, factor = share * *count;
-  for (i64 c = 0; c < width; c++) {
-    const double gap = m[c] - mean[c];
-    mean[c] += share * gap;
-    square[c] += s[c] + factor * gap * gap;
-  }
-  *count = total;
-}
-
 typedef struct { const T *x; A *mean, *var; i64 N, C, P, threads; const A *weights; } NAME(Columns);
-
-ALWAYS void NAME(tile)(const T *x, const A *weights, i64 rows, i64 C, i64 width, double *count, double *mean, double *square) {
-  A center[CHANNELS], sum[CHANNELS] = {0}, rest[CHANNELS] = {0};
-  double n = 0, m[CHANNELS], s[CHANNELS];
-  for (i64 r = 0; r < rows; r++) {
-    const A w = weights ? weights[r] : 1;
-    if (w == 0) continue;
-    n += w;
-    SIMD for (i64 c = 0; c < width; c++) sum[c] += w * LOAD(x[r * C + c]);
-  }
-  if (n == 0) return;
-  for (i64 c = 0; c < width; c++) center[c] = (A)(sum[c] / n), sum[c] = 0;
-  for (i64 r = 0; r < rows; r++) {
-    const A w = weights ? weights[r] : 1;
-    if (w == 0) continue;
-    SIMD for (i64 c = 0; c < width; c++) {
-      const A d = LOAD(x[r * C + c]) - center[c], wd = w * d;
-      sum[c] += wd * d;
-      rest[c] += wd;
-    }
-  }
-  for (i64 c = 0; c < width; c++) {
-    const double off = rest[c] / n;
-    m[c] = center[c] + off;
-    s[c] = sum[c] - off * off * n;
-  }
-  NAME(merge)(count, mean, square, n, m, s, width);
-}
 
 void NAME(column_moments_cols)(const NAME(Columns) *call) {
   const i64 R = call->N * call->P, C = call->C, length = TILE * TILES;
@@ -128,10 +82,9 @@ void NAME(column_moments_cols)(const NAME(Columns) *call) {
   PARALLEL for (i64 task = 0; task < chunks * blocks; task++) {
     const i64 chunk = task / blocks, c = (task % blocks) * CHANNELS, width = smaller(C - c, CHANNELS);
     for (i64 r = chunk * length; r < smaller(R, (chunk + 1) * length); r += TILE) {
-      const i64 rows = smaller(R - r, TILE), at = chunk * C + c;
-      const T *x = call->x + r * C + c;
-      if (call->weights) NAME(tile)(x, call->weights + r, rows, C, width, counts + task, means + at, squares + at);
-      else NAME(tile)(x, NULL, rows, C, width, counts + task, means + at, squares + at);
+      const i64 at = chunk * C + c, end = smaller(r + TILE, R);
+      if (call->weights) NAME(tile)(call->x + c, call->weights, NULL, r, end, C, width, counts + task, means + at, squares + at);
+      else NAME(tile)(call->x + c, NULL, NULL, r, end, C, width, counts + task, means + at, squares + at);
     }
   }
   for (i64 b = 0; b < blocks; b++) {
@@ -143,7 +96,7 @@ void NAME(column_moments_cols)(const NAME(Columns) *call) {
     const double n = counts[b];
     for (i64 c = c0; c < c0 + width; c++) {
       call->mean[c] = (A)means[c];
-      call->var[c] = (A)(n == 0 || squares[c] < 0 ? 0 : squares[c] / n);
+      call->var[c] = NAME(variance)(squares[c], n);
     }
   }
   free(means);

@@ -13,9 +13,13 @@ from flexnorm.engine import Moments, Norm, twin_of
 from flexnorm.nn._base import LastAxes, Pair, Param, Placed, SampleStatistics
 
 
-def rms(moments: Moments, weight: Param = None, *, eps: float = 1e-5) -> Pair:
-    """Root mean square normalization (Zhang & Sennrich 2019) of each sample over (C, *spatial)."""
-    scale = (moments.pool("channels").mean_square + eps).rsqrt()
+def rms(moments: Moments, weight: Param = None, *, eps: float | None = 1e-5) -> Pair:
+    """Root mean square normalization (Zhang & Sennrich 2019) of each sample over (C, *spatial).
+
+    ``eps`` of ``None`` is the machine epsilon of the moments' type, as torch has it.
+    """
+    square = moments.pool("channels").mean_square
+    scale = (square + (torch.finfo(square.dtype).eps if eps is None else eps)).rsqrt()
     scale = scale if weight is None else scale * weight
     return scale, torch.zeros_like(scale)
 
@@ -108,7 +112,4 @@ class RMSNorm(LastAxes, _RMSNorm):
 
     def rule(self, moments: Moments) -> Pair:
         """Divide each position by its root mean square."""
-        eps = self.eps
-        if eps is None:
-            eps = torch.finfo(moments.pool("channels").mean.dtype).eps
-        return rms(moments, self.flat(self.weight), eps=eps)
+        return rms(moments, self.flat(self.weight), eps=self.eps)

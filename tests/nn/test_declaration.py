@@ -166,3 +166,44 @@ def test_arguments_behind_keywords_are_those_of_the_class_above() -> None:
     assert "momentum" in constructor_arguments(Own)
     assert "track_running_stats" not in constructor_arguments(fx.BatchRenorm2d), "typed keywords: it sets that itself"
     assert isinstance(Own(3, unit_norm="rms"), Norm)
+
+
+def test_where_the_channels_are_belongs_to_the_function_where_it_matters() -> None:
+    def same(a: Norm, b: Norm) -> bool:
+        return a.function(True) == b.function(True)
+
+    assert same(fx.LayerNorm(6), fx.LayerNorm1d(6, channel_axis=-1))
+    assert same(fx.LayerNorm(6, channel_axis=1), fx.LayerNorm2d(6, per_position=True))
+    assert same(fx.LayerNorm(6), fx.GroupNorm(1, 6, channel_axis=-1))
+    assert not same(fx.LayerNorm(6), fx.LayerNorm2d(6))
+    assert not same(fx.LayerNorm(6), fx.LayerNorm((1, 6)))
+    for name in BUILT_IN:
+        layer = fx.norm_class(name)
+        if name == "none" or layer.pools_positions:
+            continue
+        options = BASE.get(name, {})
+        images, positions = fx.make_norm(name, 6, **options), fx.make_norm(name, 6, per_position=True, **options)
+        x = torch.randn(4, 6, 5, 3)
+        for module in (images, positions):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.fill_(0.7)
+        alike = torch.allclose(images(x), positions(x), atol=1e-5)
+        assert layer.positions_matter != alike == same(images, positions), name
+
+
+def test_the_factory_gives_the_layer_of_the_place() -> None:
+    assert repr(fx.make_norm("layer", 6, channel_axis=-1, eps=1e-3, affine=False)) == repr(
+        fx.LayerNorm(6, 1e-3, elementwise_affine=False)
+    )
+    ours = fx.make_norm("rms", 6, per_position=True)
+    assert (type(ours), ours.channel_axis) == (fx.RMSNorm, 1)
+    assert "channel_axis=1" in repr(ours)
+    whole = fx.make_norm("layer", 6, channel_axis=-1, per_position=False)
+    assert type(whole) is fx.LayerNorm2d
+    assert fx.norm_of(fx.LayerNorm(6)).norm_name == "layer"
+    assert fx.is_norm(fx.RMSNorm(6))
+    assert fx.undecayed(fx.LayerNorm(6)) == []
+    for arguments in ({"momentum": 0.1}, {"per_position": True}):
+        with pytest.raises(TypeError, match="LayerNorm"):
+            fx.LayerNorm(6, **arguments)

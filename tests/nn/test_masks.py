@@ -442,3 +442,14 @@ def test_what_does_not_fit_is_named() -> None:
         layer(data(3, 11, 5))
     with pytest.raises(ValueError, match="leaves it none"):
         made("instance", per_position=True)
+
+
+def test_the_thresholded_unit_finds_the_channels() -> None:
+    x = data(3, 11, 6)
+    plain, layer = fx.FilterResponseNorm1d(6, dtype=torch.float64), None
+    with torch.no_grad():
+        plain.tau.copy_(torch.linspace(-1, 1, 6))
+    layer = fx.FilterResponseNorm1d(6, dtype=torch.float64, channel_axis=-1)
+    layer.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(layer(x), plain(x.mT).mT)
+    torch.testing.assert_close(plain(x[0], segments=torch.zeros(11, dtype=torch.long)), layer(x)[0])

@@ -7,7 +7,7 @@ import torch
 from norm_lookalikes import CentredByStd, ChannelsFirst, GainNorm, LastAxisNorm, PlainRMS
 from torch import Tensor, nn
 
-from flexnorm.nn import BatchNorm2d, LayerNorm1d
+from flexnorm.nn import BatchNorm2d, LayerNorm, LayerNorm1d
 from flexnorm.probe import channel_axes, channel_axis
 from flexnorm.shift import ShiftMonitor
 
@@ -25,6 +25,9 @@ from flexnorm.shift import ShiftMonitor
         (nn.GroupNorm(1, 3), 1),
         (BatchNorm2d(3), 1),
         (LayerNorm1d(3, channel_axis=-1), -1),
+        (LayerNorm(3), -1),
+        (LayerNorm((3, 4, 4)), 1),
+        (LayerNorm(3, channel_axis=1), 1),
         (PlainRMS(8), -1),
         (GainNorm(8), -1),
         (ChannelsFirst(8), 1),
