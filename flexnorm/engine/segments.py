@@ -82,14 +82,16 @@ class Segments:
             ValueError: If they are not as many as rows.
         """
         made = segments if isinstance(segments, Segments) else cls(segments)
-        if len(made.index) != len(x):
-            raise ValueError(f"there are {len(made.index)} segment numbers for {len(x)} rows of x {tuple(x.shape)}")
+        if made.index.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"there are {made.index.shape[0]} segment numbers for {x.shape[0]} rows of x {tuple(x.shape)}"
+            )
         return made
 
     def sizes(self, weights: Tensor | None = None, like: Tensor | None = None) -> Tensor:
         """Return how many rows each sample has, or the sum of their ``weights`` (R,): (S, 1)."""
         dtype = torch.float32 if like is None else like.dtype
-        ones = torch.ones(len(self.index), dtype=dtype, device=self.index.device) if weights is None else weights
+        ones = torch.ones(self.index.shape[0], dtype=dtype, device=self.index.device) if weights is None else weights
         return ones.new_zeros(self.count).index_add(0, self.index, ones).unsqueeze(1)
 
     def moments(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
