@@ -1,26 +1,25 @@
 """flex_norm: any normalization, written as a rule on two small tables, at the speed of a fused kernel.
 
-The graph of one call is ``x -> _Moments -> rule (ordinary autograd on (N, C) tables) -> _Affine -> y``. The backward
-takes two passes over the activation: ``_Affine`` reduces the incoming gradient g to the two tables that the rule's
-autograd needs, and leaves the rest of its work to ``_Moments``, which writes ``dx = scale*g + a + b*(x - mean)`` in one
-go. For that, ``_Affine`` passes g itself along a private way to ``_Moments``, with the scale beside it.
+Whether positions share their moments decides who runs it: :mod:`flexnorm.engine.samples` or
+:mod:`flexnorm.engine.tokens`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from flexnorm.engine.moments import Moments, broadcasts, pool_positions
+from flexnorm.engine.samples import SampleMoments, Samples
 from flexnorm.engine.segments import Segments, weights_of
 from flexnorm.engine.tokens import TokenMoments, Tokens
 from flexnorm.kernels import passes
-from flexnorm.kernels.layout import Layout, best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
-from flexnorm.kernels.passes import gradients, must_compose, transformed
+from flexnorm.kernels.layout import best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
+from flexnorm.kernels.passes import transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,82 +27,6 @@ if TYPE_CHECKING:
 Rule: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 _Twin = TypeVar("_Twin", bound=Callable[..., Any])
 _TWINS: dict[Any, tuple[Callable[..., Tensor | None], bool]] = {}
-_Pending: TypeAlias = list[Tensor] | None
-
-
-class _Moments(torch.autograd.Function):
-    """Moments of x, and x itself for the affine pass, so that this node sees every gradient of x at once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, pending: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = passes.moments(x, layout)
-        ctx.save_for_backward(x, mean)
-        ctx.set_materialize_grads(False)
-        ctx.layout, ctx.pending = layout, pending
-        return mean, var, x.view_as(x)
-
-    @staticmethod
-    def backward(
-        ctx: Any, dmean: Tensor | None, dvar: Tensor | None, g: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        x, mean = ctx.saved_tensors
-        scale = ctx.pending.pop() if ctx.pending else None
-        if must_compose(dmean, dvar, g):
-            # Double backward: g is the finished part of the gradient, everything stays in the graph.
-            grads = (dmean, dvar, None if g is None else g.to(mean.dtype))
-            (dx,) = gradients(lambda v: (*passes.composed_moments(v), v), [x.to(mean.dtype)], [True], grads)
-            return None if dx is None else dx.to(x.dtype), None, None
-        if dmean is None and dvar is None:
-            return (g if g is None or scale is None else passes.affine(g, scale, None, ctx.layout)), None, None
-        g = torch.zeros_like(x) if g is None else g
-        return passes.combine(g, x, scale, dmean, dvar, mean, ctx.layout), None, None
-
-
-class _Affine(torch.autograd.Function):
-    """``y = scale * x + shift``; tables broadcast to (N, C), ``center`` (N, C) conditions the sums of the backward.
-
-    ``pending`` takes the scale still to be applied to the gradient that goes to :class:`_Moments` along ``through``.
-    That holds for this node's part only, so nothing else may use ``through``: what a double backward computes from the
-    activation, it computes from ``x``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        through: Tensor,  # noqa: ARG004 - the same values; its gradient is what matters
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        center: Tensor | None,
-        layout: Layout,
-        pending: _Pending,
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, center)
-        ctx.layout, ctx.pending, ctx.shift_shape = layout, pending, shift.shape
-        return passes.affine(x, scale, shift, layout)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, center = ctx.saved_tensors
-        layout, needed = ctx.layout, ctx.needs_input_grad
-        if ctx.pending is not None:
-            ctx.pending.clear()
-        if must_compose(g):
-            # The value of the shift does not matter to any gradient.
-            inputs = [x, scale, scale.new_zeros(ctx.shift_shape, requires_grad=True)]
-            found = gradients(passes.composed_affine, inputs, (needed[0], *needed[2:4]), (g,))
-            return found[0], None, *found[1:], None, None, None
-        if layout.backend != "composed" and g.stride() != x.stride():
-            g = torch.empty_like(x).copy_(g)  # the kernels walk both alike
-        dx, dscale, dshift = None, None, None
-        if needed[2] or needed[3]:
-            dscale, dshift = passes.sums(g, x, center, layout, (scale.shape, ctx.shift_shape))
-        if needed[0] and ctx.pending is None:
-            dx = passes.affine(g, scale, None, layout)
-        elif needed[0]:
-            ctx.pending.append(scale)
-            dx = g
-        return dx, None, dscale, dshift, None, None, None
 
 
 def _left_to_torch(x: Tensor) -> bool:
@@ -355,22 +278,6 @@ def _per_sample(x: Tensor, rule: Rule, params: tuple[Any, ...], process_group: P
     if layout.order == "none":
         x = x.contiguous()
         layout = layout_of(x)
-    pending: list[Tensor] = []
-    through: Tensor | None = None
-    center: Tensor | None = None
-
-    def compute(differentiable: bool) -> tuple[Tensor, Tensor]:
-        nonlocal through, center
-        if differentiable and torch.is_grad_enabled() and x.requires_grad:
-            mean, var, through = _Moments.apply(x, layout, pending)  # type: ignore[no-untyped-call]
-        else:
-            mean, var = passes.moments(x, layout)
-        center = mean.detach()
-        return mean, var
-
-    moments = Moments(count=count, process_group=process_group, _compute=compute, backend=layout.backend)
-    scale, shift = _apply_rule(rule, moments, params, x, size)
-    if not torch.is_grad_enabled() or not (x.requires_grad or scale.requires_grad or shift.requires_grad):
-        return passes.affine(x, scale, shift, layout)
-    origin, link = (x, None) if through is None else (through, pending)
-    return cast("Tensor", _Affine.apply(origin, x, scale, shift, center, layout, link))  # type: ignore[no-untyped-call]
+    source = Samples(x, layout)
+    scale, shift = _apply_rule(rule, SampleMoments(source, count, process_group), params, x, size)
+    return source.affine(scale, shift)

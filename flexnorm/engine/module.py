@@ -293,6 +293,10 @@ class FlexNorm(Norm):
         common = [name for name in ("eps", "momentum", "affine", "track_running_stats") if name in arguments]
         own = [name for name in self.options if name not in common]
         shown = [str(self.num_features), *(f"{name}={getattr(self, name)!r}" for name in (*common, *own))]
-        if self.channel_axis != 1 or self.per_position:
-            shown += [f"channel_axis={self.channel_axis}", f"per_position={self.per_position}"]
-        return ", ".join(shown + ["frozen=True"] * self.frozen)
+        return ", ".join([*shown, *self.shown_place(), *["frozen=True"] * self.frozen])
+
+    def shown_place(self) -> list[str]:
+        """Return the arguments that say where the channels are, as text, if they are not the usual ones."""
+        if self.channel_axis == 1 and not self.per_position:
+            return []
+        return [f"channel_axis={self.channel_axis}", f"per_position={self.per_position}"]

@@ -148,7 +148,7 @@ class _Affine(torch.autograd.Function):
         scale, shift = _unflatten(shape, factors)
         if slopes is not None:
             columns = [need and kind == "c" for need, kind in zip(needed[7:], _kinds(shape), strict=True)]
-            of_x, of_k, of_b = rowwise.backward(g, x, center, scale, shift, slopes, any(columns))
+            of_x, of_k, of_b = rowwise.backward(g, x, center, scale, shift, slopes, any(columns), layout)
             # The column of the scale stands in the shift again, where its gradient is already in.
             firsts = _first_columns(shape)
             given = {firsts[0]: of_k, firsts[1]: of_b}

@@ -44,7 +44,7 @@ def layout_of(x: Tensor) -> Layout:
         return Layout("triton", order, size)
     if x.device.type != "cpu":
         return Layout("composed", order, size)
-    if x.numel() >= _SMALL and x.dtype in normalization.DTYPES and normalization.load() is not None:
+    if x.numel() >= _SMALL and normalization.serves(x.dtype):
         return Layout("c", order, size)
     if order == "rows" and x.dtype in (torch.float32, torch.float64):
         return Layout("torch", order, size)
@@ -64,11 +64,8 @@ def token_layout_of(x: Tensor, channel_axis: int) -> Layout | None:
     ``None`` where the composition of torch's operations serves best. An order of "none" asks for a contiguous copy.
     """
     backend = "triton" if x.numel() > 0 and gpu.available(x) else "c"
-    if backend == "c":
-        if x.device.type != "cpu" or x.numel() < _SMALL or x.dtype not in normalization.DTYPES:
-            return None
-        if normalization.load() is None:
-            return None
+    if backend == "c" and (x.device.type != "cpu" or x.numel() < _SMALL or not normalization.serves(x.dtype)):
+        return None
     if channel_axis == -1 or x.dim() == 2:
         samples, channels = x.shape[0], x.shape[-1]
         order = "cols" if x.is_contiguous() else "rows" if x.movedim(-1, 1).is_contiguous() else "none"

@@ -21,6 +21,7 @@
 #ifndef T
 
 #define SELF "normalization.c"
+#define AHEAD 768         /* values fetched before they are added: between rows the memory would wait */
 #define CHANNEL_BLOCK 256 /* channels handled at once in the channels-last layout */
 #define POSITION_BLOCK 64 /* positions summed at once in the channels-last layout */
 #include "each_type.h"
@@ -39,7 +40,11 @@ void NAME(moments_rows)(const T *x, A *mean, A *var, i64 N, i64 C, i64 P, int th
       const i64 end = smaller(start + BLOCK, P);
       i64 p = start;
       A sum[LANES] = {0}, tail = 0;
-      for (; p + LANES <= end; p += LANES) for (int l = 0; l < LANES; l++) sum[l] += LOAD(row[p + l]);
+      for (; p + LANES <= end; p += LANES) {
+        __builtin_prefetch(row + p + AHEAD, 0, 3);
+        __builtin_prefetch(row + p + AHEAD + LANES / 2, 0, 3);
+        for (int l = 0; l < LANES; l++) sum[l] += LOAD(row[p + l]);
+      }
       for (; p < end; p++) tail += LOAD(row[p]);
       total += JOIN(sum) + tail;
     }

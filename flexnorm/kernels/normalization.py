@@ -54,6 +54,11 @@ def load() -> dict[tuple[str, torch.dtype], Any] | None:
     return kernels
 
 
+def serves(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for activations of this type: in 16-bit floats not on every processor."""
+    return dtype in DTYPES and (found := load()) is not None and ("affine_rows", dtype) in found
+
+
 def call(name: str, dtype: torch.dtype, *arguments: Any) -> Any:
     """Run a kernel; tensors among the arguments go by their address, ``None`` as a null pointer."""
     kernels = load()

@@ -57,22 +57,23 @@ def fits(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> bool:
 
 
 def backward(
-    g: Tensor, x: Tensor, mean: Tensor | None, scale: Terms, shift: Terms, slopes: Slopes, needed: bool
+    g: Tensor, x: Tensor, mean: Tensor | None, scale: Terms, shift: Terms, slopes: Slopes, needed: bool, layout: Layout
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient of ``x``, and, where ``needed``, (C,) for k and for b.
 
     Args:
         g: Gradient of the result, strides of ``x``.
-        x: Tokens, contiguous.
+        x: Tokens.
         mean: (R, 1) of each token; ``None`` for moments about zero.
         scale: As :func:`fits` asks for.
         shift: As :func:`fits` asks for.
         slopes: Derivatives of r and q.
         needed: Whether there is anything to be learned for each channel.
+        layout: That of ``x``, in "cols" order.
     """
     kernels = load()
     assert kernels is not None
-    (r, k), channels = scale[0], x.shape[-1]
+    (r, k), (samples, channels, positions) = scale[0], layout.size
     q = next((row for row, _ in shift if row is not None), None)
     sums = torch.empty((2, channels), dtype=table_dtype(x.dtype)) if needed else None
     dx = torch.empty_like(x)
@@ -80,5 +81,5 @@ def backward(
     of_k, of_b = (None, None) if sums is None else (sums[0], sums[1])
     words = [0 if t is None else t.data_ptr() for t in (g, x, dx, *tables, of_k, of_b)]
     threads = torch.get_num_threads() if x.numel() > _ALONE else 1
-    kernels[x.dtype](struct.pack("16q", *words, x.numel() // channels, channels, threads))
+    kernels[x.dtype](struct.pack("16q", *words, samples * positions, channels, threads))
     return dx, of_k, of_b

@@ -256,7 +256,8 @@ static void NAME(sums_of)(const T *g, const T *x, const NAME(Part) *parts, const
 }
 
 /* Sums over the chunks, plus those of what the center multiplies. */
-static void NAME(total)(const A *sums, const A *beside, const A *center, A *found, i64 chunks, i64 step, i64 C, int threads) {
+static void NAME(total)(const A *sums, const A *beside, const A *center, A *found, i64 chunks, i64 step, i64 C, int most) {
+  const int threads = chunks * C > 1 << 16 ? most : 1; /* less is done before another thread wakes */
   PARALLEL for (i64 c0 = 0; c0 < C; c0 += CHANNELS) {
     const i64 here = smaller(CHANNELS, C - c0);
     double total[CHANNELS] = {0}, rest[CHANNELS] = {0};

@@ -65,7 +65,7 @@ def matrix(x: Tensor, layout: Layout) -> Tensor:
     """An activation as (R, C): a view in "cols" order, else a copy."""
     samples, channels, positions = layout.size
     if layout.order == "cols":
-        return x.reshape(samples * positions, channels)
+        return (x if x.is_contiguous() else x.movedim(1, -1)).reshape(samples * positions, channels)
     return x.reshape(samples, channels, positions).movedim(1, 2).reshape(samples * positions, channels)
 
 
@@ -73,7 +73,9 @@ def like(tokens: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """A matrix (R, C) in the shape and type of ``x``."""
     samples, channels, positions = layout.size
     if layout.order == "cols":
-        return tokens.reshape(x.shape).to(x.dtype)
+        last = x.is_contiguous()
+        shaped = tokens.reshape(x.shape if last else x.movedim(1, -1).shape)
+        return (shaped if last else shaped.movedim(-1, 1)).to(x.dtype)
     return tokens.reshape(samples, positions, channels).movedim(1, 2).reshape(x.shape).to(x.dtype)
 
 

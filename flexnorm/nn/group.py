@@ -91,4 +91,5 @@ class GroupNorm(FlexNorm):
 
     def extra_repr(self) -> str:
         """Show the constructor arguments as torch does."""
-        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"
+        shown = [f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}"]
+        return ", ".join([*shown, *self.shown_place()])

@@ -126,6 +126,7 @@ class _UnitizedBatchNorm(BatchStatistics):
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize with batch (or running) statistics, then move each sample towards unit norm by alpha."""
+        _ = moments.tables  # needed in any case: asked for first, those of the batch are pooled from them
         mean, var = self.batch_or_running(moments)
         alpha = self.alpha.clamp(0, 1) if self.constrain_alpha else self.alpha
         return unitize(moments, mean, var, self.weight, self.bias, alpha, eps=self.eps, unit_norm=self.unit_norm)

@@ -38,9 +38,9 @@ class ThenAct:
     act: nn.Module
     plain: type[nn.Module]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x``, then apply ``drop`` and ``act``."""
-        y: Tensor = self.act(self.drop(super().forward(x)))  # type: ignore[misc]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Normalize ``x``, by whatever else is given too (a mask), then apply ``drop`` and ``act``."""
+        y: Tensor = self.act(self.drop(super().forward(x, *args, **kwargs)))  # type: ignore[misc]
         return y
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import flexnorm.nn as fx
+from flexnorm.engine import Segments
 
 SIZES = (5, 2, 0)
 
@@ -97,6 +98,10 @@ def _masked_layers() -> dict[str, nn.Module]:
     }
 
 
+def _graph_layer() -> nn.Module:
+    return fx.InstanceNorm1d(5, track_running_stats=True, process_group="world", dtype=torch.float64)
+
+
 def _masked_data(world: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(4)
     lengths = torch.tensor([6, 2, 3, 5, 0, 0][: 2 * world])  # the third process has nothing that counts
@@ -115,6 +120,9 @@ def _masked_worker(rank: int, world: int, port: int, folder: str) -> None:
             y = layer(own, mask=mask)
         (grad,) = torch.autograd.grad(y[mask].pow(3).sum(), own)
         out[name] = [y.detach()[mask], grad[mask], *layer.buffers()]
+    layer = _graph_layer()
+    layer(x[mask], segments=Segments(mask.nonzero()[:, 0], 2))
+    out["graphs"] = [*layer.buffers()]
     torch.save(out, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -139,6 +147,11 @@ def test_processes_with_unequal_masks_equal_one_process(world: int, tmp_path: Pa
         for rank in ranks:
             for got, want in zip(rank[name][2:], layer.buffers(), strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, check_dtype=False)
+    graphs = _graph_layer()
+    graphs(x.detach()[mask], segments=Segments(mask.nonzero()[:, 0], 2 * world))
+    for rank in ranks:
+        for got, want in zip(rank["graphs"], graphs.buffers(), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_process_group_without_distributed_is_this_process() -> None:

@@ -52,7 +52,8 @@ BACKENDS = {
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("compiler", [True, False])
 def test_backend(name: str, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normalization, "load", lambda: {} if compiler else None)
+    kernels = {("affine_rows", dtype): None for dtype in normalization.DTYPES}
+    monkeypatch.setattr(normalization, "load", lambda: kernels if compiler else None)
     x, with_compiler, without = BACKENDS[name]
     found = layout_of(x)
     assert found.backend == (with_compiler if compiler else without)
@@ -75,3 +76,12 @@ def test_tables_of_an_activation() -> None:
     assert over_positions(torch.zeros(1, 3), x[:, :, 0, 0]).shape == (1, 3)
     kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     assert [table_dtype(dtype) for dtype in kinds] == [torch.float64] + 3 * [torch.float32]
+
+
+def test_a_processor_without_16_bit_floats_leaves_them_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {("affine_rows", torch.float32): None}
+    monkeypatch.setattr(normalization, "load", lambda: wide)
+    x = torch.zeros(8, 8, 16, 16)
+    assert layout_of(x).backend == "c"
+    assert layout_of(x.half()).backend == "composed"
+    assert layout.token_layout_of(x.half(), 1) is None

@@ -453,3 +453,47 @@ def test_the_thresholded_unit_finds_the_channels() -> None:
     layer.load_state_dict(plain.state_dict())
     torch.testing.assert_close(layer(x), plain(x.mT).mT)
     torch.testing.assert_close(plain(x[0], segments=torch.zeros(11, dtype=torch.long)), layer(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["layer", "instance", "batch", "unitized"])
+def test_segments_of_any_type_and_strides(name: str, dtype: torch.dtype) -> None:
+    exact, layer = made(name), made(name, dtype=torch.float32)
+    layer.load_state_dict(exact.state_dict())
+    x, index = data(20, 6).to(dtype), torch.arange(20) % 3
+    strided = torch.stack([x, x], -1)[..., 0]
+    y = layer(x, segments=index)
+    assert y.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(y.double(), exact(x.double(), segments=index), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(layer(strided, segments=Segments(index)), y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(layer(x, segments=index.int()), y)
+
+
+def test_gradients_of_segments_under_vmap_over_parameters() -> None:
+    layer, x, graphs = made("layer"), data(7, 6), Segments(torch.tensor([0, 1, 0, 2, 2, 1, 0]))
+
+    def loss(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,), {"segments": graphs}).pow(3).sum()
+
+    weights = data(4, 6)
+    many = torch.func.vmap(torch.func.grad(loss))(weights)
+    for weight, found in zip(weights, many, strict=True):
+        torch.testing.assert_close(found, torch.func.grad(loss)(weight))
+
+
+@pytest.mark.slow
+def test_exports_segments_of_a_known_number() -> None:
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = made("layer", dtype=torch.float32)
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return self.norm(x, segments=Segments(index, 3))
+
+    model, x, index = Graphs(), data(9, 6).float(), torch.arange(9) % 3
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(model, (x, index), dynamic_shapes=({0: rows}, {0: rows}), strict=False)
+    torch.testing.assert_close(program.module()(x[:5], index[:5]), model(x[:5], index[:5]))
