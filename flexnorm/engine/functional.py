@@ -173,7 +173,7 @@ def twin_of(rule: Rule, at_any_size: bool = False) -> Callable[[_Twin], _Twin]:
 
     def declare(function: _Twin) -> _Twin:
         def checked(params: tuple[Any, ...], keywords: dict[str, Any], x: Tensor) -> Tensor | None:
-            tables = (*params, *(value for value in keywords.values() if isinstance(value, Tensor)))
+            tables = (*params, keywords.get("weight"), keywords.get("bias"))
             # A rule takes numbers and whatever broadcasts, torch's functions one number for each channel.
             alike = all(p is None or _of_channels(p, x) for p in tables)
             return function(x, *params, **keywords) if alike else None
@@ -262,6 +262,9 @@ def _per_position(
     if layout is not None and layout.order == "none":
         x = x.contiguous()
         layout = token_layout_of(x, channel_axis)
+    if layout is not None and layout.order == "rows" and channel_axis == -1 and x.dim() > 2:
+        # In memory it is (N, C, *spatial); the passes and their compositions shall see it so.
+        return _per_position(x.movedim(-1, 1), rule, params, 1, weights, process_group).movedim(1, -1)
     source = Tokens(x, channel_axis, layout, None if weights is None else weights.reshape(-1))
     scale, shift = _pair(rule(TokenMoments(source, process_group), *params))
     return source.affine(source.terms(scale, "scale"), source.terms(shift, "shift"))

@@ -137,10 +137,8 @@ def test_rules_take_parameters_that_torchs_functions_refuse(name: str, weight: t
     x, rule = torch.randn(5, 7, 12), getattr(rules, name)
     rule = functools.partial(rule, groups=3) if name == "group" else rule
     expected = flex_norm(x, rule, channel_axis=-1) * weight
-    for y in (
-        flex_norm(x, rule, weight, channel_axis=-1),
-        flex_norm(x, functools.partial(rule, weight=weight), channel_axis=-1),
-    ):
+    for function, params in ((rule, (weight,)), (functools.partial(rule, weight=weight), ())):
+        y = flex_norm(x, function, *params, channel_axis=-1)
         torch.testing.assert_close(y, expected.to(x.dtype), rtol=1e-5, atol=1e-6)
 
 
@@ -150,6 +148,8 @@ def test_rules_take_tokens_of_any_number_and_size(name: str, shape: tuple[int, .
     x = torch.randn(shape, requires_grad=True)
     y = flex_norm(x, getattr(rules, name), channel_axis=-1)
     y.sum().backward()
-    assert y.shape == x.shape and x.grad is not None and bool(y.isfinite().all() & x.grad.isfinite().all())
+    assert y.shape == x.shape
+    assert x.grad is not None
+    assert bool(y.isfinite().all() & x.grad.isfinite().all())
     if name != "rms" and (shape[-1] if name == "layer" else x.numel() // max(shape[-1], 1)) == 1:
-        assert not y.any()  # one value is its own mean
+        assert y.abs().max() < 1e-4  # one value is its own mean
