@@ -391,7 +391,7 @@ class TokenMoments(Moments):
 
 
 class _SequenceMoments(Moments):
-    """Those of each sequence, once for each of its tokens: those of the batch are the tokens' own, each counted once."""
+    """Those of each sequence, repeated for its tokens; of the batch, those of the tokens, each counted once."""
 
     def __init__(self, tokens: TokenMoments, mean: Tensor, var: Tensor, count: Any) -> None:
         super().__init__(mean, var, count, process_group=tokens.process_group)

@@ -29,7 +29,8 @@ def _rules() -> dict[str, Any]:
 NAMES = _rules()
 NAMES["zero"] = 0.0
 PARAMETERS = {
-    **dict.fromkeys(("batch", "layer", "group", "instance", "filter_response", "mean_only", "variance_only"), "wb"),
+    **dict.fromkeys(("batch", "layer", "group", "instance", "filter_response"), "wb"),
+    **dict.fromkeys(("mean_only", "variance_only", "quadratic"), "wb"),
     "rms": "w",
     "population": "bawb",
     "renormalization": "bawb",
