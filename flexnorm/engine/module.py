@@ -205,7 +205,7 @@ class FlexNorm(Norm):
         """Return the running mean and variance (C,); copies if autograd may save them, since training changes them."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.jit.is_tracing():  # a trace is checked against one without gradients
             return self.running_mean.clone(), self.running_var.clone()
         return self.running_mean, self.running_var
 

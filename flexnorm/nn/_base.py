@@ -79,7 +79,7 @@ class LastAxes(SampleStatistics):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        shape = (int(normalized_shape),) if isinstance(normalized_shape, Integral) else tuple(normalized_shape)
+        shape = (int(normalized_shape),) if isinstance(normalized_shape, int | Integral) else tuple(normalized_shape)
         if not shape or (channel_axis == 1 and len(shape) > 1):
             raise ValueError(
                 f"normalized_shape is the size of the last axis or of the last axes, and with channel_axis=1 one "
