@@ -153,3 +153,13 @@ def test_rules_take_tokens_of_any_number_and_size(name: str, shape: tuple[int, .
     assert bool(y.isfinite().all() & x.grad.isfinite().all())
     if name != "rms" and (shape[-1] if name == "layer" else x.numel() // max(shape[-1], 1)) == 1:
         assert y.abs().max() < 1e-4  # one value is its own mean
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["batch, features", "population, images", "unitized, tokens"])
+def test_traces_pass_torchs_check(name: str) -> None:
+    layer, _, shape = _pair(name, torch.float32)
+    traced = torch.jit.trace(layer.eval(), torch.randn(shape))  # type: ignore[no-untyped-call]
+    x = torch.randn(shape)
+    torch.testing.assert_close(traced(x), layer(x))
