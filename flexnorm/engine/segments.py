@@ -98,16 +98,20 @@ class Segments:
         """Return mean and biased variance (S, C) of rows ``x`` (R, C), and count (S, 1); zeros where nothing counts."""
         values = x.to(table_dtype(x.dtype))
         count = self.sizes(weights, values)
-        share = (1 if weights is None else weights.unsqueeze(1)) / torch.where(count > 0, count, 1)[self.index]
-        if weights is not None:
-            values = torch.where(weights.unsqueeze(1) > 0, values, 0)
-        mean = self._total(share * values)
-        return mean, self._total(share * (values - mean[self.index]).square()), count
+        share = None if weights is None else weights.unsqueeze(1)
+        some = torch.where(count > 0, count, 1)
+        if share is not None:
+            values = torch.where(share > 0, values, 0)
+        mean = self._total(values if share is None else share * values) / some
+        square = (values - mean.index_select(0, self.index)).square()
+        return mean, self._total(square if share is None else share * square) / some, count
 
     def _total(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.count, values.shape[1]).index_add(0, self.index, values)
 
     def affine(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Return ``scale * x + shift`` with tables that broadcast to (S, C)."""
-        scale, shift = (t[self.index] if t.shape[0] == self.count and self.count > 1 else t for t in (scale, shift))
+        scale, shift = (
+            t.index_select(0, self.index) if t.shape[0] == self.count and self.count > 1 else t for t in (scale, shift)
+        )
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)

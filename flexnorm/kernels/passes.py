@@ -144,6 +144,7 @@ def combine(
     scale = (torch.ones((), dtype=mean.dtype, device=mean.device) if scale is None else scale).expand(size)
     if layout.backend == "c":
         dx = torch.empty_like(x)
+        dmean, dvar = (None if t is None else t.expand(size) for t in (dmean, dvar))
         tables = (*strided(scale), *strided(dmean), 1.0 / positions, *strided(dvar), 2.0 / positions)
         call(f"combine_{layout.order}", x.dtype, g, x, *tables, mean, dx, *layout.size, torch.get_num_threads())
         return dx

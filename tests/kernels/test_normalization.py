@@ -14,8 +14,8 @@ import torch
 
 from flexnorm.engine import flex_norm
 from flexnorm.kernels import build as _compile
-from flexnorm.kernels import normalization, status
-from flexnorm.kernels.layout import layout_of
+from flexnorm.kernels import normalization, passes, status
+from flexnorm.kernels.layout import Layout, layout_of
 from flexnorm.nn import rules
 
 
@@ -161,3 +161,13 @@ def test_peak_memory_of_a_training_step_is_that_of_batch_norm(dtype: torch.dtype
         assert kept(layer) <= 1.02 * own
     # Unitization has one scale per sample and channel, 1/256 of this activation, in four float32 tables and their like.
     assert kept(fx.UnitizedBatchNorm2d(32, dtype=dtype)) <= 1.08 * own
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_tables_of_the_batch_reach_every_sample(last: bool) -> None:
+    x = torch.randn(8, 16, 16, 16).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    mean, table = torch.randn(8, 16), torch.randn(3, 1, 16)
+    found = passes.combine(x, x, *table, mean, layout_of(x))
+    torch.testing.assert_close(
+        found, passes.combine(x, x, *table.expand(3, 8, 16), mean, Layout("composed", "rows", (8, 16, 256)))
+    )
