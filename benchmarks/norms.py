@@ -160,6 +160,7 @@ OTHERS = [  # no goal is set for these
             ("instance", "nn.InstanceNorm"),
         )
     ),
+    Case((256, 512), "batch", "nn.BatchNorm"),
     Case((4096, 512), "layer", "nn.LayerNorm"),
     Case((4096, 512), "user's mixed", "nn.BatchNorm"),
     Case(TOKENS, "batch", "nn.BatchNorm"),

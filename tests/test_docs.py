@@ -62,6 +62,7 @@ def test_rules_of_the_guide_are_those_of_the_package() -> None:
         names = run(ROOT / "docs" / "rules.md")
     x = torch.randn(8, 6, 5, 5)
     w, b, a = (torch.rand(6) + 0.5 for _ in range(3))
+    quadratic = x / (x.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
     pairs = {
         "batch": ((w, b), reference.batch(x, w, b)),
         "layer": ((w, b), reference.layer(x, w, b)),
@@ -75,6 +76,7 @@ def test_rules_of_the_guide_are_those_of_the_package() -> None:
         "unitized": ((w, b, a), reference.unitized(x, w, b, a)),
         "mean_only": ((w, b), reference.mean_only(x, w, b)),
         "variance_only": ((w, b), reference.variance_only(x, w, b)),
+        "quadratic": ((w, b), quadratic * w[:, None, None] + b[:, None, None]),
         "gated": ((a, w, b), reference.batch_instance(x, a, w, b)),
     }
     for name, (params, expected) in pairs.items():

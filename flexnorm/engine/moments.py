@@ -54,6 +54,7 @@ class Moments:
         self._mean = mean
         self._var = var
         self._compute = _compute
+        self._graph = torch.is_grad_enabled()
         self._square = _square
         self.backend = backend
         self.count = count
@@ -64,7 +65,9 @@ class Moments:
         """Means and biased variances, computed now if they have not been."""
         if self._mean is None or self._var is None:
             assert self._compute is not None
-            self._mean, self._var = self._compute(True)
+            # Read first where no gradients are recorded, as for running statistics, they still belong to the graph.
+            with torch.set_grad_enabled(self._graph):
+                self._mean, self._var = self._compute(True)
         return self._mean, self._var
 
     @property

@@ -387,4 +387,18 @@ class TokenMoments(Moments):
         if weights is not None:
             count = count.repeat_interleave(source.positions, 0)
         mean, var = (t.repeat_interleave(source.positions, 0) for t in (mean, var))
-        return self._with(mean, var, count)
+        return _SequenceMoments(self, mean, var, count)
+
+
+class _SequenceMoments(Moments):
+    """Those of each sequence, repeated for its tokens; of the batch, those of the tokens, each counted once."""
+
+    def __init__(self, tokens: TokenMoments, mean: Tensor, var: Tensor, count: Any) -> None:
+        super().__init__(mean, var, count, process_group=tokens.process_group)
+        self._tokens = tokens
+
+    def _pool_batch(self) -> Moments:
+        return self._tokens._pool_batch()
+
+    def _pool_all(self) -> Moments:
+        return self._tokens._pool_all()

@@ -252,6 +252,25 @@ def test_a_call_leaves_no_circle_of_objects_that_keeps_its_graph(rule, shape: tu
         gc.enable()
 
 
+@pytest.mark.parametrize("over", ["batch", "channels", None])
+@pytest.mark.parametrize(("shape", "axis"), [((8, 16, 16, 16), 1), ((8, 16, 40), -1)])
+def test_moments_that_are_first_read_without_gradients_have_them_later(over, shape: tuple[int, ...], axis: int) -> None:
+    def rule(moments: Moments, quietly: bool) -> tuple[Tensor, Tensor]:
+        pooled = moments if over is None else moments.pool(over)
+        if quietly:
+            with torch.no_grad():
+                assert not pooled.mean.sum().isnan()
+        return (pooled.var + 1e-5).rsqrt(), -pooled.mean
+
+    for memory_format in (torch.contiguous_format, torch.channels_last)[: len(shape) - 2]:
+        x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+        g = torch.randn(shape)
+        quiet, plain = (
+            torch.autograd.grad(flex_norm(x, rule, quietly, channel_axis=axis), x, g)[0] for quietly in (True, False)
+        )
+        torch.testing.assert_close(quiet, plain)
+
+
 def test_in_place_activation_may_follow(backend: str) -> None:
     inputs = tensors((4, 3, 5, 5))
     y = torch.relu_(flex_norm(inputs[0], rules.unitized, *inputs[1:]))

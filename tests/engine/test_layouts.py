@@ -29,7 +29,8 @@ def _rules() -> dict[str, Any]:
 NAMES = _rules()
 NAMES["zero"] = 0.0
 PARAMETERS = {
-    **dict.fromkeys(("batch", "layer", "group", "instance", "filter_response", "mean_only", "variance_only"), "wb"),
+    **dict.fromkeys(("batch", "layer", "group", "instance", "filter_response"), "wb"),
+    **dict.fromkeys(("mean_only", "variance_only", "quadratic"), "wb"),
     "rms": "w",
     "population": "bawb",
     "renormalization": "bawb",
@@ -155,6 +156,40 @@ def test_values_and_gradients(name: str, layout: str, large: bool, masked: bool)
     found, wanted = (torch.autograd.grad(t, [x, *params], g, allow_unused=True) for t in (y, z))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+POOLS = {"batch": ("batch",), "positions": ("positions",), "all": ("all",), "groups": ("channels", 3)}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_pooled_and_how_many_values_that_are(layout: str, large: bool, masked: bool) -> None:
+    _, _, axis, per_position, _ = LAYOUTS[layout]
+    x, _ = inputs(layout, large, "layer")
+    mask = mask_of(x, axis) if masked else None
+    apart = layout == "features" or (axis == -1 if per_position is None else per_position)
+    moved = x if axis == -1 else x.movedim(1, -1)
+    values = moved.reshape(len(x), -1, C)
+    weights = values.new_ones(values.shape[:2]) if mask is None else mask.reshape(values.shape[:2]).to(values)
+    dense, each = Dense(values, weights, apart), weights.sum(1, keepdim=True)
+    rows = each.repeat_interleave(values.shape[1], 0) if apart else each
+    counts = {"batch": weights.sum(), "all": C * weights.sum(), "positions": rows}
+    counts["groups"] = C // 3 * (weights.reshape(-1, 1) if apart else each)
+
+    def rule(m: Any) -> tuple[Tensor, Tensor]:
+        found = {name: m.pool(*how) for name, how in POOLS.items()}
+        of_positions = found["positions"]
+        pooled = {**found, "twice": of_positions.pool("batch"), "thrice": of_positions.pool("all")}
+        for name, one in pooled.items():
+            name = {"twice": "batch", "thrice": "all"}.get(name, name)
+            other, count = dense.pool(*POOLS[name]), torch.as_tensor(one.count)
+            for got, want in ((one.mean, other.mean), (one.var, other.var), (one.mean_square, other.mean_square)):
+                torch.testing.assert_close(got + torch.zeros_like(want), want)
+            torch.testing.assert_close(count.double().expand(counts[name].shape), counts[name])
+        return torch.ones(1), torch.zeros(1)
+
+    flex_norm(x, rule, channel_axis=axis, per_position=per_position, mask=mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
