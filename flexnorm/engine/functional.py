@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from flexnorm.engine.moments import Moments, broadcasts, pool_positions
+from flexnorm.engine.ragged import Part, Ragged
 from flexnorm.engine.samples import SampleMoments, Samples
 from flexnorm.engine.segments import Segments, weights_of
 from flexnorm.engine.tokens import TokenMoments, Tokens
 from flexnorm.kernels import passes
-from flexnorm.kernels.layout import best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
+from flexnorm.kernels.layout import Layout, best_by_torch, layout_of, positions_of, table_dtype, token_layout_of
 from flexnorm.kernels.passes import transformed
+from flexnorm.kernels.ragged import Spans
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -157,10 +159,7 @@ def flex_norm(
         y = flex_norm(x.movedim(-1, 1), rule, *params, per_position=False, mask=mask, process_group=process_group)
         return y.movedim(1, -1)
     if weights is not None:
-        values = x.flatten(2).movedim(1, 2).to(table_dtype(x.dtype))
-        mean, var, count = pool_positions(values, weights.view(x.shape[0], -1, 1))
-        moments = Moments(mean, var, count, process_group=process_group)
-        return passes.composed_affine(x, *_apply_rule(rule, moments, params, x, (x.shape[0], x.shape[1])))
+        return _masked(x, rule, params, weights, process_group)
     return _per_sample(x, rule, params, process_group)
 
 
@@ -244,9 +243,44 @@ def _in_segments(
     process_group: ProcessGroup | None,
 ) -> Tensor:
     """Rows (R, C) that are the positions of samples of various sizes."""
+    layout = None if _left_to_torch(x) else token_layout_of(x, -1)
+    if layout is not None and layout.backend == "c":
+        if layout.order != "cols":
+            x, layout = x.contiguous(), layout._replace(order="cols")
+        part = Part(segments.spans(weights), functools.partial(segments.moments, weights=weights), segments.affine)
+        return _by_parts(x, rule, params, part, layout, process_group)
     moments = Moments(*segments.moments(x, weights), process_group=process_group)
     scale, shift = _apply_rule(rule, moments, params, x, (segments.count, x.shape[1]))
     return segments.affine(x, scale, shift)
+
+
+def _masked(
+    x: Tensor, rule: Rule, params: tuple[Any, ...], weights: Tensor, process_group: ProcessGroup | None
+) -> Tensor:
+    """Samples (N, C, *spatial) whose positions do not all count."""
+
+    def composed(v: Tensor) -> tuple[Tensor, Tensor, Any]:
+        values = v.flatten(2).movedim(1, 2).to(table_dtype(v.dtype))
+        return pool_positions(values, weights.reshape(v.shape[0], -1, 1))
+
+    layout = None if _left_to_torch(x) else layout_of(x)
+    if layout is not None and layout.order == "none":
+        x = x.contiguous()
+        layout = layout_of(x)
+    if layout is not None and layout.backend == "c":
+        part = Part(Spans(weights.reshape(x.shape[0], -1)), composed, passes.composed_affine)
+        return _by_parts(x, rule, params, part, layout, process_group)
+    moments = Moments(*composed(x), process_group=process_group)
+    return passes.composed_affine(x, *_apply_rule(rule, moments, params, x, (x.shape[0], x.shape[1])))
+
+
+def _by_parts(
+    x: Tensor, rule: Rule, params: tuple[Any, ...], part: Part, layout: Layout, process_group: ProcessGroup | None
+) -> Tensor:
+    source = Ragged(x, part, layout)
+    mean, var, count = source.moments()
+    moments = Moments(mean, var, count, process_group=process_group)
+    return source.affine(*_apply_rule(rule, moments, params, x, (mean.shape[0], mean.shape[1])))
 
 
 def _per_position(

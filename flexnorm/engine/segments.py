@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels.layout import table_dtype
+from flexnorm.kernels.ragged import Spans
 
 
 def weights_of(mask: Tensor, x: Tensor, channel_axis: int) -> Tensor:
@@ -65,6 +66,7 @@ class Segments:
         if count is not None and count < 0:
             raise ValueError(f"count is the number of samples, 0 at least, got {count}")
         self.index = index.long()
+        self._spans: Spans | None = None
         if torch.compiler.is_compiling() and count is not None:
             self.count = count
             return
@@ -94,6 +96,12 @@ class Segments:
         dtype = torch.float32 if like is None else like.dtype
         ones = torch.ones(self.index.shape[0], dtype=dtype, device=self.index.device) if weights is None else weights
         return ones.new_zeros(self.count).index_add(0, self.index, ones).unsqueeze(1)
+
+    def spans(self, weights: Tensor | None) -> Spans:
+        """Return what the kernels ask for: where the rows of each sample are."""
+        if self._spans is None:
+            self._spans = Spans.of(self.index, self.count)
+        return self._spans._replace(weights=weights)
 
     def moments(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean and biased variance (S, C) of rows ``x`` (R, C), and count (S, 1); zeros where nothing counts."""

@@ -21,8 +21,8 @@ from flexnorm.kernels.passes import gradients, must_compose
 from flexnorm.kernels.tables import Pair, Param, follow_weights, pool
 from flexnorm.kernels.tokens import Source
 
-Keep = Callable[[Pair], Pair]
-"""From the moments (1, C) of a batch to the statistics (C,) to normalize it with."""
+Keep = Callable[[Pair], tuple[Pair, Pair]]
+"""From the moments (1, C) of a batch to the statistics (C,) to normalize it with, and their scale and shift (1, C)."""
 
 
 def standardize_small(x: Tensor, weight: Param, bias: Param, eps: float, keep: Keep) -> Tensor | None:
@@ -56,9 +56,7 @@ class _Standardize(torch.autograd.Function):
         else:
             own, spread = passes.moments(x, layout)
             batch = pool(own, spread, 0, "c")
-        kept = keep(batch)
-        scale, shift = torch.empty((2, 1, layout.size[1]), dtype=x.dtype).unbind()
-        call("standardize", x.dtype, *kept, weight, bias, eps, scale, shift, layout.size[1])
+        kept, (scale, shift) = keep(batch)
         ctx.save_for_backward(x, weight, bias, own, *batch, *kept, scale)
         ctx.eps, ctx.layout = eps, layout
         if own is not None:

@@ -11,6 +11,7 @@
  *   follow    the same, exponentially weighted with the variance between batches
  *   guard     statistics                     kept within a factor of those of the batch
  *   standardize  scale, shift                of given statistics; and its backward
+ *   population   follow, guard, standardize  one after the other
  *   unitize   scale, shift                   of unitized batch normalization; and its backward
  *
  * Two layouts: "rows" (N, C, P contiguous: one row of P values per table entry) and "cols" (N, P, C contiguous:
@@ -306,6 +307,27 @@ void NAME(standardize)(const A *mean, const A *var, const A *weight, const A *bi
     scale[c] = (weight ? weight[c] : 1) / (A)sqrt(var[c] + (A)eps);
     shift[c] = (bias ? bias[c] : 0) - mean[c] * scale[c];
   }
+}
+
+/* All that population normalization does between its passes: the batch enters the statistics (`running`), which are
+ * kept within a factor of it (`ratio`, 0 for none) and make scale and shift; the share that moved goes to `clipped`. */
+void NAME(population)(const A *batch_mean, const A *batch_var, A *mean, A *var, i64 *batches, double momentum,
+                      int running, double eps, double ratio, const A *weight, const A *bias, A *guarded_mean,
+                      A *guarded_var, A *scale, A *shift, float *clipped, i64 C) {
+  if (running) {
+    const i64 seen = *batches + 1;
+    const double rate = seen == 1 || momentum < 0 ? 1.0 / (double)seen
+                                                  : momentum / (1 - pow(1 - momentum, (double)seen) + 1e-30);
+    *batches += NAME(follow)(batch_mean, batch_var, mean, var, rate, seen == 1, C);
+  }
+  if (ratio) {
+    const i64 moved = NAME(guard)(batch_mean, batch_var, mean, var, eps, ratio, guarded_mean, guarded_var, C);
+    *clipped = (float)moved / (float)(C > 0 ? C : 1);
+  } else {
+    memcpy(guarded_mean, mean, C * sizeof(A));
+    memcpy(guarded_var, var, C * sizeof(A));
+  }
+  NAME(standardize)(guarded_mean, guarded_var, weight, bias, eps, scale, shift, C);
 }
 
 /* The gradients for those of scale (ds) and shift (dh), of the moments (m, v) of the batch that the statistics (mean,

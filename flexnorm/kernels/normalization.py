@@ -28,6 +28,7 @@ _TABLES = {
     "follow": "ppppdin",
     "guard": "ppppddppn",
     "standardize": "ppppdppn",
+    "population": "pppppdiddpppppppn",
     "standardize_backward": "pppppppdpppn",
     "unitize": "pppppppddpppnn",
     "unitize_backward": "pppppppppddpppppppnn",

@@ -159,6 +159,40 @@ def guard(batch: Pair, kept: Pair, eps: float, ratio: float, backend: str) -> tu
     return (torch.where(usable, new_mean, mean), torch.where(usable, new_var, var)), acted.float().mean()
 
 
+def standardize(kept: Pair, weight: Param, bias: Param, eps: float) -> Pair:
+    """Scale and shift (1, C) of given statistics, in a C kernel."""
+    scale, shift = kept[0].new_empty((2, 1, kept[0].numel())).unbind()
+    call("standardize", scale.dtype, *kept, weight, bias, eps, scale, shift, scale.numel())
+    return scale, shift
+
+
+def follow_guarded(
+    batch: Pair,
+    kept: Pair,
+    batches: Tensor,
+    momentum: float | None,
+    running: bool,
+    ratio: float | None,
+    clipped: Tensor,
+    weight: Param,
+    bias: Param,
+    eps: float,
+) -> tuple[Pair, Pair]:
+    """In one C kernel: :func:`follow` if ``running``, :func:`guard`, its share to ``clipped``, :func:`standardize`.
+
+    Returns:
+        The guarded statistics, and scale and shift.
+    """
+    mean, var = kept
+    guarded_mean, guarded_var, scale, shift = made = mean.new_empty((4, 1, mean.numel())).unbind()
+    rate = -1.0 if momentum is None else momentum
+    options = (rate, running, eps, ratio or 0.0, weight, bias)
+    call("population", mean.dtype, *batch, mean, var, batches, *options, *made, clipped, mean.numel())
+    if running:
+        torch.autograd.graph.increment_version(kept)
+    return (guarded_mean, guarded_var), (scale, shift)
+
+
 def unitize(
     own: Pair, kept: Pair, weight: Param, bias: Param, alpha: Tensor, eps: float, divisor: int | Tensor, backend: str
 ) -> Pair:

@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from flexnorm._messages import unknown_name
 from flexnorm.engine import FlexNorm, Moments, recomputing, standardize_small, twin_of
-from flexnorm.kernels.tables import follow, follow_weights, guard
+from flexnorm.kernels.tables import follow, follow_guarded, follow_weights, guard
+from flexnorm.kernels.tables import standardize as standardize_in_c
 from flexnorm.nn._base import Pair, Param, Shared, standardize
 
 # Derivatives through the moments of fewer values than this are mostly noise: they project two directions out.
@@ -141,12 +142,18 @@ class _PopulationNorm(FlexNorm):
         return standardize_small(x, self.weight, self.bias, self.eps, self._keep)
 
     @torch.no_grad()
-    def _keep(self, batch: Pair) -> Pair:
-        """Let a batch enter the statistics; return those to normalize it with."""
-        pooled = Moments(*batch, self._values, backend="c")
-        if self.statistics == "running":
-            self.track(pooled)
-        return self._bounded(pooled)
+    def _keep(self, batch: Pair) -> tuple[Pair, Pair]:
+        """Let a batch enter the statistics; return those to normalize it with, and scale and shift."""
+        weight, bias, running = self.weight, self.bias, self.statistics == "running"
+        if "track" in vars(self) or type(self).track is not _PopulationNorm.track:  # somebody else keeps them
+            pooled = Moments(*batch, self._values, backend="c")
+            if running:
+                self.track(pooled)
+            kept = self._bounded(pooled)
+            return kept, standardize_in_c(kept, weight, bias, self.eps)
+        statistics, counted = (self.running_mean, self.running_var), running and not recomputing()
+        options = (self.momentum, counted, self.max_ratio, self.clipped, weight, bias, self.eps)
+        return follow_guarded(batch, statistics, self.num_batches_tracked, *options)
 
     def rule(self, moments: Moments) -> Pair:
         """Standardize with the population statistics, in training too."""
