@@ -7,7 +7,7 @@
     python -m benchmarks.norms --device cuda --dry-run cpu   # does the script run? Few rows, one round, nothing kept
 
 A case is one line of the tables below: input, layer, what it is measured beside, and the ratio that it is to reach.
-All contenders of one input run interleaved in one process, among them the plain composition of the layer, which also
+All contenders of one input run interleaved in one process; each layer is also timed beside its plain composition, which
 has to give the same values and gradients. A ratio is the median over rounds of the layer's time over the peer's in the
 same round, forward and backward, float32 unless the row says something else; of networks, one step of training. Each
 part replaces its own rows in results/bench_norms.json (bench_norms_cuda.json).
@@ -372,18 +372,25 @@ def peer_of(case: Case | Training) -> str:
 
 
 def timed(cases: Sequence[Case], run: Run) -> Iterator[Row]:
-    """Forward and backward of layers, beside their peers and their plain compositions."""
+    """Forward and backward of layers beside their peers; then each beside its plain composition.
+
+    Apart from the others, because a composition allocates so much that whoever comes next finds caches and pages gone.
+    """
     for group in together(cases):
         found = contenders(group, run.device)
-        times = interleave(found, run.rounds, least=run.least)
-        beside_plain = [replace(case, peer="plain", target=None) for case in group if f"plain {case.layer}" in found]
-        for case in dict.fromkeys([*group, *beside_plain]):
-            yield compared(case, times)
+        times = interleave({n: c for n, c in found.items() if not n.startswith("plain ")}, run.rounds, least=run.least)
+        for case in group:
+            if case.peer != "plain":
+                yield compared(case, times)
+        for case in dict.fromkeys(replace(case, peer="plain", target=None) for case in group):
+            if (name := peer_of(case)) in found:
+                both = {case.layer: found[case.layer], name: found[name]}
+                yield compared(case, interleave(both, max(2, run.rounds // 4), least=run.least))
         if run.split:
-            forwards = interleave({name: c.forward for name, c in found.items()}, run.rounds, least=run.least)
+            forwards = interleave({name: found[name].forward for name in times}, run.rounds, least=run.least)
             for name, own in forwards.items():
-                forward, both = (1e6 * statistics.median(t) for t in (own, times[name]))
-                print(f"    {name:32s} forward {forward:9.1f} us   backward {both - forward:9.1f} us")
+                forward, total = (1e6 * statistics.median(t) for t in (own, times[name]))
+                print(f"    {name:32s} forward {forward:9.1f} us   backward {total - forward:9.1f} us")
 
 
 def kept(cases: Sequence[Case], run: Run) -> Iterator[Row]:
