@@ -94,6 +94,10 @@ class Factored:
         own = self.own and all(map(_constant, others))
         return Factored(tuple(map(function, self.terms)), self.tokens, self.channels, self._like, own)
 
+    def become(self, table: Tensor) -> None:
+        """Take the numbers (of its own shape) of a table that has been changed in place."""
+        self.terms, self.own = ((table, None),), False
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -148,7 +152,10 @@ class Factored:
     __radd__, __rmul__ = __add__, __mul__
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
+        return self.dense()[_written(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _dispatch(Tensor.__setitem__, self, index, value)
 
     def __len__(self) -> int:
         return self.tokens
@@ -177,28 +184,57 @@ def _add_rows(a: Tensor, b: Tensor) -> Tensor:
     return a + b  # (R, G) and (R, 1) broadcast
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name)
+    return lambda self, *others: _dispatch(function, self, *others)
+
+
+for _name in (
+    *("__eq__", "__ne__", "__pos__", "__mod__", "__rmod__", "__floordiv__", "__rfloordiv__", "__rpow__"),
+    *("__matmul__", "__rmatmul__", "__float__", "__int__", "__bool__", "__contains__"),
+):
+    setattr(Factored, _name, _operator(_name))
+
+
+def _in_place(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operation that changes its first argument, a table or a tensor."""
+    table, others = args[0], map(_written, args[1:])
+    kwargs = {key: _written(value) for key, value in kwargs.items()}
+    if not isinstance(table, Factored):
+        return func(table, *others, **kwargs)
+    changed = table.dense().clone()
+    func(changed, *others, **kwargs)
+    table.become(changed)
+    return table
+
+
 def _dispatch(func: Any, *args: Any, **kwargs: Any) -> Any:
-    name = func.__name__.strip("_")
-    name = name[1:] if name in ("radd", "rmul", "rsub", "rdiv", "rtruediv", "rpow") else name
-    reverse = func.__name__.startswith("__r") and func.__name__ != "__rshift__"
+    name = func.__name__
+    if name == "__setitem__" or (name.endswith("_") and not name.startswith("_")):
+        return _in_place(func, *args, **kwargs)
+    name = name.strip("_")
+    reverse = name in ("radd", "rmul", "rsub", "rdiv", "rtruediv", "rpow")
+    name = name[1:] if reverse else name
     name = _SAME.get(name, name)
     if reverse and name in ("sub", "div"):
         args = (args[1], args[0])
-    linear = _LINEAR.get(name)
+        func = getattr(torch, name)
+    linear = _LINEAR.get(name) if kwargs.keys() <= {"alpha", "value"} else None
     if linear is not None and (found := linear(*args, **kwargs)) is not NotImplemented:
         return found
-    tables = [a for a in (*args, *kwargs.values()) if isinstance(a, Factored)]
+    values = (*args, *kwargs.values())
+    tables = [a for a in values if isinstance(a, Factored)]
     rows = [t._row() for t in tables]
-    if all(r is not None for r in rows):
+    if tables and all(r is not None for r in rows) and not any(isinstance(a, (list, tuple)) for a in values):
         first, widths = tables[0], {r.shape[1] for r in rows if r is not None}
-        others = [a for a in args if isinstance(a, Tensor)]
+        others = [a for a in values if isinstance(a, Tensor)]
         # One number per token: any operation means on it what it means on the table. One per group: only what acts on
         # each number alone does.
         if widths == {1} or (len(widths) == 1 and name in _ELEMENTWISE and all(o.numel() == 1 for o in others)):
             made = func(*map(_numbers, args), **{key: _numbers(value) for key, value in kwargs.items()})
             (width,) = widths
             if isinstance(made, Tensor) and made.shape == (first.tokens, width) and made.is_floating_point():
-                own = name in _ELEMENTWISE and all(map(_constant, args))
+                own = name in _ELEMENTWISE and all(map(_constant, values))
                 return Factored(((made, None),), first.tokens, first.channels, made, own)
             return made
     return func(*map(_written, args), **{key: _written(value) for key, value in kwargs.items()})
@@ -319,7 +355,11 @@ def _addcmul(start: Any, a: Any, b: Any, *, value: float = 1) -> Any:
 
 
 def _zeros_like(table: Factored, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else Factored((), table.tokens, table.channels, table._like)
+    if kwargs:
+        return NotImplemented
+    made = Factored((), table.tokens, table.channels, table._like, True)
+    made.shape = table.shape
+    return made
 
 
 def _detached(factor: Tensor | None) -> Tensor | None:

@@ -172,13 +172,19 @@ def twin_of(rule: Rule, at_any_size: bool = False) -> Callable[[_Twin], _Twin]:
 
     def declare(function: _Twin) -> _Twin:
         def checked(params: tuple[Any, ...], keywords: dict[str, Any], x: Tensor) -> Tensor | None:
-            alike = all(p.dtype == x.dtype for p in params if isinstance(p, Tensor))
+            tables = (*params, keywords.get("weight"), keywords.get("bias"))
+            # A rule takes numbers and whatever broadcasts, torch's functions one number for each channel.
+            alike = all(p is None or _of_channels(p, x) for p in tables)
             return function(x, *params, **keywords) if alike else None
 
         _TWINS[rule] = checked, at_any_size
         return function
 
     return declare
+
+
+def _of_channels(parameter: Any, x: Tensor) -> bool:
+    return isinstance(parameter, Tensor) and parameter.dtype == x.dtype and parameter.shape == x.shape[1:2]
 
 
 def in_one(
@@ -197,7 +203,7 @@ def in_one(
         twin: Maps (N, C, *spatial), or tokens (R, C), to the result or to ``None`` if it can't.
         at_any_size: Whether it serves inputs of any size, and not small ones only.
     """
-    if not (best_by_torch(x) or at_any_size) or x.device.type != "cpu" or _left_to_torch(x):
+    if not (best_by_torch(x) or at_any_size) or x.device.type != "cpu" or _left_to_torch(x) or x.numel() == 0:
         return None
     if x.dim() == 2 or (channel_axis == 1 and not per_position):
         return twin(x)
@@ -290,6 +296,9 @@ def _per_position(
     if layout is not None and layout.order == "none":
         x = x.contiguous()
         layout = token_layout_of(x, channel_axis)
+    if layout is not None and layout.order == "rows" and channel_axis == -1 and x.dim() > 2:
+        # In memory it is (N, C, *spatial); the passes and their compositions shall see it so.
+        return _per_position(x.movedim(-1, 1), rule, params, 1, weights, process_group).movedim(1, -1)
     source = Tokens(x, channel_axis, layout, None if weights is None else weights.reshape(-1))
     scale, shift = _pair(rule(TokenMoments(source, process_group), *params))
     return source.affine(source.terms(scale, "scale"), source.terms(shift, "shift"))

@@ -207,7 +207,9 @@ class FlexNorm(Norm):
         """Return the running mean and variance (C,); copies if autograd may save them, since training changes them."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        if torch.is_grad_enabled():
+        # What torch.jit.trace has traced, it checks against a trace without gradients.
+        traced = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+        if torch.is_grad_enabled() or traced:
             return self.running_mean.clone(), self.running_var.clone()
         return self.running_mean, self.running_var
 

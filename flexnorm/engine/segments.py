@@ -28,14 +28,13 @@ def weights_of(mask: Tensor, x: Tensor, channel_axis: int) -> Tensor:
             f"mask of shape {tuple(mask.shape)} does not fit x of shape {tuple(x.shape)}: {tuple(expected)} does"
         )
     weights = mask.detach().to(device=x.device, dtype=table_dtype(x.dtype))
-    if (
-        mask.is_floating_point()
-        and not torch.compiler.is_compiling()
-        and not (weights.isfinite() & (weights >= 0)).all()
-    ):
-        raise ValueError(
-            "mask has weights that are negative or not finite; a weight says how much a value counts, 0 for not at all"
-        )
+    if mask.dtype not in (torch.bool, torch.uint8) and not torch.compiler.is_compiling():
+        wrong = weights[~(weights.isfinite() & (weights >= 0))]
+        if wrong.numel():
+            raise ValueError(
+                f"mask has weights that are negative or not finite: {float(wrong[0])} and {wrong.numel() - 1} more; "
+                "a weight says how much a value counts, 0 for not at all"
+            )
     return weights
 
 
@@ -64,6 +63,8 @@ class Segments:
             raise TypeError(f"segments must be a tensor of integers, one for each row, got {kind}")
         if index.dim() != 1:
             raise ValueError(f"segments must have shape (R,), one number for each row, got {tuple(index.shape)}")
+        if count is not None and count < 0:
+            raise ValueError(f"count is the number of samples, 0 at least, got {count}")
         self.index = index.long()
         self._spans: Spans | None = None
         if torch.compiler.is_compiling() and count is not None:

@@ -93,7 +93,7 @@ def _composed(values: Tensor, kind: Kind, weights: Tensor | None) -> Pair:
         var, mean = torch.var_mean(split, 2, correction=0)
         return mean, var
     if weights is None:
-        if values.shape[0] == 0:
+        if values.numel() == 0:
             zeros = values.sum(0, keepdim=True)
             return zeros, zeros
         var, mean = torch.var_mean(values, 0, correction=0, keepdim=True)
@@ -235,7 +235,7 @@ class Tokens:
         """(R, C), in the type of the tables; gradients flow."""
         if self._matrix is None:
             moved = self._origin if self._last else self._origin.movedim(1, -1)
-            self._matrix = moved.reshape(-1, self.channels).to(table_dtype(moved.dtype))
+            self._matrix = moved.reshape(self.samples * self.positions, self.channels).to(table_dtype(moved.dtype))
         return self._matrix
 
     def _restored(self, matrix: Tensor) -> Tensor:
@@ -309,6 +309,8 @@ class Tokens:
         dtype, rows = table_dtype(self._x.dtype), self.samples * self.positions
         if isinstance(table, Factored):
             self._own = self._own and table.own
+            if any(r is not None and r.shape[1] == self.channels > 1 for r, _ in table.terms):
+                return table.dense().to(dtype)
             return tuple((_cast(r, dtype), _cast(c, dtype)) for r, c in table.terms)
         if not isinstance(table, Tensor):
             if not isinstance(table, (int, float)):
@@ -327,6 +329,8 @@ class Tokens:
             )
         if self.layout is None:
             return flat
+        # Rows that come as a tensor may be made of anything: other tokens, parameters.
+        self._own = self._own and (flat.shape[0] == 1 or not flat.requires_grad)
         if flat.shape[0] == 1:
             return ((None, flat.reshape(-1).expand(self.channels)),)
         return ((flat, None),) if flat.shape[1] == 1 else flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import torch
@@ -78,7 +79,7 @@ class LastAxes(SampleStatistics):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        shape = (int(normalized_shape),) if isinstance(normalized_shape, int | Integral) else tuple(normalized_shape)
         if not shape or (channel_axis == 1 and len(shape) > 1):
             raise ValueError(
                 f"normalized_shape is the size of the last axis or of the last axes, and with channel_axis=1 one "

@@ -19,8 +19,10 @@ def batch(moments: Moments, weight: Param = None, bias: Param = None, *, eps: fl
 
 
 @twin_of(batch)
-def by_batch_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor:
-    """Batch normalization by torch's function of the batch's own statistics."""
+def by_batch_norm(x: Tensor, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Tensor | None:
+    """Batch normalization by torch's function of the batch's own statistics; it refuses one value per channel."""
+    if x.numel() == x.shape[1]:
+        return None
     return functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
 
 

@@ -214,12 +214,14 @@ def test_types(layout: str, large: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
-@pytest.mark.parametrize("layout", ["tokens", "features", "sequences", "positions of images"])
+@pytest.mark.parametrize(
+    "layout", ["tokens", "rows of the sequence first", "features", "sequences", "positions of images"]
+)
 def test_second_derivatives(layout: str, name: str) -> None:
     _, _, axis, per_position, _ = LAYOUTS[layout]
-    shapes = {"tokens": (2, 2, C), "features": (3, C), "sequences": (2, 2, C), "positions of images": (2, C, 2, 1)}
+    shapes = {"features": (3, C), "positions of images": (2, C, 2, 1)}
     torch.manual_seed(0)
-    x = torch.randn(shapes[layout], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shapes.get(layout, (2, 2, C)), dtype=torch.float64, requires_grad=True)
     _, params = inputs(layout, False, name)
     params = [p.detach() for p in params]
 
@@ -277,3 +279,18 @@ def test_per_sample_and_forward_derivatives_of_tokens() -> None:
         torch.testing.assert_close(row, torch.func.grad(loss)(weight, x[i]))
     _, tangent = torch.func.jvp(lambda x: loss(weight, x), (x,), (x.cos(),))
     torch.testing.assert_close(tangent, (torch.func.grad(loss, 1)(weight, x) * x.cos()).sum())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 6), r"\(4, 6\) does not fit x of shape \(4, 7, 6\): \(4, 7\) does"),
+        (torch.full((4, 7), -2), "negative or not finite: -2.0 and 27 more"),
+        (torch.full((4, 7), float("nan")), "negative or not finite: nan"),
+    ],
+)
+def test_wrong_masks_are_refused(mask: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flex_norm(torch.randn(4, 7, C), NAMES["layer"], torch.ones(C), torch.zeros(C), channel_axis=-1, mask=mask)
+    with pytest.raises(ValueError, match="at least, got -1"):
+        Segments(torch.zeros(0, dtype=torch.long), -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -127,3 +128,38 @@ def test_rules_reach_torchs_functions_with_their_options() -> None:
     torch.testing.assert_close(y, nn.functional.group_norm(x, 4, weight, None, 0.1))
     mixed = flex_norm(x, rules.layer, weight.double())  # torch's function refuses types that differ
     torch.testing.assert_close(mixed, nn.functional.layer_norm(x, (12,), weight))
+
+
+@pytest.mark.quick(4)
+@pytest.mark.parametrize("weight", [2.0, torch.tensor(2.0), torch.rand(1), torch.rand(1, 12), torch.rand(12).double()])
+@pytest.mark.parametrize("name", ["layer", "rms", "batch", "group"])
+def test_rules_take_parameters_that_torchs_functions_refuse(name: str, weight: torch.Tensor | float) -> None:
+    x, rule = torch.randn(5, 7, 12), getattr(rules, name)
+    rule = functools.partial(rule, groups=3) if name == "group" else rule
+    expected = flex_norm(x, rule, channel_axis=-1) * weight
+    for function, params in ((rule, (weight,)), (functools.partial(rule, weight=weight), ())):
+        y = flex_norm(x, function, *params, channel_axis=-1)
+        torch.testing.assert_close(y, expected.to(x.dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 0), (0, 0), (0, 6), (3, 0, 6), (1, 6), (1, 1)])
+@pytest.mark.parametrize("name", ["layer", "rms", "batch"])
+def test_rules_take_tokens_of_any_number_and_size(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    y = flex_norm(x, getattr(rules, name), channel_axis=-1)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert x.grad is not None
+    assert bool(y.isfinite().all() & x.grad.isfinite().all())
+    if name != "rms" and (shape[-1] if name == "layer" else x.numel() // max(shape[-1], 1)) == 1:
+        assert y.abs().max() < 1e-4  # one value is its own mean
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["batch, features", "population, images", "unitized, tokens"])
+def test_traces_pass_torchs_check(name: str) -> None:
+    layer, _, shape = _pair(name, torch.float32)
+    traced = torch.jit.trace(layer.eval(), torch.randn(shape))  # type: ignore[no-untyped-call]
+    x = torch.randn(shape)
+    torch.testing.assert_close(traced(x), layer(x))
