@@ -196,6 +196,8 @@ class FlexNorm(Norm):
         """
         if self.running_mean is not None and self.running_var is not None and (self.frozen or not self.training):
             return self.kept_statistics()
+        if self.pools_positions:
+            _ = moments.tables  # needed in any case: read first, those of the batch are pooled from them
         pooled = moments.pool("batch")
         if self.training:
             self.track(pooled)

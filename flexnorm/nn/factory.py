@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import NORMS, Norm
+from flexnorm.engine import NORMS, Norm, Segments
 from flexnorm.nn.normprop import NormPropUnits
 
 
@@ -16,23 +16,28 @@ class NoNorm(Norm):
 
     Args:
         num_features: Number of channels, for the record.
+        channel_axis: Where the channels are, for the record: 1 or -1.
+        per_position: Whether a norm there would take each position by itself, for the record. Default: with
+            ``channel_axis=-1``.
     """
 
     norm_name = "none"
     statistics_from = "none"
     options = ()
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, *, channel_axis: int = 1, per_position: bool | None = None) -> None:
         super().__init__()
         self.num_features = num_features
+        self.channel_axis = channel_axis
+        self.per_position = channel_axis == -1 if per_position is None else per_position
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, segments: Segments | Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Return ``x``, whatever counts in it."""
         return x
 
     def extra_repr(self) -> str:
-        """Show the number of channels."""
-        return str(self.num_features)
+        """Show the number of channels, and where they are if not on axis 1."""
+        return str(self.num_features) if self.channel_axis == 1 else f"{self.num_features}, channel_axis=-1"
 
 
 def norm_class(name: str, ndim: int | None = None) -> type[Norm]:

@@ -37,7 +37,6 @@ OF_TABLES: dict[str, Callable[..., Any]] = {
     "group": lambda m, w, b: rules.group(m, w, b, groups=4),
     "population": lambda m, w, b: rules.population(m, b.detach(), w.detach(), w, b),
 }
-PADDED = ("features", "tokens", "positions of images", "positions of images channels last")
 
 
 class Written(TorchDispatchMode):
@@ -90,7 +89,7 @@ def _compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "masked"), [*((place, False) for place in PLACES), *((place, True) for place in PADDED)]
+    ("place", "masked"), [*((place, False) for place in PLACES), *((place, True) for place in PLACES)]
 )
 @pytest.mark.parametrize("name", OF_TABLES)
 def test_nothing_but_the_result_and_the_gradient_is_written(name: str, place: str, masked: bool) -> None:
@@ -111,6 +110,20 @@ def test_nothing_but_the_result_and_the_gradient_is_written(name: str, place: st
     apart = by_itself(place)
     of_positions = {"layer": 8, "rms": 6, "group": 17}.get(name, 0) + masked
     assert kept <= 8 * C + (x.numel() // C * of_positions if apart else x.shape[0] * 4 * C)
+
+
+@pytest.mark.parametrize("place", ["sequences", "images", "images channels last"])
+@pytest.mark.parametrize("name", ["unitized", "switchable", "batch_instance", "instance", "renorm", "population"])
+def test_layers_of_samples_write_nothing_else(name: str, place: str) -> None:
+    x, g, _ = activation(place)
+    layer = fx.make_norm(name, C, ndim=max(1, x.dim() - 2), **PLACES[place][2])
+    forward = Written(x)
+    with forward:
+        y = layer(x)
+    backward = Written(x, y, g)
+    with backward:
+        torch.autograd.grad(y, [x, *layer.parameters()], g)
+    assert (len(forward.operations), len(backward.operations)) == (1, 1), (forward.operations, backward.operations)
 
 
 @pytest.mark.parametrize("place", PLACES)

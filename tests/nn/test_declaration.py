@@ -9,6 +9,7 @@ import torch
 from norm_options import BASE, BUILT_IN, OPTIONS, OTHER, declared_for_now
 from torch import nn
 
+import flexnorm
 import flexnorm.nn as fx
 from flexnorm.engine import NORMS, FlexNorm, Norm, constructor_arguments
 
@@ -204,6 +205,10 @@ def test_the_factory_gives_the_layer_of_the_place() -> None:
     assert fx.norm_of(fx.LayerNorm(6)).norm_name == "layer"
     assert fx.is_norm(fx.RMSNorm(6))
     assert fx.undecayed(fx.LayerNorm(6)) == []
+    x, none = torch.randn(2, 5, 6), fx.make_norm("none", 6, channel_axis=-1)
+    assert none(x, mask=torch.ones(2, 5)) is x
+    there = flexnorm.convert(flexnorm.convert(nn.Sequential(fx.BatchNorm1d(6, channel_axis=-1)), "none"), "layer")[0]
+    assert (type(there), there.channel_axis) == (fx.LayerNorm, -1)
     for arguments in ({"momentum": 0.1}, {"per_position": True}):
         with pytest.raises(TypeError, match="LayerNorm"):
             fx.LayerNorm(6, **arguments)
