@@ -88,6 +88,7 @@ def _compiled() -> None:
         pytest.skip("no C compiler on this machine: compositions write what they like")
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize(
     ("place", "masked"), [*((place, False) for place in PLACES), *((place, True) for place in PLACES)]
 )
