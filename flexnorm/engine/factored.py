@@ -102,6 +102,8 @@ class Factored:
         if name.startswith("__"):
             raise AttributeError(name)
         found = getattr(Tensor, name)
+        if name in ("register_hook", "retain_grad"):
+            self.own = False  # its gradient is asked for, so it has to be computed
         if callable(found):
             return functools.partial(_dispatch, found, self)
         return getattr(self.dense(), name)

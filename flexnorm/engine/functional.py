@@ -94,6 +94,8 @@ def flex_norm(
             contiguous, channels last, or any strides.
         rule: Called as ``rule(moments, *params)`` with the :class:`Moments` of ``x``; returns ``(scale, shift)``, each
             broadcastable to (N, C). Plain PyTorch on small tables; it may have side effects (running statistics).
+            Tables of large inputs of tokens act as tensors in torch's operations and methods without being any: a
+            :class:`torch.autograd.Function` or ``torch.vmap`` inside a rule takes ``table[:]``, which is one.
         *params: Handed to the rule, typically ``weight`` and ``bias``. Gradients also reach tensors that the rule
             captures by itself.
         channel_axis: Where the channels are: 1, or -1 for the last axis: (B, T, C) tokens, (B, H, W, C) images,

@@ -212,6 +212,7 @@ class Tokens:
     def __init__(self, x: Tensor, channel_axis: int, layout: Layout | None, weights: Tensor | None) -> None:
         self.layout = layout
         self.weights = weights
+        self._recording = torch.is_grad_enabled()
         self._origin = self._x = x  # the second passes through the nodes of the moments, on its way to the affine map
         self._pending: list[Terms] = []
         self._own = True  # whether all that a rule returned for tokens is made of their own moments
@@ -234,6 +235,9 @@ class Tokens:
     def matrix(self) -> Tensor:
         """(R, C), in the type of the tables; gradients flow."""
         if self._matrix is None:
+            if torch.is_grad_enabled() != self._recording:
+                with torch.set_grad_enabled(self._recording):
+                    return self.matrix
             moved = self._origin if self._last else self._origin.movedim(1, -1)
             self._matrix = moved.reshape(self.samples * self.positions, self.channels).to(table_dtype(moved.dtype))
         return self._matrix
@@ -247,9 +251,10 @@ class Tokens:
 
     def reduce(self, kind: Kind, differentiable: bool) -> Pair:
         """Moments of a kind."""
+        # A rule may turn gradients off for a part of it, which must not take the moments of the rest out of the graph.
         # The composition is also differentiated forwards, where nothing requires gradients.
-        recorded = self.layout is None or (torch.is_grad_enabled() and self._origin.requires_grad)
-        differentiable = differentiable and recorded
+        recorded = self.layout is None or (self._recording and self._origin.requires_grad)
+        differentiable = differentiable and recorded and torch.is_grad_enabled() == self._recording
         found = self._found.get((kind, True)) or self._found.get((kind, differentiable))
         if found is None:
             found = self._found[kind, differentiable] = self._reduce(kind, differentiable)

@@ -294,3 +294,21 @@ def test_wrong_masks_are_refused(mask: Tensor, message: str) -> None:
         flex_norm(torch.randn(4, 7, C), NAMES["layer"], torch.ones(C), torch.zeros(C), channel_axis=-1, mask=mask)
     with pytest.raises(ValueError, match="at least, got -1"):
         Segments(torch.zeros(0, dtype=torch.long), -1)
+
+
+@pytest.mark.parametrize("tokens", [8, 400])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_part_of_a_rule_without_gradients_leaves_the_rest_its_own(tokens: int, dtype: torch.dtype) -> None:
+    def rule(moments: Any) -> Any:
+        with torch.no_grad():
+            mean = moments.pool("channels").mean
+        scale = (moments.pool("channels").var + 0.1).rsqrt()
+        return scale, -mean * scale + moments.pool("batch").mean
+
+    x = torch.randn(tokens, 64, dtype=dtype, requires_grad=True)
+    y = flex_norm(x, rule, channel_axis=-1)
+    z = x.double()
+    scale = (z.var(1, correction=0, keepdim=True) + 0.1).rsqrt()
+    z = (z - z.mean(1, keepdim=True).detach()) * scale + z.mean(0)
+    found, wanted = (torch.autograd.grad(t.pow(3).sum(), x)[0] for t in (y, z))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

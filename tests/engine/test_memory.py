@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import flexnorm.nn as fx
 from flexnorm import flex_norm
+from flexnorm.engine import Segments
 from flexnorm.kernels import normalization
 from flexnorm.nn import rules
 
@@ -89,9 +90,8 @@ def _compiled() -> None:
 
 
 @pytest.mark.quick(30)
-@pytest.mark.parametrize(
-    ("place", "masked"), [*((place, False) for place in PLACES), *((place, True) for place in PLACES)]
-)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", OF_TABLES)
 def test_nothing_but_the_result_and_the_gradient_is_written(name: str, place: str, masked: bool) -> None:
     x, g, params = activation(place)
@@ -111,6 +111,26 @@ def test_nothing_but_the_result_and_the_gradient_is_written(name: str, place: st
     apart = by_itself(place)
     of_positions = {"layer": 8, "rms": 6, "group": 17}.get(name, 0) + masked
     assert kept <= 8 * C + (x.numel() // C * of_positions if apart else x.shape[0] * 4 * C)
+
+
+@pytest.mark.parametrize("order", ["sorted", "any"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["batch", "layer", "instance", "unitized"])
+def test_graphs_of_various_sizes_write_nothing_else(name: str, masked: bool, order: str) -> None:
+    x, g, _ = activation("features")
+    index = torch.arange(20).repeat_interleave(torch.arange(20) * 21 + 10)[: len(x)]
+    index = torch.cat([index, index.new_full((len(x) - len(index),), 19)])
+    graphs = Segments(index if order == "sorted" else index[torch.randperm(len(x))], 20)
+    layer = fx.make_norm(name, C, ndim=1)
+    mask = torch.rand(len(x)) < 0.8 if masked else None
+    forward = Written(x)
+    with forward:
+        y, kept = kept_beside(x, lambda: layer(x, mask, graphs))
+    backward = Written(x, y, g)
+    with backward:
+        torch.autograd.grad(y, [x, *layer.parameters()], g)
+    assert (len(forward.operations), len(backward.operations)) == (1, 1), (forward.operations, backward.operations)
+    assert kept <= 20 * C * 12 + 4 * len(x)  # the numbers of the rows, sorted, and a weight of each
 
 
 @pytest.mark.parametrize("place", ["sequences", "images", "images channels last"])
