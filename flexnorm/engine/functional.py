@@ -205,7 +205,8 @@ def in_one(
         twin: Maps (N, C, *spatial), or tokens (R, C), to the result or to ``None`` if it can't.
         at_any_size: Whether it serves inputs of any size, and not small ones only.
     """
-    if not (best_by_torch(x) or at_any_size) or x.device.type != "cpu" or _left_to_torch(x) or x.numel() == 0:
+    # In this order: what is traced does not ask for kernels, which a compiler warns of.
+    if _left_to_torch(x) or x.device.type != "cpu" or x.numel() == 0 or not (at_any_size or best_by_torch(x)):
         return None
     if x.dim() == 2 or (channel_axis == 1 and not per_position):
         return twin(x)
