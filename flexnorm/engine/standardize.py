@@ -1,4 +1,4 @@
-"""Standardization by statistics that follow those of the batch, in one node: what small inputs are too small for.
+"""Standardization by statistics that follow those of the batch, in one node, for what is too small for a rule.
 
 A rule costs some fifty operations of a microsecond each, whatever the size of the input. Batch, renormalized and
 population statistics all have one form, ``y = weight * (x - mean) / sqrt(var + eps) + bias`` with statistics whose
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels import normalization, passes, tokens
-from flexnorm.kernels.layout import Layout, memory_order, positions_of
+from flexnorm.kernels.layout import Layout, best_by_torch, memory_order, positions_of
 from flexnorm.kernels.normalization import call
 from flexnorm.kernels.passes import gradients, must_compose
 from flexnorm.kernels.tables import Pair, Param, follow_weights, pool
@@ -25,7 +25,7 @@ Keep = Callable[[Pair], tuple[Pair, Pair]]
 """From the moments (1, C) of a batch to the statistics (C,) to normalize it with, and their scale and shift (1, C)."""
 
 
-def standardize_small(x: Tensor, weight: Param, bias: Param, eps: float, keep: Keep) -> Tensor | None:
+def standardize_at_once(x: Tensor, weight: Param, bias: Param, eps: float, keep: Keep) -> Tensor | None:
     """Normalize ``x`` by what ``keep`` makes of the moments of the batch; gradients are those of the batch's moments.
 
     Args:
@@ -36,13 +36,19 @@ def standardize_small(x: Tensor, weight: Param, bias: Param, eps: float, keep: K
         keep: Called once with the moments of the batch, outside the graph.
 
     Returns:
-        The result, or ``None`` where there are no C kernels for ``x``.
+        The result, or ``None`` where there are no C kernels for ``x``, or it is a large image, contiguous.
     """
     order = memory_order(x)
     alike = all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in (weight, bias))
-    if order == "none" or not alike or x.dtype not in (torch.float32, torch.float64) or normalization.load() is None:
+    if order == "none" or not alike or x.numel() == 0 or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if normalization.load() is None:
         return None
     layout = Layout("c", order, (x.shape[0], x.shape[1], positions_of(x)))
+    if layout.size[2] == 1:
+        layout = layout._replace(order="cols")
+    if layout.order == "rows" and not best_by_torch(x):
+        return None  # the moments of each sample are small tables there, and the rule costs nothing
     made = _Standardize.apply(x, weight, bias, eps, layout, keep)  # type: ignore[no-untyped-call]
     return cast("Tensor", made)
 
@@ -50,8 +56,7 @@ def standardize_small(x: Tensor, weight: Param, bias: Param, eps: float, keep: K
 class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Param, bias: Param, eps: float, layout: Layout, keep: Keep) -> Tensor:
-        if layout.size[2] == 1:
-            layout = Layout("c", "cols", layout.size)
+        if layout.order == "cols":
             own, batch = None, tokens.column_moments(x, layout)
         else:
             own, spread = passes.moments(x, layout)
@@ -67,7 +72,7 @@ class _Standardize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, own, mean, var, kept_mean, kept_var, scale = ctx.saved_tensors
         layout, needed = ctx.layout, ctx.needs_input_grad
-        samples, channels, _ = layout.size
+        samples, channels, positions = layout.size
         if must_compose(g):
 
             def compose(v: Tensor, w: Param, b: Param) -> Tensor:
@@ -89,7 +94,7 @@ class _Standardize(torch.autograd.Function):
         tables = (ds, dh, mean, var, kept_mean, kept_var, weight)
         call("standardize_backward", x.dtype, *tables, ctx.eps, dmean, dvar, dweight, channels)
         if own is None:
-            source = Source(mean, dmean, dvar, samples)
+            source = Source(mean, dmean, dvar, samples * positions)
             dx = tokens.combine(g, x, ((None, scale),), None, source, layout)
         else:
             every = (samples, channels)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flexnorm.engine import Moments, recomputing, twin_of
+from flexnorm.engine import Moments, recomputing, standardize_at_once, twin_of
+from flexnorm.kernels.layout import best_by_torch
+from flexnorm.kernels.tables import standardize as standardize_in_c
 from flexnorm.nn._base import BatchStatistics, Pair, Param, standardize
 
 
@@ -45,11 +48,23 @@ class _BatchNorm(BatchStatistics):
         mean, var = self.batch_or_running(moments)
         return standardize(mean, var, self.weight, self.bias, self.eps)
 
+    twin_at_any_size = True
+
+    @torch.no_grad()
+    def _keep(self, values: int, batch: Pair) -> tuple[Pair, Pair]:
+        """Let a batch of so many values enter the running statistics; return its own, and their scale and shift."""
+        self.track(Moments(*batch, values // self.num_features, backend="c"))
+        return batch, standardize_in_c(batch, self.weight, self.bias, self.eps)
+
     def twin(self, x: Tensor) -> Tensor | None:
         """Normalize and keep running statistics as torch does, but for a batch that is not finite."""
         mean, var, tracked, weight = self.running_mean, self.running_var, self.num_batches_tracked, self.weight
         if (weight is not None and weight.dtype != x.dtype) or self.group() is not None:
             return None
+        if not best_by_torch(x):
+            if self.frozen or not self.training or self.running_mean is None:
+                return None
+            return standardize_at_once(x, weight, self.bias, self.eps, partial(self._keep, x.numel()))
         if mean is None or var is None or tracked is None:
             return by_batch_norm(x, weight, self.bias, eps=self.eps)
         if mean.dtype != x.dtype:

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flexnorm._messages import unknown_name
-from flexnorm.engine import FlexNorm, Moments, recomputing, standardize_small, twin_of
+from flexnorm.engine import FlexNorm, Moments, recomputing, standardize_at_once, twin_of
+from flexnorm.kernels.layout import best_by_torch
 from flexnorm.kernels.tables import follow, follow_guarded, follow_weights, guard
 from flexnorm.kernels.tables import standardize as standardize_in_c
 from flexnorm.nn._base import Pair, Param, Shared, standardize
@@ -130,16 +131,20 @@ class _PopulationNorm(FlexNorm):
         """Its evaluation is that of batch normalization."""
         return "population" if training else "batch"
 
+    twin_at_any_size = True
+
     def twin(self, x: Tensor) -> Tensor | None:
-        """Normalize small ``x``: as the rule does, in one node."""
+        """Normalize as the rule does, in one node."""
         same = self.weight is None or self.weight.dtype == x.dtype
         if self.group() is not None or not same or self.running_mean.dtype != x.dtype:
             return None
         if self.frozen or not self.training:
+            if not best_by_torch(x):
+                return None
             return by_fixed_norm(x, *self.kept_statistics(), self.weight, self.bias, eps=self.eps)
         if self.gradient != "batch" or self._values < _FEW_VALUES:
             return None
-        return standardize_small(x, self.weight, self.bias, self.eps, self._keep)
+        return standardize_at_once(x, self.weight, self.bias, self.eps, self._keep)
 
     @torch.no_grad()
     def _keep(self, batch: Pair) -> tuple[Pair, Pair]:
