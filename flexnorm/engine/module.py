@@ -232,12 +232,12 @@ class FlexNorm(Norm):
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError if ``x`` has the wrong number of axes or channels for this layer."""
-        if self.channel_axis == -1:
-            fits, wanted = x.dim() > 1 + self.pools_positions, "(..., C)" if self.per_position else "(N, ..., C)"
-            wanted = f"{wanted} input with at least {2 + self.pools_positions} axes"
-        else:
-            fits, wanted = x.dim() in self.ndims, " or ".join(f"{n}-D" for n in self.ndims) + " input (N, C, ...)"
+        fits = x.dim() in self.ndims if self.channel_axis == 1 else x.dim() > 1 + self.pools_positions
         if not fits:
+            wanted = " or ".join(f"{n}-D" for n in self.ndims) + " input (N, C, ...)"
+            if self.channel_axis == -1:
+                form = "(..., C)" if self.per_position else "(N, ..., C)"
+                wanted = f"{form} input with at least {2 + self.pools_positions} axes"
             raise ValueError(f"{type(self).__name__} expects {wanted}, got shape {tuple(x.shape)}")
         if x.shape[self.channel_axis] != self.num_features:
             raise ValueError(

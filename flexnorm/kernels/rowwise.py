@@ -34,18 +34,22 @@ class Slopes(NamedTuple):
 
 
 @functools.cache
-def load() -> dict[torch.dtype, Any] | None:
-    """Return the kernel by type of the values, building it if this machine has not yet; ``None`` if not."""
+def load() -> dict[tuple[str, torch.dtype], Any] | None:
+    """Return the kernels by memory order and type, building them if this machine has not yet; ``None`` if not."""
     found = library(_SOURCE, "rowwise")
     if found is None:
         return None
-    names = {dtype: f"rowwise_{suffix}" for dtype, suffix in SUFFIXES.items()}
-    return {dtype: declare(getattr(found[0], n), "p") for dtype, n in names.items() if hasattr(found[0], n)}
+    return {
+        (order, dtype): declare(kernel, "p")
+        for order in ("rows", "cols")
+        for dtype, suffix in SUFFIXES.items()
+        if (kernel := getattr(found[0], f"rowwise_{order}_{suffix}", None)) is not None
+    }
 
 
 def fits(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> bool:
     """Whether ``y = k (r x + q) + b`` with one number r and q for each token, and there is a kernel for it."""
-    if layout.backend != "c" or layout.order != "cols" or len(scale) != 1:
+    if layout.backend != "c" or len(scale) != 1:
         return False
     (r, k), with_row = scale[0], [term for term in shift if term[0] is not None]
     if r is None or r.shape[1] != 1 or len(with_row) > 1:
@@ -53,7 +57,7 @@ def fits(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> bool:
     if with_row and (with_row[0][1] is not k or with_row[0][0].shape[1] != 1):  # type: ignore[union-attr]
         return False
     kernels = load()
-    return kernels is not None and x.dtype in kernels
+    return kernels is not None and (layout.order, x.dtype) in kernels
 
 
 def backward(
@@ -69,7 +73,7 @@ def backward(
         shift: As :func:`fits` asks for.
         slopes: Derivatives of r and q.
         needed: Whether there is anything to be learned for each channel.
-        layout: That of ``x``, in "cols" order.
+        layout: That of ``x``.
     """
     kernels = load()
     assert kernels is not None
@@ -81,5 +85,6 @@ def backward(
     of_k, of_b = (None, None) if sums is None else (sums[0], sums[1])
     words = [0 if t is None else t.data_ptr() for t in (g, x, dx, *tables, of_k, of_b)]
     threads = torch.get_num_threads() if x.numel() > _ALONE else 1
-    kernels[x.dtype](struct.pack("16q", *words, samples * positions, channels, threads))
+    words += [samples * positions, channels, positions, threads]
+    kernels[layout.order, x.dtype](struct.pack("17q", *words))
     return dx, of_k, of_b

@@ -44,8 +44,9 @@ class BatchStatistics(FlexNorm):
     def check_input(self, x: Tensor) -> None:
         """Refuse wrong shapes, and batches that have no statistics."""
         super().check_input(x)
-        from_batch = (self.training or not self.track_running_stats) and not self.frozen
-        if from_batch and self.group() is None and x.numel() == self.num_features:
+        if x.numel() != self.num_features or self.frozen:
+            return
+        if (self.training or not self.track_running_stats) and self.group() is None:
             raise ValueError(
                 f"{type(self).__name__} needs more than 1 value per channel in training, got shape {tuple(x.shape)}. "
                 "Use a larger batch, freeze() the layer, or a normalization without batch statistics "

@@ -80,7 +80,7 @@ class _BatchNorm(BatchStatistics):
             self.track(Moments(new_mean[None], new_var[None] * ((count - 1) / count), count))
             return y
         rate = self.momentum if self.momentum is not None else 1.0 / (int(tracked) + 1)
-        y = functional.batch_norm(x, new_mean, new_var, weight, self.bias, True, rate, self.eps)
+        y = torch.batch_norm(x, weight, self.bias, new_mean, new_var, True, rate, self.eps, False)
         # A batch with a channel that is not finite is left out whole. (A product of finite numbers may overflow.)
         finite = math.isfinite(float(torch.dot(new_mean, new_var)))
         if finite or bool(new_mean.isfinite().all() & new_var.isfinite().all()):

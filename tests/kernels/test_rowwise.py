@@ -76,9 +76,15 @@ def _naive(rule: Callable[..., Any], x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return scale * x + shift
 
 
+def _as_image(t: Tensor) -> Tensor:
+    """A token at each position of contiguous images."""
+    return t.reshape(-1, 37, 3, C).movedim(-1, 1).contiguous()
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["tokens", "positions"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
-def test_gradients(rule: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients(rule: Callable[..., Any], dtype: torch.dtype, image: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     inner = rowwise.backward
     monkeypatch.setattr(rowwise, "backward", lambda *args: calls.append(rule) or inner(*args))
@@ -88,7 +94,12 @@ def test_gradients(rule: Callable[..., Any], dtype: torch.dtype, monkeypatch: py
     g = torch.randn(333, C, dtype=torch.float64).to(dtype)
     leaves = [t.clone().requires_grad_() for t in (x, w, b)]
     others = [t.double().requires_grad_() for t in (x, w, b)]
-    found = torch.autograd.grad(flex_norm(leaves[0], rule, *leaves[1:]), leaves, g, allow_unused=True)
+    if image:
+        leaves[0] = _as_image(leaves[0].detach()).requires_grad_()
+    y = flex_norm(leaves[0], rule, *leaves[1:], per_position=True)
+    found = list(torch.autograd.grad(y, leaves, _as_image(g) if image else g, allow_unused=True))
+    if image and found[0] is not None:
+        found[0] = found[0].movedim(1, -1).reshape(x.shape)
     wanted = torch.autograd.grad(_naive(rule, *others), others, g.double(), allow_unused=True)
     rtol = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
     for got, want in zip(found, wanted, strict=True):
