@@ -125,7 +125,9 @@ class Samples:
         differentiable = differentiable and torch.is_grad_enabled() and self.x.requires_grad
         if self._own is None or differentiable > self._differentiable:
             if differentiable:
-                mean, var, self._through = _Moments.apply(self.x, self.layout, self._pending)  # type: ignore[no-untyped-call]
+                # After moments of the batch, along their way: then their node adds its part to a finished gradient.
+                x = self.x if self.tokens is None else self.tokens.through
+                mean, var, self._through = _Moments.apply(x, self.layout, self._pending)  # type: ignore[no-untyped-call]
             else:
                 mean, var = passes.moments(self.x, self.layout)
             self._own, self._differentiable = (mean, var), differentiable

@@ -227,6 +227,11 @@ class Tokens:
         self._matrix: Tensor | None = None
 
     @property
+    def through(self) -> Tensor:
+        """The activation behind the nodes of the moments so far."""
+        return self._x
+
+    @property
     def backend(self) -> str:
         """Where its moments come from."""
         return "composed" if self.layout is None else self.layout.backend

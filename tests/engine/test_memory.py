@@ -147,6 +147,23 @@ def test_layers_of_samples_write_nothing_else(name: str, place: str) -> None:
     assert (len(forward.operations), len(backward.operations)) == (1, 1), (forward.operations, backward.operations)
 
 
+def test_moments_of_the_batch_before_those_of_samples_write_once_more() -> None:
+    x, g, params = activation("images channels last")
+
+    def rule(m: Any, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        scale = w * (m.pool("batch").var + 1).rsqrt()
+        return scale * (m.var + 1).rsqrt(), b - scale * m.mean
+
+    y = flex_norm(x, rule, *params)
+    backward = Written(x, y, g)
+    with backward:
+        (found,) = torch.autograd.grad(y, x, g)
+    assert len(backward.operations) == 2, backward.operations
+    other = x.detach().contiguous().requires_grad_()
+    (wanted,) = torch.autograd.grad(flex_norm(other, rule, *params), other, g)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["batch", "layer", "rms", "unitized", "population", "group"])
 def test_layers_keep_the_input_and_tables(name: str, place: str) -> None:
