@@ -51,11 +51,14 @@ def layout_of(x: Tensor) -> Layout:
     return Layout("composed", order, size)
 
 
-def best_by_torch(x: Tensor) -> bool:
-    """Whether torch's own function of a norm, if it has one, serves ``x`` on the CPU better than passes and a rule."""
+def best_by_torch(x: Tensor, most: int = _FEW) -> bool:
+    """Whether torch's own function of a norm, if it has one, serves ``x`` on the CPU better than passes and a rule.
+
+    ``most`` is up to how many values it does.
+    """
     if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu" or x.numel() == 0:
         return False
-    return x.numel() < _FEW or normalization.load() is None
+    return x.numel() < most or normalization.load() is None
 
 
 def token_layout_of(x: Tensor, channel_axis: int) -> Layout | None:

@@ -14,6 +14,9 @@ from flexnorm.kernels.layout import best_by_torch
 from flexnorm.kernels.tables import standardize as standardize_in_c
 from flexnorm.nn._base import BatchStatistics, Pair, Param, standardize
 
+# Up to so many values torch's function of features is as fast as one node of ours (measured: 0.9 to 1.1 of its time).
+_MANY_FEATURES = 1 << 20
+
 
 def batch(moments: Moments, weight: Param = None, bias: Param = None, *, eps: float = 1e-5) -> Pair:
     """Batch normalization (Ioffe & Szegedy 2015): moments per channel, over samples and positions."""
@@ -61,7 +64,7 @@ class _BatchNorm(BatchStatistics):
         mean, var, tracked, weight = self.running_mean, self.running_var, self.num_batches_tracked, self.weight
         if (weight is not None and weight.dtype != x.dtype) or self.group() is not None:
             return None
-        if not best_by_torch(x):
+        if not (best_by_torch(x, _MANY_FEATURES) if x.dim() == 2 else best_by_torch(x)):
             if self.frozen or not self.training or self.running_mean is None:
                 return None
             return standardize_at_once(x, weight, self.bias, self.eps, partial(self._keep, x.numel()))
