@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 logger = logging.getLogger("flexnorm")
 
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -67,6 +69,11 @@ def declare(function: Any, arguments: str, returns: Any = None) -> Any:
     function.argtypes = [kind for letter in arguments for kind in _ARGUMENTS[letter]]
     function.restype = returns
     return function
+
+
+def threads(values: int) -> int:
+    """How many threads a kernel takes for so many values: one where that is done before it has woken another."""
+    return torch.get_num_threads() if values > 1 << 15 else 1
 
 
 def _cache_folder() -> Path:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels import passes
-from flexnorm.kernels.build import declare, library
+from flexnorm.kernels.build import declare, library, threads
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES
 from flexnorm.kernels.tables import Pair
 
 _SOURCE = Path(__file__).with_name("ragged.c")
-_ALONE = 1 << 15  # values that one thread handles faster than it wakes another
 _KERNELS = ("moments_rows", "moments_cols", "affine_cols", "sums_cols", "combine_rows", "combine_cols")
 
 
@@ -67,10 +66,9 @@ class _Call:
         self.tables = (samples, channels)
         self.x = x
         self._kept: list[Tensor] = []
-        threads = torch.get_num_threads() if x.numel() > _ALONE else 1
         self._words: list[int] = []
         self.add(spans.starts, spans.order)
-        self._words += [samples, channels, positions, threads]
+        self._words += [samples, channels, positions, threads(x.numel())]
 
     def add(self, *tensors: Tensor | None) -> None:
         for t in tensors:

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.build import declare, library
+from flexnorm.kernels.build import declare, library, threads
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES
 from flexnorm.kernels.tokens import Terms
 
 _SOURCE = Path(__file__).with_name("rowwise.c")
-_ALONE = 1 << 15  # values that one thread handles faster than it wakes another
 
 
 class Slopes(NamedTuple):
@@ -84,7 +83,6 @@ def backward(
     tables = [None if t is None else t.contiguous() for t in (mean, r, q, k, *slopes)]
     of_k, of_b = (None, None) if sums is None else (sums[0], sums[1])
     words = [0 if t is None else t.data_ptr() for t in (g, x, dx, *tables, of_k, of_b)]
-    threads = torch.get_num_threads() if x.numel() > _ALONE else 1
-    words += [samples * positions, channels, positions, threads]
+    words += [samples * positions, channels, positions, threads(x.numel())]
     kernels[layout.order, x.dtype](struct.pack("17q", *words))
     return dx, of_k, of_b

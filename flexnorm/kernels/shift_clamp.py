@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.build import declare, library
+from flexnorm.kernels.build import declare, library, threads
 from flexnorm.kernels.layout import memory_order, positions_of
 from flexnorm.kernels.passes import must_compose, transformed
-
-_ALONE = 1 << 15  # numbers that one thread is done with before it has woken another
 
 
 @functools.cache
@@ -85,15 +83,11 @@ def _order(u: Tensor) -> tuple[int, int, int] | None:
     return {"rows": (samples, channels, positions), "cols": (samples * positions, channels, 1)}.get(memory_order(u))
 
 
-def _threads(u: Tensor) -> int:
-    return torch.get_num_threads() if u.numel() > _ALONE else 1
-
-
 def _run(name: str, u: Tensor, *tensors: Tensor | None) -> Any:
     """Run a kernel over activations of the shape and strides of ``u``."""
     order, kernel = _order(u), _kernel()
     assert order is not None
-    return getattr(kernel, name)(*order, *(None if t is None else t.data_ptr() for t in tensors), _threads(u))
+    return getattr(kernel, name)(*order, *(None if t is None else t.data_ptr() for t in tensors), threads(u.numel()))
 
 
 def _run_backward(g: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.build import library
+from flexnorm.kernels.build import library, threads
 
 _SOURCE = Path(__file__).with_name("sphere.c")
-_ALONE = 1 << 15  # numbers that one thread moves faster than it wakes another
 
 Kernel = Callable[..., None]
 Tensors = Sequence[Tensor]
@@ -73,13 +72,12 @@ class Rows:
         """
         kernels = load()
         assert kernels is not None
-        threads = torch.get_num_threads() if self._numbers > _ALONE else 1
         tables, seen = list(self._tables), None
         tables[2] = _addresses(gradients)
         if watched:
             angles, norms = ([p.new_empty(n) for p, n in zip(self._points, self._rows, strict=True)] for _ in range(2))
             seen, tables[7:] = (angles, norms), [_addresses(angles), _addresses(norms)]
-        kernels[self._points[0].dtype](*self._counts, *tables, ctypes.byref(numbers), threads)
+        kernels[self._points[0].dtype](*self._counts, *tables, ctypes.byref(numbers), threads(self._numbers))
         torch.autograd.graph.increment_version(self._points)
         return seen
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flexnorm.kernels import ragged, triton_passes
-from flexnorm.kernels.build import declare, library
+from flexnorm.kernels.build import declare, library, threads
 from flexnorm.kernels.layout import Layout, table_dtype
 from flexnorm.kernels.normalization import SUFFIXES, call
 from flexnorm.kernels.passes import moments
@@ -30,7 +30,6 @@ from flexnorm.kernels.tables import Pair, pool, pool_unequal
 
 _SOURCE = Path(__file__).with_name("tokens.c")
 _NOTHING = [0] * 6
-_ALONE = 1 << 15  # values that one thread handles faster than it wakes another
 
 Factor: TypeAlias = tuple[Tensor | None, Tensor | None]
 """An outer product: (R, G) or (R, 1) per token (and group), times (C,) per channel; ``None`` stands for ones."""
@@ -103,10 +102,6 @@ def _run(name: str, x: Tensor, form: str, *words: Any) -> None:
     kernels[name, x.dtype](struct.pack(form, x.data_ptr(), *words))
 
 
-def _threads(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() > _ALONE else 1
-
-
 def _address(table: Tensor | None, kept: list[Tensor]) -> int:
     """Where a table lies; ``kept`` holds what had to be copied until the kernel has run."""
     if table is None:
@@ -152,9 +147,9 @@ def row_moments(x: Tensor, layout: Layout, groups: int = 1) -> Pair:
     mean = torch.empty(samples * positions, groups, dtype=table_dtype(x.dtype))
     var = torch.empty_like(mean)
     if layout.order == "cols":
-        call("moments_rows", x.dtype, x, mean, var, len(mean), groups, channels // groups, _threads(x))
+        call("moments_rows", x.dtype, x, mean, var, len(mean), groups, channels // groups, threads(x.numel()))
     else:
-        _run("row_moments_rows", x, "8q", mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), groups)
+        _run("row_moments_rows", x, "8q", mean.data_ptr(), var.data_ptr(), *layout.size, threads(x.numel()), groups)
     return mean, var
 
 
@@ -172,7 +167,7 @@ def column_moments(x: Tensor, layout: Layout, weights: Tensor | None = None) -> 
     kept: list[Tensor] = []
     mean = torch.empty(1, layout.size[1], dtype=table_dtype(x.dtype))
     var = torch.empty_like(mean)
-    words = (mean.data_ptr(), var.data_ptr(), *layout.size, _threads(x), _address(weights, kept))
+    words = (mean.data_ptr(), var.data_ptr(), *layout.size, threads(x.numel()), _address(weights, kept))
     _run("column_moments_cols", x, "8q", *words)
     return mean, var
 
@@ -183,7 +178,7 @@ def affine(x: Tensor, scale: Terms, shift: Terms, layout: Layout) -> Tensor:
         return triton_passes.token_affine(x, scale, shift, layout)
     y = torch.empty_like(x)
     kept: list[Tensor] = []
-    words = (y.data_ptr(), *layout.size, _threads(x), *_words(scale, kept), *_words(shift, kept))
+    words = (y.data_ptr(), *layout.size, threads(x.numel()), *_words(scale, kept), *_words(shift, kept))
     _run(f"affine_{layout.order}", x, "18q", *words)
     return y
 
@@ -200,7 +195,7 @@ def sums(
         return triton_passes.token_sums(g, x, center, scale, shift, layout)
     kept: list[Tensor] = []
     groups = 0 if center is None or center.shape == (1, layout.size[1]) else center.size(1)
-    words = [g.data_ptr(), *layout.size, _threads(x), _address(center, kept), groups]
+    words = [g.data_ptr(), *layout.size, threads(x.numel()), _address(center, kept), groups]
     of_scale, at_scale = _gradients(scale)
     of_shift, at_shift = _gradients(shift)
     words += _words(scale, kept) + _words(shift, kept) + at_scale + at_shift
@@ -220,6 +215,6 @@ def combine(
         return triton_passes.token_combine(g, x, scale, rows, columns, layout)
     dx = torch.empty_like(x)
     kept: list[Tensor] = []
-    words = [g.data_ptr(), dx.data_ptr(), *layout.size, _threads(x), scale is None, *_words(scale or (), kept)]
+    words = [g.data_ptr(), dx.data_ptr(), *layout.size, threads(x.numel()), scale is None, *_words(scale or (), kept)]
     _run(f"combine_{layout.order}", x, "19qd5qd", *words, *_through(rows, kept), *_through(columns, kept))
     return dx

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flexnorm.kernels.build import declare, library
+from flexnorm.kernels.build import declare, library, threads
 from flexnorm.kernels.normalization import SUFFIXES
 from flexnorm.kernels.passes import gradients, must_compose
 from flexnorm.kernels.tables import Pair, Param
@@ -77,8 +77,8 @@ class _Unitize(torch.autograd.Function):
         eps: float,
         divisor: float,
     ) -> Tensor:
-        y, q, threads = torch.empty_like(x), x.new_empty(len(x)), torch.get_num_threads()
-        _run("forward", x.dtype, x, mean, var, weight, bias, alpha, eps, divisor, y, q, *x.shape, threads)
+        y, q = torch.empty_like(x), x.new_empty(len(x))
+        _run("forward", x.dtype, x, mean, var, weight, bias, alpha, eps, divisor, y, q, *x.shape, threads(x.numel()))
         ctx.save_for_backward(x, weight, bias, alpha, mean, var, q)
         ctx.options = of_batch, eps, divisor
         return y
@@ -102,5 +102,5 @@ class _Unitize(torch.autograd.Function):
         dx, g = torch.empty_like(x), g.contiguous()
         vectors = x.new_empty((3, x.shape[1])).unbind()
         given = (g, x, mean, var, weight, alpha, q, eps, divisor, of_batch)
-        _run("backward", x.dtype, *given, dx, *vectors, *x.shape, torch.get_num_threads())
+        _run("backward", x.dtype, *given, dx, *vectors, *x.shape, threads(x.numel()))
         return dx, *(t if need else None for t, need in zip(vectors, needed[1:4], strict=True)), *rest

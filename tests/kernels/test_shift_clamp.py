@@ -38,7 +38,7 @@ def test_equals_the_composition(shape: tuple[int, ...], last: bool, threads: int
     for function in (lambda *x: shift_clamp.shift_and_clamp_(x[0] * 1, *x[1:]), composed):
         leaves = [t.double() if function is composed else t.clone() for t in (u, shift, low)]
         leaves = [t.requires_grad_() for t in leaves]
-        with mock.patch.object(shift_clamp, "_threads", return_value=threads):
+        with mock.patch.object(shift_clamp, "threads", return_value=threads):
             y = function(*leaves)
             results.append([y, *torch.autograd.grad(y, leaves, g.to(y.dtype))])
     assert results[0][0].stride() == u.stride()
@@ -52,7 +52,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(last: bool) -> None:
     found = []
     for threads in (1, 2, 3):
         leaves = [t.clone().requires_grad_() for t in (u, shift, low)]
-        with mock.patch.object(shift_clamp, "_threads", return_value=threads):
+        with mock.patch.object(shift_clamp, "threads", return_value=threads):
             found.append(torch.autograd.grad(shift_clamp.shift_and_clamp_(leaves[0] * 1, *leaves[1:]), leaves, g))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
